@@ -1,0 +1,23 @@
+"""fastiat: Interpolated Adversarial Training, as fast as the hardware allows.
+
+Submodules are imported when first used, so that `fastiat --help` does not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+if TYPE_CHECKING:
+    from fastiat.run import load
+
+_STAGES = ("data", "models", "mix", "attack", "train", "evaluate", "report", "run", "kernels")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        return importlib.import_module("fastiat.run").load
+    if name in _STAGES:
+        return importlib.import_module(f"fastiat.{name}")
+    raise AttributeError(f"module 'fastiat' has no attribute {name!r}")

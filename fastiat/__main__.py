@@ -1,0 +1,5 @@
+"""`python -m fastiat` is the `fastiat` command."""
+
+from fastiat.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,16 @@
+"""Operations of adversarial training with mixing, usable on their own.
+
+`from fastiat.kernels import pgd_step, mix`. Nothing here imports the rest of fastiat.
+"""
+
+# `import kernels` from the checkout's root would load every op a second time under another name.
+if __name__ != "fastiat.kernels":
+    raise ImportError("import fastiat.kernels, not kernels")
+
+from .crop_flip import crop_flip
+from .mix import mix
+from .mixed_cross_entropy import mixed_cross_entropy
+from .pgd_step import pgd_step, pgd_step_
+from .standardize import standardize
+
+__all__ = ["crop_flip", "mix", "mixed_cross_entropy", "pgd_step", "pgd_step_", "standardize"]
