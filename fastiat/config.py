@@ -1,0 +1,328 @@
+"""Settings of every command: frozen dataclasses whose field docstrings are the `--help`.
+
+Nothing here imports torch, so that help is printed at once.
+"""
+
+import ast
+import inspect
+import math
+import textwrap
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from fastiat.errors import InputError
+
+Arch = Literal["preact18", "wrn28_10", "wrn34_10", "mlp6"]
+DatasetName = Literal["cifar10", "svhn", "fashion-mnist", "digits", "folder"]
+Preset = Literal["paper", "modern"]
+
+
+class Settings:
+    """What every configuration shares: the field docstrings, readable at run time."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Fields that are arguments of the command line, not flags."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+
+    @classmethod
+    @cache
+    def docs(cls) -> dict[str, str]:
+        """Map every field to the docstring written under it."""
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(body, ast.ClassDef)
+        found = {}
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                assert isinstance(field.target, ast.Name) and isinstance(text.value, ast.Constant)
+                found[field.target.id] = " ".join(str(text.value.value).split())
+        return found
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """One training. The defaults are the paper's recipe (`--preset paper`)."""
+
+    preset: Preset = "paper"
+    """Defaults of the other settings: "paper" (section 4.1 of the paper), or "modern": stronger
+    attack, more decay, smooth learning rate, weight averaging, early stopping, fewer epochs."""
+    arch: Arch = "preact18"
+    """Network."""
+    width: int | None = None
+    """Base channels (preact18: 64), widening factor (wrn: 10) or hidden units (mlp6: 512)."""
+    mix: Literal["none", "mixup", "manifold"] = "manifold"
+    """Interpolation of both batches: nothing, mixup, or manifold mixup."""
+    adv: Literal["none", "fgsm", "pgd"] = "pgd"
+    """Attack that makes the adversarial batch; "none" trains on the clean batch alone."""
+    dataset: DatasetName = "cifar10"
+    """Images to train on; "digits" is built in, "folder" is any train/CLASS/*, test/CLASS/* tree
+    of images of one size under --data-dir, the others are downloaded once."""
+    data_dir: str | None = None
+    """Where the data set is or goes (default: $FASTIAT_DATA or ~/.cache/fastiat/data)."""
+    loader: Literal["auto", "resident"] = "auto"
+    """How batches are made; "resident" keeps the whole set as uint8 on the training device."""
+
+    epochs: int = 200
+    """Passes over the training set."""
+    batch_size: int = 64
+    """Images in a batch; each is used clean and attacked."""
+    lr: float = 0.1
+    """Highest learning rate."""
+    schedule: Literal["step", "cosine"] = "step"
+    """Learning rate over time: a tenth after 1/2 and again after 3/4 of the epochs, or a linear
+    warm-up over the first tenth and a cosine down to zero."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov's form of the momentum."""
+    weight_decay: float = 1e-4
+    """L2 penalty added to the gradient."""
+    decay_norm: bool = True
+    """Decay BatchNorm parameters and biases too."""
+    loss: Literal["ce", "bce"] = "ce"
+    """Training loss: cross-entropy, or binary cross-entropy of the softmax."""
+    clean_weight: float = 0.5
+    """Share of the clean batch in the loss; the adversarial batch has the rest."""
+    ema: float = 0.0
+    """Decay per step of an exponential moving average of the weights, which is then what is
+    evaluated and saved; 0 is off."""
+    holdout: int = 0
+    """Training images kept out, a stratified draw, to choose the best epoch by their PGD error;
+    0 keeps the last epoch."""
+    patience: int = 0
+    """Stop after this many epochs without a better held-out PGD error; 0 never stops."""
+
+    eps: float = 0.03
+    """Radius of the attack's L-infinity ball, in pixels of 0 to 1."""
+    alpha: float = 0.0075
+    """Length of a PGD step, in pixels of 0 to 1."""
+    steps: int = 7
+    """PGD steps while training."""
+    random_start: bool = True
+    """Start PGD at a random point of the ball."""
+    attack_loss: Literal["ce", "margin"] = "ce"
+    """What the attack maximises: cross-entropy, or the best wrong logit minus the true one."""
+    bn: Literal["eval", "batch", "update"] = "eval"
+    """BatchNorm while crafting: running statistics, the batch's, or the batch's moving the
+    running ones."""
+
+    mix_alpha: float | None = None
+    """Lambda is drawn from Beta(A, A) (default: mixup 1, manifold 2)."""
+    mix_layers: tuple[int, ...] | None = None
+    """Mix points drawn from: 0 input, 1 and 2 after the first and second group (default: mixup 0,
+    manifold 0 1 2)."""
+    mix_space: Literal["standardised", "pixel"] = "standardised"
+    """Whether mix point 0 lies after or before the standardisation of the image."""
+    lam_per_sample: bool = False
+    """Draw a lambda for every image instead of one for the batch."""
+    shared_mix: bool = False
+    """Mix the adversarial batch as the clean one instead of drawing afresh."""
+
+    pad: int = 2
+    """Random crops come from images padded by this many zero pixels a side; 0 is no crop."""
+    flip: bool | None = None
+    """Mirror images at random (default: as the paper for the data set: CIFAR-10 and folders yes,
+    the others no)."""
+
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
+    engine: Literal["auto", "eager"] = "auto"
+    """How the step is run: "eager" is plain PyTorch."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the network: "bf16" is autocast; "auto" takes it where the device has it."""
+    eval_limit: int | None = None
+    """Evaluate on this many test images only, a stratified draw."""
+    out: str | None = None
+    """Run directory (default: runs/DATASET-ARCH-ADV-MIX-sSEED)."""
+    resume: bool = False
+    """Continue the run in --out where it stopped, with its own settings."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+        positive = {"epochs", "batch_size", "steps", "width", "eval_limit", "mix_alpha"}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            flag = flag_of(field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not math.isfinite(value):
+                raise InputError(f"{flag} is {value}: give a finite number")
+            if field.name in positive and value <= 0:
+                raise InputError(f"{flag} is {value}: give a number above 0")
+            if value < 0:
+                raise InputError(f"{flag} is {value}: give a number of at least 0")
+        for name in ("ema", "momentum"):
+            if getattr(self, name) >= 1:
+                raise InputError(f"{flag_of(name)} is {getattr(self, name)}: give less than 1")
+        if self.clean_weight > 1:
+            raise InputError(f"--clean-weight is {self.clean_weight}: give a number from 0 to 1")
+        if self.nesterov and not self.momentum:
+            raise InputError("--nesterov needs a --momentum above 0; add --no-nesterov")
+        if self.patience and not self.holdout:
+            raise InputError("--patience needs --holdout N, the images to judge by")
+        if self.mix_layers is not None and (
+            not self.mix_layers or not set(self.mix_layers) <= {0, 1, 2}
+        ):
+            raise InputError(f"--mix-layers is {self.mix_layers}: give some of 0, 1 and 2")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Settings):
+    """Error rates of trained runs under white-box attacks."""
+
+    positional = ("runs",)
+
+    runs: tuple[str, ...] = ()
+    """Run directories, or model.safetensors files."""
+    attacks: tuple[str, ...] = ("none", "fgsm", "pgd-7", "pgd-20")
+    """Attacks to measure: none, fgsm, pgd-K with K steps."""
+    splits: tuple[str, ...] = ("test",)
+    """Images to measure on: test, train (un-augmented)."""
+    limit: int | None = None
+    """Use this many images of a split only, a stratified draw."""
+    eps: float | None = None
+    """Radius of the ball, in pixels of 0 to 1 (default: the run's)."""
+    alpha: float | None = None
+    """Length of a PGD step, in pixels of 0 to 1 (default: the run's)."""
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of the ball."""
+    attack_loss: Literal["ce", "margin"] = "ce"
+    """What PGD maximises: cross-entropy, or the best wrong logit minus the true one."""
+    restarts: int = 1
+    """Random starts of PGD; each image keeps its worst."""
+    random_start: bool = True
+    """Start PGD at a random point of the ball."""
+    dataset: DatasetName | None = None
+    """Data set (default: the run's)."""
+    data_dir: str | None = None
+    """Where the data set is (default: the run's)."""
+    batch_size: int = 500
+    """Images attacked at a time."""
+    seed: int = 0
+    """Seed of the random starts and of --limit's draw."""
+    device: str = "auto"
+    """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic that crafts the examples; they are always judged in fp32."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+        for name in ("eps", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise InputError(f"--{name} is {value}: give a finite number of at least 0")
+        for name in ("limit", "restarts", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{flag_of(name)} is {value}: give a number above 0")
+        if self.seed < 0:
+            raise InputError(f"--seed is {self.seed}: give a number of at least 0")
+        for split in self.splits:
+            if split not in ("test", "train"):
+                raise InputError(f"unknown split {split!r}: choose from test, train")
+        for name in self.attacks:
+            steps_of(name)
+
+
+@dataclass(frozen=True)
+class ReportConfig(Settings):
+    """One self-contained HTML page, and a PNG of the curves, for a run or a folder of runs."""
+
+    positional = ("dir",)
+
+    dir: str = ""
+    """A run directory, or a folder of them."""
+    out: str | None = None
+    """Where the page goes (default: DIR/report.html; the curves go beside it)."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig(Settings):
+    """What this machine has, and which engine, loader and precision a run would take."""
+
+    device: str = "auto"
+    """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
+    data_dir: str | None = None
+    """Where data sets are looked for (default: $FASTIAT_DATA or ~/.cache/fastiat/data)."""
+
+
+def steps_of(attack: str) -> int:
+    """Return the gradient steps of an attack's name: none 0, fgsm 1, pgd-K K.
+
+    Raises `InputError` for any other name.
+    """
+    if attack in ("none", "fgsm"):
+        return ("none", "fgsm").index(attack)
+    head, _, count = attack.partition("-")
+    if head == "pgd" and count.isascii() and count.isdigit() and int(count) >= 1:
+        return int(count)
+    raise InputError(f"unknown attack {attack!r}: choose from none, fgsm, pgd-K such as pgd-20")
+
+
+def paper() -> TrainConfig:
+    """Section 4.1 of the paper; what it leaves open as its authors' published code has it."""
+    return TrainConfig()
+
+
+def modern() -> TrainConfig:
+    """What the field has learnt since: a more robust model in fewer epochs.
+
+    8/255 and 2/255, decay 5e-4 and padding 4 as in Rice et al. 2020, who also show why the best
+    epoch on held-out images must be kept; a cosine schedule; averaged weights (Gowal et al. 2020).
+    """
+    return replace(
+        paper(),
+        preset="modern",
+        eps=8 / 255,
+        alpha=2 / 255,
+        weight_decay=5e-4,
+        pad=4,
+        batch_size=128,
+        schedule="cosine",
+        epochs=40,
+        ema=0.995,
+        holdout=1000,
+        patience=10,
+    )
+
+
+PRESETS = {"paper": paper, "modern": modern}
+
+
+def flag_of(name: str) -> str:
+    """Return the command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def from_json(kind: type[Any], values: dict[str, Any]) -> Any:
+    """Rebuild a configuration written as JSON, refusing fields it does not know and wrong types.
+
+    Raises `InputError` that names the field.
+    """
+    known = {field.name for field in fields(kind)}
+    for name in values:
+        if name not in known:
+            raise InputError(f"unknown setting {name!r}; was it written by another version?")
+    hints = get_type_hints(kind)
+    turned = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, value in turned.items():
+        if not _fits(value, hints[name]):
+            raise InputError(f"setting {name!r} cannot be {value!r}")
+    return kind(**turned)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is one that the annotation allows."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if get_args(hint):
+        return any(_fits(value, option) for option in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint

@@ -1,0 +1,54 @@
+"""The device and the arithmetic a run takes."""
+
+import platform
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from fastiat.errors import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that is there, or raise `InputError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown --device {name!r}: choose from auto, cpu, cuda, cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            there = f"{count} CUDA device{'s' * (count != 1)}" if count else "no CUDA device"
+            raise InputError(f"--device {name}: this machine has {there}; use --device cpu or auto")
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return False
+    flags = {"x86_64": ("amx_bf16", "avx512_bf16"), "aarch64": ("bf16",)}
+    words = set(cpuinfo.read_text().split())
+    return any(flag in words for flag in flags.get(platform.machine(), ()))
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """Turn "auto", "bf16" or "fp32" into the arithmetic to use: "bf16" or "fp32"."""
+    if name != "auto":
+        return name
+    return "bf16" if has_fast_bf16(device) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """A context in which a network computes in `precision`; enter it anew after every update.
+
+    Leaving it drops the bf16 copies of the weights, which would otherwise outlive an update.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

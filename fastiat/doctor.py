@@ -1,0 +1,43 @@
+"""What this machine has, and which engine, loader and precision a run would take."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+
+from fastiat import __version__, data
+from fastiat.config import DoctorConfig
+from fastiat.device import has_fast_bf16, pick_device, pick_precision
+
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "torchattacks", "foolbox")
+
+
+def doctor(config: DoctorConfig) -> None:
+    """Print the machine, the packages and what `fastiat train` would choose here."""
+    device = pick_device(config.device)
+    rows = [
+        ("fastiat", __version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"),
+    ]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        seen = torch.cuda.get_device_properties(index)
+        rows.append((f"cuda:{index}", f"{seen.name}, {seen.total_memory / 2**30:.0f} GiB"))
+    if not torch.cuda.is_available():
+        rows.append(("cuda", "no device"))
+    for package in PACKAGES:
+        found = importlib.util.find_spec(package) is not None
+        rows.append((package, importlib.metadata.version(package) if found else "not installed"))
+    fast = "fast bf16" if has_fast_bf16(device) else "no fast bf16"
+    rows += [
+        ("data", str(data.data_dir(config.data_dir))),
+        ("device", f"a run takes {device} ({fast})"),
+        ("precision", f"a run takes {pick_precision('auto', device)}"),
+        ("engine", "a run takes eager"),
+        ("loader", "a run takes resident"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")

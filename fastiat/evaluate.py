@@ -1,0 +1,174 @@
+"""Measuring: the error of trained runs on clean images and under white-box attacks."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastiat import data
+from fastiat.attack import count_errors, pgd
+from fastiat.config import EvaluateConfig, TrainConfig, steps_of
+from fastiat.device import autocast, pick_device, pick_precision
+from fastiat.errors import InputError
+from fastiat.progress import Progress
+from fastiat.run import ModelCard, Run, load_with_card
+
+TITLES = {"none": "No attack", "fgsm": "FGSM"}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """An error rate measured on `n` images."""
+
+    errors: int
+    n: int
+
+    @property
+    def percent(self) -> float:
+        """The rate in percent."""
+        return 100 * self.errors / self.n
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % confidence interval in percent (Wilson 1927)."""
+        z, n, p = 1.959964, self.n, self.errors / self.n
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return 100 * max(middle - half, 0), 100 * min(middle + half, 1)
+
+
+def error_rate(
+    model: nn.Module,
+    split: data.Split,
+    attack: str,
+    *,
+    eps: float,
+    alpha: float,
+    config: EvaluateConfig,
+) -> Rate:
+    """Return the error of `model` on `split` under "none", "fgsm" or "pgd-K".
+
+    Examples are crafted in the configuration's precision and judged in fp32.
+    """
+    device = pick_device(config.device)
+    precision = partial(autocast, device, pick_precision(config.precision, device))
+    generator = torch.Generator(device).manual_seed(config.seed)
+    craft: Callable[[Tensor, Tensor], Tensor] | None = None
+    if attack != "none":
+        single = attack == "fgsm"
+
+        def craft(x: Tensor, y: Tensor) -> Tensor:
+            with precision():
+                return pgd(
+                    model,
+                    x,
+                    y,
+                    eps=eps,
+                    alpha=eps if single else alpha,
+                    steps=steps_of(attack),
+                    random_start=config.random_start and not single,
+                    norm=config.norm,
+                    loss=config.attack_loss,
+                    restarts=1 if single else config.restarts,
+                    generator=generator,
+                )
+
+    batches = data.ResidentLoader(split, config.batch_size, device=device, train=False)
+    with Progress(TITLES.get(attack, attack.upper()), len(split)) as progress:
+        errors = count_errors(model, batches, craft, progress.advance)
+    return Rate(errors, len(split))
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
+    """Measure every run of `config` and print a table.
+
+    Returns the rates as {run: {"split/attack": rate}}; a run directory's metrics.jsonl gets a row
+    for each. Raises `InputError` for runs or data that are missing or do not fit each other.
+    """
+    config.check()
+    device = pick_device(config.device)
+    loaded = [(name, *load_with_card(name, device), _run_of(name)) for name in config.runs]
+    measured: dict[str, dict[str, Rate]] = {}
+    for name, model, card, run in loaded:
+        dataset = _data_for(name, card, run.config if run else None, config)
+        settings = run.config if run else TrainConfig()
+        eps = settings.eps if config.eps is None else config.eps
+        alpha = settings.alpha if config.alpha is None else config.alpha
+        measured[name] = rates = {}
+        for split_name in config.splits:
+            split = getattr(dataset, split_name)
+            if config.limit is not None and config.limit < len(split):
+                _, split = data.holdout(split, config.limit, config.seed)
+            for attack in config.attacks:
+                started = time.monotonic()
+                rate = error_rate(model, split, attack, eps=eps, alpha=alpha, config=config)
+                rates[f"{split_name}/{attack}"] = rate
+                if run:
+                    low, high = rate.interval()
+                    run.log(
+                        "evaluation",
+                        split=split_name,
+                        attack=attack,
+                        error_percent=round(rate.percent, 4),
+                        interval_95_percent=[round(low, 4), round(high, 4)],
+                        errors=rate.errors,
+                        n=rate.n,
+                        eps=eps,
+                        alpha=alpha,
+                        norm=config.norm,
+                        loss=config.attack_loss,
+                        restarts=config.restarts,
+                        random_start=config.random_start,
+                        seed=config.seed,
+                        seconds=round(time.monotonic() - started, 3),
+                    )
+        print(_table(name, rates, config, eps, alpha), flush=True)
+    return measured
+
+
+def _run_of(name: str) -> Run | None:
+    return Run.open(Path(name)) if Path(name).is_dir() else None
+
+
+def _data_for(
+    name: str, card: ModelCard, trained: TrainConfig | None, config: EvaluateConfig
+) -> data.Dataset:
+    """Load the data set to measure on, and check that the network fits its images and classes."""
+    dataset_name = config.dataset or (trained.dataset if trained else None)
+    if dataset_name is None:
+        raise InputError(f"{name} is a model without its run: say which images with --dataset")
+    data_dir = config.data_dir or (trained.data_dir if trained else None)
+    dataset = data.load(dataset_name, data_dir)
+    wanted = (card.in_channels, card.image_size, card.image_size)
+    if dataset.test.shape != wanted:
+        raise InputError(
+            f"{name} takes images of (channels, height, width) {wanted}, "
+            f"but those of {dataset_name} are {dataset.test.shape}"
+        )
+    if dataset.classes != card.classes:
+        raise InputError(
+            f"{name} tells {len(card.classes)} classes apart ({', '.join(card.classes[:3])}, ...), "
+            f"but {dataset_name} has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)"
+        )
+    return dataset
+
+
+def _table(
+    name: str, rates: dict[str, Rate], config: EvaluateConfig, eps: float, alpha: float
+) -> str:
+    """Write a run's rates as text, a row per split and a column per attack."""
+    titles = [TITLES.get(attack, attack.upper()) for attack in config.attacks]
+    first = max(len(split) for split in config.splits) + 2
+    lines = [
+        f"{name}: error in %, {config.norm} eps {eps:.4g}, alpha {alpha:.4g}",
+        " " * first + "".join(f"{title:>12}" for title in titles) + f"{'images':>10}",
+    ]
+    for split in config.splits:
+        row = [rates[f"{split}/{attack}"] for attack in config.attacks]
+        cells = "".join(f"{rate.percent:12.2f}" for rate in row)
+        lines.append(f"{split:<{first}}{cells}{row[0].n:>10}")
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""Mixing: the lambda, the pairing and the layer of an update, and the loss on mixed logits.
+
+Mixing is data, drawn outside the model: `logits = model(x, draw("manifold", len(x)))`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastiat import kernels
+from fastiat.errors import InputError
+
+Kind = Literal["none", "mixup", "manifold"]
+KINDS: tuple[Kind, ...] = ("none", "mixup", "manifold")
+# Section 4.1 of the paper (and the README of the manifold mixup code): Beta(1, 1) and Beta(2, 2).
+DEFAULT_ALPHA = {"mixup": 1.0, "manifold": 2.0}
+DEFAULT_LAYERS = {"mixup": (0,), "manifold": (0, 1, 2)}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One draw: interpolate `lam * h + (1 - lam) * h[perm]` at mix point `layer`."""
+
+    layer: int
+    """Mix point: 0 is the standardised input, 1 and 2 follow the first and second group."""
+    perm: Tensor
+    """Partner of every sample: a permutation of the batch, (B,) int64."""
+    lam: Tensor
+    """Weight of the sample itself in [0, 1]: a scalar, or (B,) for one per sample; fp32."""
+
+
+def draw(
+    kind: Kind,
+    batch: int,
+    alpha: float | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    *,
+    layers: tuple[int, ...] | None = None,
+    per_sample: bool = False,
+) -> Mix | None:
+    """Draw the mixing of one update: layer uniform over `layers`, lambda ~ Beta(alpha, alpha).
+
+    `kind` "none" gives None and draws nothing, "mixup" mixes at layer 0 with alpha 1, "manifold"
+    at layer 0, 1 or 2 with alpha 2 (sections 3 and 4.1 of the paper). `generator` is a CPU
+    generator; `device` is where the tensors end up. Raises `InputError` for an unknown kind, a
+    batch below 1 or an alpha that is not positive and finite.
+    """
+    if kind not in KINDS:
+        raise InputError(f"unknown mix {kind!r}: choose from {', '.join(KINDS)}")
+    if kind == "none":
+        return None
+    alpha = DEFAULT_ALPHA[kind] if alpha is None else alpha
+    layers = DEFAULT_LAYERS[kind] if layers is None else layers
+    if batch < 1:
+        raise InputError(f"a batch of {batch} images cannot be mixed")
+    if not 0 < alpha < float("inf"):
+        raise InputError(f"mix alpha is {alpha}, but Beta(alpha, alpha) needs a positive number")
+    if not layers:
+        raise InputError("mix layers are empty: give at least one of 0, 1, 2")
+    layer = layers[int(torch.randint(len(layers), (), generator=generator))]
+    perm = torch.randperm(batch, generator=generator)
+    # torch has no Beta that takes a generator: numpy draws it, seeded from the generator.
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    values = np.random.default_rng(seed).beta(alpha, alpha, batch if per_sample else None)
+    lam = torch.as_tensor(values, dtype=torch.float32)
+    return Mix(layer, perm.to(device, non_blocking=True), lam.to(device, non_blocking=True))
+
+
+def mixed_loss(
+    logits: Tensor, y: Tensor, mix: Mix | None, loss: Literal["ce", "bce"] = "ce"
+) -> Tensor:
+    """Return the batch mean of lam * L(logits, y) + (1 - lam) * L(logits, y[perm]), a scalar.
+
+    `logits` is (B, K), `y` (B,) int64; without `mix` it is plain L. `loss` "ce" is cross-entropy,
+    section 3 of the paper; "bce" is the manifold mixup code's binary cross-entropy of the softmax
+    against the mixed one-hot labels.
+    """
+    if loss == "bce":
+        target = F.one_hot(y, logits.shape[1]).to(logits.dtype)
+        if mix is not None:
+            target = kernels.mix(target, mix.perm, mix.lam)
+        return F.binary_cross_entropy(F.softmax(logits, 1), target)
+    if mix is None:
+        return F.cross_entropy(logits, y)
+    return kernels.mixed_cross_entropy(logits, y, y[mix.perm], mix.lam)
+
+
+def mixed_correct(logits: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
+    """Return how much of a batch is predicted right, a scalar in [0, B], without a host sync.
+
+    Under mixing a prediction counts with the weight of the label it hits.
+    """
+    predicted = logits.argmax(1)
+    hits = (predicted == y).float()
+    if mix is not None:
+        hits = mix.lam * hits + (1 - mix.lam) * (predicted == y[mix.perm]).float()
+    return hits.sum()

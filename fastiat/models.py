@@ -1,0 +1,196 @@
+"""Networks: preact18, wrn28_10, wrn34_10 and mlp6, with per-image standardisation and mix points.
+
+Every model is `logits = model(x, mix=None)` on pixels in [0, 1]. Standardisation happens inside,
+so that an attack on the model is an attack on pixels. `mix` (a `fastiat.mix.Mix`) interpolates
+the batch at mix point 0 (after standardisation), 1 (after group 1) or 2 (after group 2).
+"""
+
+import difflib
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastiat import kernels
+from fastiat.errors import InputError
+
+MIX_POINTS = (0, 1, 2)
+
+
+class Network(nn.Module):
+    """What the architectures share: standardise, then run the groups with the mix points between.
+
+    `groups[0]` runs between mix points 0 and 1, `groups[1]` between 1 and 2, and the rest after.
+    A subclass fills `stem`, `groups` and `head`.
+    """
+
+    stem: nn.Module
+    groups: nn.ModuleList
+    head: nn.Module
+
+    def forward(self, x: Tensor, mix: Any = None) -> Tensor:
+        """Return logits, (B, num_classes), for pixels `x` in [0, 1], (B, C, H, W).
+
+        `mix` is anything with `layer`, `perm` and `lam` (see `fastiat.mix.Mix`), or None.
+        """
+        x = kernels.standardize(x)
+        if mix is not None and mix.layer == 0:
+            x = kernels.mix(x, mix.perm, mix.lam)
+        x = self.stem(x)
+        for point, group in enumerate(self.groups, start=1):
+            x = group(x)
+            if mix is not None and mix.layer == point:
+                x = kernels.mix(x, mix.perm, mix.lam)
+        return self.head(x)
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation residual block: BN, ReLU, 3x3, BN, ReLU, 3x3 (He et al. 2016b, fig. 1b)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut: nn.Conv2d | None = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv1(out)
+        return shortcut + self.conv2(F.relu(self.bn2(out)))
+
+
+def _group(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
+    sizes = [inputs] + [outputs] * (blocks - 1)
+    return nn.Sequential(
+        *(PreActBlock(n, outputs, stride if i == 0 else 1) for i, n in enumerate(sizes))
+    )
+
+
+class PreActResNet18(Network):
+    """PreActResNet18 as the mixup papers run it: four groups of two blocks, no final BN or ReLU.
+
+    The initialisation is PyTorch's default, as in those codebases.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.groups = nn.ModuleList(
+            [
+                _group(width, width, 2, 1),
+                _group(width, 2 * width, 2, 2),
+                _group(2 * width, 4 * width, 2, 2),
+                _group(4 * width, 8 * width, 2, 2),
+            ]
+        )
+        self.head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, num_classes)
+        )
+
+
+class WideResNet(Network):
+    """Wide residual network (Zagoruyko & Komodakis 2016), depth 6n + 4, dropout 0.
+
+    Convolutions start from He's normal initialisation (fan out), as in the original code.
+    """
+
+    def __init__(self, depth: int, num_classes: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        blocks = (depth - 4) // 6
+        self.stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.groups = nn.ModuleList(
+            [
+                _group(16, 16 * width, blocks, 1),
+                _group(16 * width, 32 * width, blocks, 2),
+                _group(32 * width, 64 * width, blocks, 2),
+            ]
+        )
+        self.head = nn.Sequential(
+            nn.BatchNorm2d(64 * width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(64 * width, num_classes),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+
+class MLP6(Network):
+    """Six weight matrices with ReLU between, no BatchNorm: the network of the paper's Figure 1.
+
+    Mix points 1 and 2 are the first and second hidden layers, after their ReLU.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, image_size: int, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Flatten()
+        sizes = [in_channels * image_size**2, *[width] * 5]
+        self.groups = nn.ModuleList(
+            nn.Sequential(nn.Linear(n, m), nn.ReLU()) for n, m in itertools.pairwise(sizes)
+        )
+        self.head = nn.Linear(width, num_classes)
+
+
+ARCHS = ("preact18", "wrn28_10", "wrn34_10", "mlp6")
+DEFAULT_WIDTH = {"preact18": 64, "wrn28_10": 10, "wrn34_10": 10, "mlp6": 512}
+
+
+def build(
+    name: str,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    image_size: int = 32,
+    width: int | None = None,
+) -> Network:
+    """Return a freshly initialised network in training mode, in fp32.
+
+    `name` is one of `ARCHS`; `image_size` is the side of the square images, at least 8 pixels;
+    `width` is the base channels (preact18: 64), the widening factor (wrn: 10) or the hidden units
+    (mlp6: 512). Raises `InputError` (a `ValueError`) for anything else.
+    """
+    if name not in ARCHS:
+        close = difflib.get_close_matches(name, ARCHS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"unknown arch {name!r}: choose from {', '.join(ARCHS)}{hint}")
+    width = DEFAULT_WIDTH[name] if width is None else width
+    limits = {
+        "num_classes": (num_classes, 2),
+        "in_channels": (in_channels, 1),
+        "image_size": (image_size, 8),
+        "width": (width, 1),
+    }
+    for what, (value, least) in limits.items():
+        if value < least:
+            raise InputError(f"{what} is {value}, but {name} needs at least {least}")
+    if name == "preact18":
+        return PreActResNet18(num_classes, in_channels, width)
+    if name == "mlp6":
+        return MLP6(num_classes, in_channels, image_size, width)
+    return WideResNet(28 if name == "wrn28_10" else 34, num_classes, in_channels, width)
+
+
+def normalisation_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return the model's BatchNorm layers, of any dimension, in order."""
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    return [module for module in model.modules() if isinstance(module, batch_norm)]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable values in the model."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Turn a uint8 batch into fp32 pixels in [0, 1], keeping its memory format."""
+    return images.to(torch.float32).div_(255)
