@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,8 +164,8 @@ def _digits() -> Dataset:
 class _Source:
     """How torchvision fetches and parses one data set. Paths are relative to the data folder."""
 
-    parse: Callable[[bool], tuple[Any, Any]]  # training split? -> images (N, H, W, C) and labels
-    classes: tuple[str, ...]
+    # Whether to take the training split -> images (N, H, W, C), labels, class names.
+    parse: Callable[[bool], tuple[Any, Any, Sequence[str]]]
     checksums: dict[str, str]  # MD5 of every file that torchvision checks
     needed: list[str]  # what must be there in the end
     by_hand: str  # what to put where without a network
@@ -183,16 +183,15 @@ def _cifar10(root: Path) -> _Source:
             names = os.path.join(self.root, self.base_folder, meta[0])
             return super()._check_integrity() and check_integrity(names, meta[1])
 
-    def parse(train: bool) -> tuple[Any, Any]:
+    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
         # torchvision unpickles the batches, after comparing the checksum of every one of them.
         source = WholeCIFAR10(root, train, download=train)
-        return source.data, source.targets
+        return source.data, source.targets, source.classes
 
     batches = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
     checksums = {f"{CIFAR10.base_folder}/{file}": md5 for file, md5 in batches}
     return _Source(
         parse,
-        tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
         {**checksums, CIFAR10.filename: CIFAR10.tgz_md5},
         list(checksums),
         f"{CIFAR10.filename} into {root}",
@@ -202,27 +201,26 @@ def _cifar10(root: Path) -> _Source:
 def _svhn(root: Path) -> _Source:
     from torchvision.datasets import SVHN
 
-    def parse(train: bool) -> tuple[Any, Any]:
+    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
         source = SVHN(root, "train" if train else "test", download=True)
-        return source.data.transpose(0, 2, 3, 1), source.labels
+        return source.data.transpose(0, 2, 3, 1), source.labels, "0123456789"
 
     files = [SVHN.split_list[split] for split in ("train", "test")]
     checksums = {file: md5 for _, file, md5 in files}
     by_hand = f"{' and '.join(checksums)} into {root}"
-    return _Source(parse, tuple("0123456789"), checksums, list(checksums), by_hand)
+    return _Source(parse, checksums, list(checksums), by_hand)
 
 
 def _fashion_mnist(root: Path) -> _Source:
     from torchvision.datasets import FashionMNIST
 
-    def parse(train: bool) -> tuple[Any, Any]:
+    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
         source = FashionMNIST(root, train, download=True)
-        return source.data.numpy()[..., None], source.targets.numpy()
+        return source.data.numpy()[..., None], source.targets, source.classes
 
     raw = "FashionMNIST/raw"
     return _Source(
         parse,
-        tuple(FashionMNIST.classes),
         {f"{raw}/{file}": md5 for file, md5 in FashionMNIST.resources},
         [f"{raw}/{file.removesuffix('.gz')}" for file, _ in FashionMNIST.resources],
         f"{', '.join(file for file, _ in FashionMNIST.resources)} into {root / raw}",
@@ -232,16 +230,14 @@ def _fashion_mnist(root: Path) -> _Source:
 def _torchvision(name: str, root: Path, progress: bool) -> Dataset:
     makers = {"cifar10": _cifar10, "svhn": _svhn, "fashion-mnist": _fashion_mnist}
     source = makers[name](root)
-
-    def split(train: bool) -> Split:
-        images, labels = source.parse(train)
-        pixels = torch.from_numpy(np.ascontiguousarray(images))
-        return Split(pixels, torch.as_tensor(labels, dtype=torch.int64))
-
+    splits = []
     try:
         with _quiet(progress):
-            train, test = split(True), split(False)
-        return Dataset(name, source.classes, train, test, flip=name == "cifar10")
+            for train in (True, False):
+                images, labels, names = source.parse(train)
+                pixels = torch.from_numpy(np.ascontiguousarray(images))
+                splits.append(Split(pixels, torch.as_tensor(labels, dtype=torch.int64)))
+        return Dataset(name, tuple(names), splits[0], splits[1], flip=name == "cifar10")
     # Networks, archives and parsers fail in too many ways to list; the cause stays chained.
     except Exception as error:
         raise InputError(_explain(name, root, source, error)) from error

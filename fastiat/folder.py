@@ -148,7 +148,7 @@ def _class_names(root: Path, split: str) -> set[str]:
 
 
 def _image_files(folder: Path, ignored: list[str]) -> list[tuple[str, int, int]]:
-    """Return (name, bytes, mtime_ns) of the images in `folder`, sorted; list others in `ignored`."""
+    """Return the sorted (name, bytes, mtime_ns) of `folder`'s images; list others in `ignored`."""
     images = []
     try:
         with os.scandir(folder) as entries:
@@ -193,7 +193,8 @@ def _decode_all(paths: list[str], progress: bool) -> NDArray[np.uint8]:
             pool = ProcessPoolExecutor(
                 workers, multiprocessing.get_context("fork"), _let_parent_handle_signals
             )
-            results = stack.enter_context(pool).map(work, chunks)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            results = pool.map(work, chunks)
         bar = stack.enter_context(
             tqdm(total=len(paths), desc="decoding", unit=" images", disable=not progress)
         )
@@ -258,7 +259,7 @@ def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
     # Pillow's readers raise whatever a damaged file makes them stumble on.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is damaged ({reason}): replace or remove it") from error
+        raise InputError(f"{path} cannot be decoded ({reason}): replace or remove it") from error
 
 
 def _pixels(image: Image.Image, path: str) -> NDArray[np.uint8]:
@@ -269,9 +270,8 @@ def _pixels(image: Image.Image, path: str) -> NDArray[np.uint8]:
         return (values >> 8).astype(np.uint8)
     if image.mode == "F":
         raise InputError(f"{path} has floating-point pixels: save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-            raise InputError(f"{path} has transparent pixels: flatten it onto a background")
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise InputError(f"{path} has transparent pixels: flatten it onto a background")
     mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
     return np.asarray(image if image.mode == mode else image.convert(mode))
 
