@@ -140,12 +140,11 @@ def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool
         )
     else:
         root = Path(os.environ.get("FASTIAT_DATA") or folder.user_cache("data")).expanduser()
-    show = progress and sys.stderr.isatty()
     if name == "folder":
-        tree = folder.read(root, progress=show)
+        tree = folder.read(root, progress=progress)
         train, test = (Split(*map(torch.from_numpy, part)) for part in (tree.train, tree.test))
         return Dataset(name, tree.classes, train, test, flip=True)
-    return _torchvision(name, root, show)
+    return _torchvision(name, root, progress and sys.stderr.isatty())
 
 
 def _digits() -> Dataset:
@@ -366,7 +365,8 @@ class ResidentLoader:
         """
         if not self.train:
             return self._in_order(skip)
-        return self._augmented(torch.randperm(len(self.labels), generator=self.order), skip)
+        order = torch.randperm(len(self.labels), generator=self.order)
+        return self._augmented(order.to(self.device), skip)
 
     def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in range(skip, len(self)):
@@ -374,7 +374,7 @@ class ResidentLoader:
             yield self.images[span].permute(0, 3, 1, 2), self.labels[span]
 
     def _augmented(self, order: Tensor, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order, size = order.to(self.device), self.batch_size
+        size = self.batch_size
         for batch in range(skip, len(self)):
             index = order[batch * size : (batch + 1) * size]
             dy, dx = self._draw(2 * self.pad + 1, (2, size))

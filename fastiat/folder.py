@@ -196,7 +196,8 @@ def _decode_all(paths: list[str], progress: bool) -> NDArray[np.uint8]:
             stack.callback(pool.shutdown, cancel_futures=True)
             results = pool.map(work, chunks)
         bar = stack.enter_context(
-            tqdm(total=len(paths), desc="decoding", unit=" images", disable=not progress)
+            # None: shown on a terminal alone.
+            tqdm(total=len(paths), desc="decoding", unit=" images", disable=not progress or None)
         )
         done, colour = 0, False
         try:
