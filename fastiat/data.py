@@ -1,0 +1,389 @@
+"""Images: the data sets, a stratified hold-out, and the loader that keeps a set on the device.
+
+`load` returns a `Dataset` of two `Split`s in memory; `ResidentLoader` copies a split to the
+training device once and yields uint8 batches, randomly cropped and mirrored for training.
+"""
+
+import contextlib
+import hashlib
+import importlib.resources
+import io
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastiat import folder
+from fastiat.errors import InputError
+from fastiat.kernels import crop_flip
+
+DATASETS: tuple[str, ...] = ("cifar10", "svhn", "fashion-mnist", "digits", "folder")
+
+DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte before a download counts as failed
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled images on the CPU.
+
+    `images` is (N, H, W, C) uint8 and contiguous, `labels` (N,) int64. Raises `InputError` for
+    tensors of another shape or type.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dim() != 4 or images.dtype != torch.uint8 or not images.is_contiguous():
+            raise InputError(
+                f"images are {images.dtype} of shape {tuple(images.shape)}: "
+                "give contiguous uint8 (N, H, W, C)"
+            )
+        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+            raise InputError(
+                f"{len(images)} images come with {labels.dtype} labels of shape "
+                f"{tuple(labels.shape)}: give one int64 label for each image"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """One image's (C, H, W)."""
+        _, height, width, channels = self.images.shape
+        return channels, height, width
+
+    def take(self, index: Tensor) -> "Split":
+        """Return the images and labels that `index`, (M,) int64, picks, in its order."""
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test split of one data set.
+
+    `classes[label]` is a class's name; `flip` says whether training mirrors images (the paper
+    flips CIFAR-10, not SVHN). Raises `InputError` for a label without a class and for splits
+    whose images differ in shape.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    flip: bool
+
+    def __post_init__(self) -> None:
+        for split in (self.train, self.test):
+            if len(split) == 0:
+                raise InputError(f"{self.name} has a split without images")
+            low, high = int(split.labels.min()), int(split.labels.max())
+            if low < 0 or high >= len(self.classes):
+                raise InputError(
+                    f"{self.name} has labels from {low} to {high} for {len(self.classes)} classes"
+                )
+        if self.train.shape != self.test.shape:
+            raise InputError(
+                f"{self.name} has training images of shape {self.train.shape} and "
+                f"test images of shape {self.test.shape}"
+            )
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of a SHA-256 over both splits' shapes, labels and pixels."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            digest.update(str(tuple(split.images.shape)).encode())
+            digest.update(split.labels.contiguous().numpy().data)
+            digest.update(split.images.numpy().data)
+        return digest.hexdigest()[:16]
+
+
+def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool = True) -> Dataset:
+    """Return the data set `name`, one of `DATASETS`.
+
+    `cifar10`, `svhn` (73,257 training images, no extra ones) and `fashion-mnist` are downloaded
+    by torchvision, which compares checksums, into `data_dir`, else `$FASTIAT_DATA`, else
+    `~/.cache/fastiat/data` (`$XDG_CACHE_HOME/fastiat/data`). `folder` is the image tree at
+    `data_dir` (`fastiat.folder` says what it may hold). `digits` ships with the package:
+    scikit-learn's 1,797 scans of 8x8 pixels, 0..16 scaled to 0..255, 1,437 of them to train on.
+    Progress bars appear when `progress` is set and stderr is a terminal.
+
+    Raises `InputError` in one line for an unknown name, a folder that is not there, files that
+    can neither be found nor downloaded (it says what to put where) and a damaged file (named).
+    """
+    if name not in DATASETS:
+        raise InputError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    if name == "digits":
+        return _digits()
+    if data_dir is not None:
+        root = Path(data_dir).expanduser()
+        if not root.exists():
+            raise InputError(f"the data folder {root} does not exist: create it or name another")
+        if not root.is_dir():
+            raise InputError(f"the data folder {root} is a file: name the folder that holds it")
+        if not os.access(root, os.R_OK | os.X_OK):
+            raise InputError(f"the data folder {root} cannot be read: check its permissions")
+    elif name == "folder":
+        raise InputError(
+            "the data set 'folder' needs a data folder (--data-dir) with "
+            "train/<class>/ and test/<class>/ in it"
+        )
+    else:
+        root = Path(os.environ.get("FASTIAT_DATA") or folder.user_cache("data")).expanduser()
+    if name == "folder":
+        tree = folder.read(root, progress=progress)
+        train, test = (Split(*map(torch.from_numpy, part)) for part in (tree.train, tree.test))
+        return Dataset(name, tree.classes, train, test, flip=True)
+    return _torchvision(name, root, progress and sys.stderr.isatty())
+
+
+def _digits() -> Dataset:
+    source = importlib.resources.files("fastiat").joinpath("digits.npz")
+    with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        images = torch.from_numpy(arrays["images"])[..., None]
+        labels = torch.from_numpy(arrays["labels"]).long()
+        in_test = torch.zeros(len(labels), dtype=torch.bool)
+        in_test[torch.from_numpy(arrays["test"])] = True
+    everything = Split(images, labels)
+    train, test = everything.take(~in_test), everything.take(in_test)
+    return Dataset("digits", tuple("0123456789"), train, test, flip=False)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """How torchvision fetches and parses one data set. Paths are relative to the data folder."""
+
+    # Whether to take the training split -> images (N, H, W, C), labels, class names.
+    parse: Callable[[bool], tuple[Any, Any, Sequence[str]]]
+    checksums: dict[str, str]  # MD5 of every file that torchvision checks
+    needed: list[str]  # what must be there in the end
+    by_hand: str  # what to put where without a network
+
+
+def _cifar10(root: Path) -> _Source:
+    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
+    from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
+
+    meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
+
+    class WholeCIFAR10(CIFAR10):
+        # The parent forgets the file of class names here, so would never replace a damaged one.
+        def _check_integrity(self) -> bool:
+            names = os.path.join(self.root, self.base_folder, meta[0])
+            return super()._check_integrity() and check_integrity(names, meta[1])
+
+    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
+        # torchvision unpickles the batches, after comparing the checksum of every one of them.
+        source = WholeCIFAR10(root, train, download=train)
+        return source.data, source.targets, source.classes
+
+    batches = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
+    checksums = {f"{CIFAR10.base_folder}/{file}": md5 for file, md5 in batches}
+    return _Source(
+        parse,
+        {**checksums, CIFAR10.filename: CIFAR10.tgz_md5},
+        list(checksums),
+        f"{CIFAR10.filename} into {root}",
+    )
+
+
+def _svhn(root: Path) -> _Source:
+    from torchvision.datasets import SVHN
+
+    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
+        source = SVHN(root, "train" if train else "test", download=True)
+        return source.data.transpose(0, 2, 3, 1), source.labels, "0123456789"
+
+    files = [SVHN.split_list[split] for split in ("train", "test")]
+    checksums = {file: md5 for _, file, md5 in files}
+    by_hand = f"{' and '.join(checksums)} into {root}"
+    return _Source(parse, checksums, list(checksums), by_hand)
+
+
+def _fashion_mnist(root: Path) -> _Source:
+    from torchvision.datasets import FashionMNIST
+
+    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
+        source = FashionMNIST(root, train, download=True)
+        return source.data.numpy()[..., None], source.targets, source.classes
+
+    raw = "FashionMNIST/raw"
+    return _Source(
+        parse,
+        {f"{raw}/{file}": md5 for file, md5 in FashionMNIST.resources},
+        [f"{raw}/{file.removesuffix('.gz')}" for file, _ in FashionMNIST.resources],
+        f"{', '.join(file for file, _ in FashionMNIST.resources)} into {root / raw}",
+    )
+
+
+def _torchvision(name: str, root: Path, progress: bool) -> Dataset:
+    makers = {"cifar10": _cifar10, "svhn": _svhn, "fashion-mnist": _fashion_mnist}
+    source = makers[name](root)
+    splits = []
+    try:
+        with _quiet(progress):
+            for train in (True, False):
+                images, labels, names = source.parse(train)
+                pixels = torch.from_numpy(np.ascontiguousarray(images))
+                splits.append(Split(pixels, torch.as_tensor(labels, dtype=torch.int64)))
+        return Dataset(name, tuple(names), splits[0], splits[1], flip=name == "cifar10")
+    # Networks, archives and parsers fail in too many ways to list; the cause stays chained.
+    except Exception as error:
+        raise InputError(_explain(name, root, source, error)) from error
+
+
+def _explain(name: str, root: Path, source: _Source, error: Exception) -> str:
+    """Say in one line which file made `source` fail, and what mends it."""
+    from torchvision.datasets.mnist import (  # type: ignore[import-untyped]
+        read_sn3_pascalvincent_tensor,
+    )
+    from torchvision.datasets.utils import check_integrity
+
+    reason = " ".join(str(error).split()) or type(error).__name__
+    absent = [file for file in source.needed if not (root / file).exists()]
+    for file, md5 in source.checksums.items():
+        # An archive or .gz beside its intact contents is not what failed.
+        unpacked = file not in source.needed and not absent
+        if (root / file).exists() and not unpacked and not check_integrity(root / file, md5):
+            return (
+                f"{root / file} is damaged (wrong checksum) and could not be downloaded again "
+                f"({reason}): put the original file in its place"
+            )
+    if absent:
+        return (
+            f"{name} is not in {root} and could not be downloaded ({reason}): put {source.by_hand}"
+        )
+    for file in source.needed:
+        if file not in source.checksums:  # unpacked from a .gz, without a checksum of its own
+            try:
+                read_sn3_pascalvincent_tensor(os.fspath(root / file))
+            except Exception:
+                return f"{root / file} is damaged: delete it and run again"
+    return f"{name} in {root} cannot be read ({reason}): delete its files there and run again"
+
+
+@contextlib.contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    """Silence torchvision, but for its bars where `progress`, and let no download hang."""
+    timeout = socket.getdefaulttimeout()
+    sink = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sink))
+        if not progress:
+            stack.enter_context(contextlib.redirect_stderr(sink))
+        # CIFAR-10's pickles are older than a NumPy that warns about them.
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.callback(socket.setdefaulttimeout, timeout)
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        yield
+
+
+def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
+    """Return (`split` without `n` of its images, those `n`), each in the order of `split`.
+
+    Stratified: every class gives its share of `n`, rounded by largest remainder. Which images go
+    depends on `seed` and the labels alone. Raises `InputError` unless 0 < n < len(split).
+    """
+    if not 0 < n < len(split):
+        raise InputError(f"cannot hold out {n} of {len(split)} images: give 1 to {len(split) - 1}")
+    counts = torch.bincount(split.labels)
+    quota, remainder = n * counts // len(split), n * counts % len(split)
+    quota[remainder.argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
+    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    held = torch.zeros(len(split), dtype=torch.bool)
+    for label, take in enumerate(quota.tolist()):
+        held[shuffled[split.labels[shuffled] == label][:take]] = True
+    return split.take(~held), split.take(held)
+
+
+class ResidentLoader:
+    """Batches of a split that lives on the device as uint8: 154 MB for CIFAR-10.
+
+    Iterating yields (x, y): x (B, C, H, W) uint8 and channels-last, y (B,) int64, both on
+    `device`. With `train`, a pass is shuffled, its partial last batch dropped, and every image
+    is shifted by up to `pad` pixels each way over zeros and, with `flip`, mirrored half the time
+    (section 4.1 of the IAT paper, after Madry et al. 2018). Without, images come in their order,
+    untouched, the last batch as short as it is; those x are views of the resident images and
+    must not be written to.
+
+    `order`, a CPU generator, gives each pass its permutation; `augment`, a generator on
+    `device`, each batch its shifts and flips; None stands for torch's default generators. No
+    batch waits for the device. Raises `InputError` where no full training batch exists.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        train: bool,
+        pad: int = 2,
+        flip: bool = False,
+        order: torch.Generator | None = None,
+        augment: torch.Generator | None = None,
+    ) -> None:
+        if batch_size < 1 or pad < 0:
+            raise InputError(
+                f"batch size {batch_size} with padding {pad}: give at least 1 and at least 0"
+            )
+        if train and batch_size > len(split):
+            raise InputError(
+                f"a batch of {batch_size} is larger than the {len(split)} training images: "
+                f"give a batch size of {len(split)} or less"
+            )
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+        self.device = self.images.device
+        self.batch_size, self.train, self.pad, self.flip = batch_size, train, pad, flip
+        self.order, self.augment = order, augment
+
+    def __len__(self) -> int:
+        """Batches in a pass."""
+        full, rest = divmod(len(self.labels), self.batch_size)
+        return full if self.train or rest == 0 else full + 1
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch()
+
+    def epoch(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return one pass that starts at batch `skip`.
+
+        `order` is drawn from here and now, `augment` when a batch is made. So with `order` as it
+        was at the start of a pass and `augment` as it was after `skip` batches of it, the rest
+        of that pass repeats exactly.
+        """
+        if not self.train:
+            return self._in_order(skip)
+        order = torch.randperm(len(self.labels), generator=self.order)
+        return self._augmented(order.to(self.device), skip)
+
+    def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in range(skip, len(self)):
+            span = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            yield self.images[span].permute(0, 3, 1, 2), self.labels[span]
+
+    def _augmented(self, order: Tensor, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        size = self.batch_size
+        for batch in range(skip, len(self)):
+            index = order[batch * size : (batch + 1) * size]
+            dy, dx = self._draw(2 * self.pad + 1, (2, size))
+            if self.flip:
+                flip = self._draw(2, (size,)).bool()
+            else:
+                flip = torch.zeros(size, dtype=torch.bool, device=self.device)
+            x = crop_flip(self.images, index, dy, dx, flip, self.pad)
+            yield x, self.labels[index]
+
+    def _draw(self, high: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(high, shape, generator=self.augment, device=self.device)

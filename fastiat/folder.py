@@ -1,0 +1,316 @@
+"""Image trees, `train/<class>/*` and `test/<class>/*`, decoded once into a cache.
+
+What a tree may hold:
+
+- The classes are the folders' names, sorted; both splits have the same ones, two or more.
+- The images are the files directly in a class's folder whose extension is in `EXTENSIONS`, in
+  any case, links included. Hidden names, folders in there and other files are left out; a
+  warning counts the other files.
+- All images are square and of one size, 8x8 or more. Of an animation the first frame counts.
+- A tree is colour, 3 channels, as soon as one image is; then grey ones repeat their channel.
+  Bilevel and grey images are grey, 16 bits keep the high byte; palettes, CMYK and the rest are
+  converted to RGB.
+- EXIF orientation is applied: an image is taken as viewers show it.
+- An alpha channel is dropped where the image is opaque throughout. Anything transparent is
+  refused, because the background is not ours to choose.
+"""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import multiprocessing
+import os
+import signal
+import stat
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from fastiat.errors import InputError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Named, so that no other reader of Pillow's is let near a file; the EPS one runs a program.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+SPLITS = ("train", "test")
+SMALLEST = 8  # pixels, the smallest image the models take
+
+CHUNK = 128  # images per task of a worker
+PARALLEL_FROM = 2000  # images from which worker processes are worth their start
+CACHE_VERSION = 1  # raise it when decoding changes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A decoded tree: (images (N, H, W, C) uint8, labels (N,) int64) of each split."""
+
+    classes: tuple[str, ...]
+    train: tuple[NDArray[np.uint8], NDArray[np.int64]]
+    test: tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+
+def read(root: str | os.PathLike, *, progress: bool = True) -> Tree:
+    """Return the images of the tree at `root`, from the cache if nothing changed since.
+
+    The cache is a file in `$FASTIAT_CACHE`, else `~/.cache/fastiat/folders`, found by the tree's
+    absolute path and valid for one list of files with their sizes and modification times. A
+    cache that is damaged or cannot be written costs a warning and time. Raises `InputError`,
+    naming the file or folder, for a tree that breaks the rules at the head of `fastiat.folder`
+    and for a damaged image.
+    """
+    root = Path(root).absolute()
+    listing = _scan(root)
+    cache = _cache_file(root)
+    images = _load_cache(cache, listing)
+    if images is None:
+        images = _decode_all(listing.paths, progress)
+        _save_cache(cache, listing, images)
+        if listing.ignored:
+            log.warning(
+                "%s: %d files have no image's extension and were left out, the first is %s",
+                *(root, len(listing.ignored), listing.ignored[0]),
+            )
+    n = listing.n_train
+    train, test = (images[:n], listing.labels[:n]), (images[n:], listing.labels[n:])
+    return Tree(listing.classes, train, test)
+
+
+def user_cache(name: str) -> Path:
+    """Return fastiat's folder `name` in the user's cache folder; it need not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastiat" / name
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What a tree holds, training images first."""
+
+    classes: tuple[str, ...]
+    paths: list[str]
+    labels: NDArray[np.int64]
+    n_train: int
+    ignored: list[str]
+    digest: str  # SHA-256 over every image's path in the tree, size and modification time
+
+
+def _scan(root: Path) -> _Listing:
+    names = {split: _class_names(root, split) for split in SPLITS}
+    for here, there in (SPLITS, SPLITS[::-1]):
+        for name in sorted(names[here] - names[there]):
+            raise InputError(
+                f"class {name!r} is in {root / here} but not in {root / there}: "
+                "every class needs images in both"
+            )
+    classes = tuple(sorted(names["train"]))
+    if len(classes) < 2:
+        raise InputError(f"{root} has only the class {classes[0]!r}: a classifier needs two")
+
+    paths: list[str] = []
+    labels: list[int] = []
+    ignored: list[str] = []
+    digest = hashlib.sha256(b"%d" % CACHE_VERSION)
+    n_train = 0
+    for split in SPLITS:
+        for label, name in enumerate(classes):
+            for file, size, mtime_ns in _image_files(root / split / name, ignored):
+                digest.update(os.fsencode(f"\0{split}/{name}/{file}\0{size}\0{mtime_ns}"))
+                paths.append(os.path.join(root, split, name, file))
+                labels.append(label)
+        n_train = n_train or len(paths)
+    everything = np.array(labels, np.int64)
+    return _Listing(classes, paths, everything, n_train, ignored, digest.hexdigest())
+
+
+def _class_names(root: Path, split: str) -> set[str]:
+    try:
+        with os.scandir(root / split) as entries:
+            names = {e.name for e in entries if e.is_dir() and not e.name.startswith(".")}
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{root} has no folder {split!r}: an image tree is train/<class>/* and test/<class>/*"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{root / split} cannot be read: {error.strerror}") from error
+    if not names:
+        raise InputError(f"{root / split} has no class folders: put images in {split}/<class>/")
+    return names
+
+
+def _image_files(folder: Path, ignored: list[str]) -> list[tuple[str, int, int]]:
+    """Return the sorted (name, bytes, mtime_ns) of `folder`'s images; list others in `ignored`."""
+    images = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.is_dir():
+                    continue
+                if not entry.name.lower().endswith(EXTENSIONS):
+                    ignored.append(entry.path)
+                    continue
+                status = entry.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    raise InputError(f"{entry.path} is not a file: remove it")
+                images.append((entry.name, status.st_size, status.st_mtime_ns))
+    except OSError as error:  # of a link to nothing, too
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if not images:
+        raise InputError(f"{folder} holds no images ({' '.join(EXTENSIONS)}) for its class")
+    return sorted(images)
+
+
+def _decode_all(paths: list[str], progress: bool) -> NDArray[np.uint8]:
+    """Return the images at `paths` as one (N, H, W, C) array, C = 3 if one of them is colour."""
+    with contextlib.ExitStack() as stack:
+        # Pillow warns of what is refused or harmless here; of a bomb only up to twice its limit.
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        side = len(_decode(paths[0]))
+        try:
+            images = np.empty((len(paths), side, side, 3), np.uint8)
+        except MemoryError:
+            raise InputError(
+                f"{len(paths)} images of {side}x{side} pixels do not fit into memory: shrink them"
+            ) from None
+        chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+        work = functools.partial(_decode_chunk, first=paths[0], side=side)
+        results: Iterable[tuple[NDArray[np.uint8], bool]] = map(work, chunks)
+        workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+        if workers > 1 and len(paths) >= PARALLEL_FROM:
+            # Threads would queue for the interpreter's lock, which small images mostly hold.
+            # Forked workers need no `if __name__ == "__main__"` in the caller's script and touch
+            # neither torch nor CUDA.
+            pool = ProcessPoolExecutor(
+                workers, multiprocessing.get_context("fork"), _let_parent_handle_signals
+            )
+            stack.callback(pool.shutdown, cancel_futures=True)
+            results = pool.map(work, chunks)
+        bar = stack.enter_context(
+            # None: shown on a terminal alone.
+            tqdm(total=len(paths), desc="decoding", unit=" images", disable=not progress or None)
+        )
+        done, colour = 0, False
+        try:
+            for pixels, coloured in results:
+                images[done : done + len(pixels)] = pixels
+                done += len(pixels)
+                colour |= coloured
+                bar.update(len(pixels))
+        except BrokenProcessPool:
+            raise InputError(
+                "a process that decodes images was killed: free memory, then run again"
+            ) from None
+    return images if colour else images[..., :1].copy()
+
+
+def _let_parent_handle_signals() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _decode_chunk(paths: list[str], first: str, side: int) -> tuple[NDArray[np.uint8], bool]:
+    """Return the images at `paths`, grey ones in three equal channels, and whether any is colour.
+
+    `first` names the image that set the `side`.
+    """
+    pixels = np.empty((len(paths), side, side, 3), np.uint8)
+    colour = False
+    for i, path in enumerate(paths):
+        image = _decode(path, first, side)
+        pixels[i] = image if image.ndim == 3 else image[..., None]
+        colour |= image.ndim == 3
+    return pixels, colour
+
+
+def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
+    """Return one image as (H, W) if it is grey, (H, W, 3) if not."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width != height:
+                raise InputError(f"{path} is {width}x{height} pixels: make every image square")
+            if width < SMALLEST:
+                raise InputError(
+                    f"{path} is {width}x{height} pixels: {SMALLEST}x{SMALLEST} is the smallest size"
+                )
+            if side and width != side:
+                raise InputError(
+                    f"{path} is {width}x{height} pixels but {first} is {side}x{side}: "
+                    "bring all images to one size"
+                )
+            if "exif" in image.info:
+                ImageOps.exif_transpose(image, in_place=True)
+            return _pixels(image, path)
+    except InputError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{path} is too large to be decoded safely: shrink it") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is not an image or damaged: replace or remove it") from error
+    # Pillow's readers raise whatever a damaged file makes them stumble on.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} cannot be decoded ({reason}): replace or remove it") from error
+
+
+def _pixels(image: Image.Image, path: str) -> NDArray[np.uint8]:
+    if image.mode.startswith("I"):  # Pillow holds 16-bit grey in modes I;16, I;16B and I
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise InputError(f"{path} has more than 16 bits per pixel: save it with 8 or 16")
+        return (values >> 8).astype(np.uint8)
+    if image.mode == "F":
+        raise InputError(f"{path} has floating-point pixels: save it with 8 or 16 bits")
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise InputError(f"{path} has transparent pixels: flatten it onto a background")
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    return np.asarray(image if image.mode == mode else image.convert(mode))
+
+
+def _cache_file(root: Path) -> Path:
+    folder = Path(os.environ.get("FASTIAT_CACHE") or user_cache("folders")).expanduser()
+    return folder / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
+
+
+def _load_cache(cache: Path, listing: _Listing) -> NDArray[np.uint8] | None:
+    try:
+        with np.load(cache, allow_pickle=False) as arrays:
+            if str(arrays["digest"]) != listing.digest:
+                return None
+            images = arrays["images"]
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(listing.paths):
+            raise ValueError("not this tree's images")
+        return images
+    except FileNotFoundError:
+        return None
+    # NumPy and zipfile raise whatever a damaged file makes them stumble on.
+    except Exception as error:
+        log.warning("the cache %s cannot be used (%s): decoding again", cache, error)
+        return None
+
+
+def _save_cache(cache: Path, listing: _Listing, images: NDArray[np.uint8]) -> None:
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part, name = tempfile.mkstemp(prefix=f"{cache.stem}.", suffix=".part", dir=cache.parent)
+        try:
+            with os.fdopen(part, "wb") as file:
+                np.savez(file, digest=np.array(listing.digest), images=images)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, cache)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        log.warning("no cache of the images (%s): the next run decodes them again", error)
