@@ -132,16 +132,11 @@ class Trainer:
             raise InputError(
                 f"--batch-size {config.batch_size} is more than the {len(train)} training images"
             )
+        cpu, device = torch.device("cpu"), self.device
+        places = {"order": cpu, "augment": device, "mix": cpu, "attack": device}
         self.random = {
-            name: torch.Generator(device).manual_seed(config.seed * 1000 + number)
-            for number, (name, device) in enumerate(
-                {
-                    "order": "cpu",
-                    "augment": self.device,
-                    "mix": "cpu",
-                    "attack": self.device,
-                }.items()
-            )
+            purpose: torch.Generator(place).manual_seed(config.seed * 1000 + number)
+            for number, (purpose, place) in enumerate(places.items())
         }
         self.loader = data.ResidentLoader(
             train,

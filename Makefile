@@ -1,0 +1,40 @@
+# make demo    train and measure a robust digits classifier
+# make test    run the test suite
+# make lint    ruff and mypy
+# make bench   attack and kernel throughput
+# PYTHON=python3.12 make demo   chooses the interpreter that .venv is made with
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test quick lint bench clean
+
+demo: $(STAMP)
+	rm -rf runs/demo
+	$(BIN)/fastiat train --arch preact18 --mix manifold --dataset digits --width 32 --epochs 10 \
+		--schedule cosine --pad 1 --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench --benchmark-only
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $(STAMP)
