@@ -9,6 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# A .venv of another interpreter than the one asked for is made anew.
+ifneq ($(origin PYTHON),file)
+IDENTITY := import sys; print(sys.version, sys.base_prefix)
+ifneq ($(shell $(PYTHON) -c '$(IDENTITY)'),$(shell $(BIN)/python -c '$(IDENTITY)' 2> /dev/null))
+$(shell rm -f $(STAMP))
+endif
+endif
+
 .PHONY: demo test quick lint bench clean
 
 demo: $(STAMP)
@@ -34,7 +42,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 $(STAMP): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
