@@ -1,11 +1,15 @@
 """The `fastiat` command: dataclasses turned into flags, errors into one line."""
 
 import argparse
+import difflib
+import errno
 import importlib
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -19,7 +23,6 @@ from fastiat.config import (
     Settings,
     TrainConfig,
     flag_of,
-    paper,
 )
 from fastiat.errors import InputError
 
@@ -56,8 +59,24 @@ EXAMPLES = {
 }
 
 
+METAVARS = {"runs": "RUN", "dir": "DIR", "out": "PATH", "data_dir": "DIR", "attacks": "ATTACK"}
+
+MENDS = {
+    errno.ENOSPC: "free some space on that disk",
+    errno.EDQUOT: "free some of your quota on that disk",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+}
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line."""
+    """An argument parser whose complaint is one line, and which takes -1/255 for a number."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-\.?(\d|inf|nan)")
 
     def error(self, message: str) -> NoReturn:
         """Print the complaint and exit with status 2."""
@@ -94,10 +113,31 @@ def explain(error: Exception) -> tuple[int | None, str]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, "the reader of the output went away"
     if isinstance(error, OSError):
-        where = f": {error.filename}" if error.filename else ""
-        return 2, f"{error.strerror or error}{where}"
+        return 2, explain_os(error)
+    if out_of_memory(error):
+        return 2, "this takes more memory than there is: lower --batch-size or --width"
     signum = getattr(error, "signum", None)
     return (None, "") if signum is None else (128 + signum, str(error))
+
+
+def explain_os(error: OSError) -> str:
+    """Say in one line what the system refused, where, and what mends it."""
+    where = f": {error.filename}" if error.filename else ""
+    mend = MENDS.get(error.errno or 0)
+    return f"{error.strerror or error}{where}" + (f": {mend}" if mend else "")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on the host or, which torch tells by a `RuntimeError`, elsewhere."""
+    signs = (
+        "out of memory",
+        "not enough memory",
+        "can't allocate memory",
+        "calculation overflowed",
+    )
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Settings]:
@@ -110,20 +150,31 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
     )
     parser.add_argument("--version", action="version", version=f"fastiat {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subs = {}
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(
+        arguments = [_argument(command.config, field) for field in command.config.positional]
+        subs[name] = commands.add_parser(
             name,
             help=command.summary,
-            description=(command.config.__doc__ or "")
-            + "\n\nFor example:\n  "
+            usage=" ".join(["fastiat", name, *arguments, "[SETTING ...]"]),
             # Argument help is wrapped, the examples are not.
-            + EXAMPLES[name].replace("\n", "\n  "),
+            description=textwrap.fill(command.config.__doc__ or "", 78)
+            + "\n\nFor example:\n"
+            + textwrap.indent(EXAMPLES[name], "  "),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS,
+            # A script that says --ep would break with the next flag that starts so.
+            allow_abbrev=False,
         )
-        add_settings(sub, command.config)
-    given = vars(parser.parse_args(argv))
+        add_settings(subs[name], command.config)
+    known, unknown = parser.parse_known_args(argv)
+    given = vars(known)
     name = given.pop("command")
+    if unknown:
+        flags = [flag_of(field.name) for field in fields(COMMANDS[name].config)]  # type: ignore[arg-type]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        subs[name].error(f"unknown argument {unknown[0]}{hint}")
     config = resolve(COMMANDS[name].config, given)
     config.check()
     return name, config
@@ -145,17 +196,29 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
 def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
     """Add a flag, or for a required setting an argument, for every field of the dataclass."""
     hints, docs = get_type_hints(kind), kind.docs()
+    group: Any = parser
     for field in fields(kind):  # type: ignore[arg-type]
-        hint, text = hints[field.name], docs[field.name].replace("%", "%%")
-        options: dict[str, Any] = _parsing(hint)
+        if field.name in kind.groups:
+            group = parser.add_argument_group(kind.groups[field.name])
+        options = _parsing(hints[field.name])
+        if field.name in METAVARS:
+            options["metavar"] = METAVARS[field.name]
         if field.name in kind.positional:
-            parser.add_argument(field.name, help=text, **options)
+            parser.add_argument(field.name, help=docs[field.name], **options)
             continue
-        if field.default not in (None, MISSING) and options.get("action") is None:
-            text += f" (default: {_defaults(kind, field.name)})"
-        elif options.get("action") is not None:
-            text += f" (default: {'yes' if field.default else 'no'})"
-        parser.add_argument(flag_of(field.name), dest=field.name, help=text, **options)
+        default = _default(kind, field.name)
+        text = docs[field.name]
+        if default:
+            text = f"{text.removesuffix('.')} (default: {default})."
+        group.add_argument(
+            flag_of(field.name), dest=field.name, help=text.replace("%", "%%"), **options
+        )
+
+
+def _argument(kind: type[Settings], name: str) -> str:
+    """Write an argument as the usage line has it."""
+    several = get_origin(get_type_hints(kind)[name]) is tuple
+    return METAVARS[name] + (f" [{METAVARS[name]} ...]" if several else "")
 
 
 def _parsing(hint: Any) -> dict[str, Any]:
@@ -170,7 +233,7 @@ def _parsing(hint: Any) -> dict[str, Any]:
         return _parsing(get_args(hint)[0]) | {"nargs": "+", "action": _StoreTuple}
     if hint is float:
         return {"type": number, "metavar": "X"}
-    return {"type": hint, "metavar": "N" if hint is int else "S"}
+    return {"type": hint, "metavar": "N" if hint is int else "NAME"}
 
 
 class _StoreTuple(argparse.Action):
@@ -182,27 +245,42 @@ class _StoreTuple(argparse.Action):
 
 def number(text: str) -> float:
     """Read a number, or a fraction such as 8/255."""
-    return float(Fraction(text)) if "/" in text else float(text)
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ArithmeticError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number such as 0.03 or 8/255"
+        ) from None
 
 
-def _defaults(kind: type[Settings], name: str) -> str:
-    """Write a field's default, and the modern preset's where it differs."""
-    if kind is not TrainConfig:
-        default = getattr(kind(), name)
-        return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    default = getattr(paper(), name)
-    others = {
-        preset: getattr(make(), name)
-        for preset, make in PRESETS.items()
-        if name != "preset" and getattr(make(), name) != default
-    }
-    return ", ".join(
-        [f"{default:.4g}" if isinstance(default, float) else str(default)]
-        + [
-            f"{preset} {value:.4g}" if isinstance(value, float) else f"{preset} {value}"
-            for preset, value in others.items()
-        ]
-    )
+def _default(kind: type[Settings], name: str) -> str:
+    """Write a field's default, and the modern preset's where it differs; "" where there is none.
+
+    A field whose default is None, "what fits the others", has it told in its docstring.
+    """
+    default = next(field.default for field in fields(kind) if field.name == name)  # type: ignore[arg-type]
+    if default is None:
+        return ""
+    text = _write(default)
+    if kind is TrainConfig and name != "preset":
+        text += "".join(
+            f"; {preset}: {_write(getattr(make(), name))}"
+            for preset, make in PRESETS.items()
+            if getattr(make(), name) != default
+        )
+    return text
+
+
+def _write(value: Any) -> str:
+    """Write a value as one would type it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(map(_write, value))
+    if isinstance(value, float):
+        levels = round(255 * value)
+        return f"{levels}/255" if 0 < levels < 255 and value == levels / 255 else f"{value:g}"
+    return str(value)
 
 
 def train_and_evaluate(config: TrainConfig) -> None:

@@ -6,6 +6,7 @@ Nothing here imports torch, so that help is printed at once.
 import ast
 import inspect
 import math
+import re
 import textwrap
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -16,6 +17,8 @@ from fastiat.errors import InputError
 Arch = Literal["preact18", "wrn28_10", "wrn34_10", "mlp6"]
 DatasetName = Literal["cifar10", "svhn", "fashion-mnist", "digits", "folder"]
 Preset = Literal["paper", "modern"]
+LARGEST = 2**32
+"""No number of ours is larger; what is would overflow further in."""
 
 
 class Settings:
@@ -23,6 +26,8 @@ class Settings:
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Fields that are arguments of the command line, not flags."""
+    groups: ClassVar[dict[str, str]] = {}
+    """The headings of `--help`, each keyed by the first field under it."""
 
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""
@@ -43,7 +48,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """One training. The defaults are the paper's recipe (`--preset paper`)."""
+    """Train a robust classifier and print its errors; the defaults are the paper's recipe."""
+
+    groups: ClassVar[dict[str, str]] = {
+        "preset": "method",
+        "dataset": "data",
+        "epochs": "optimisation",
+        "eps": "attack while training",
+        "mix_alpha": "mixing",
+        "device": "machine",
+        "seed": "run",
+    }
 
     preset: Preset = "paper"
     """Defaults of the other settings: "paper" (section 4.1 of the paper), or "modern": stronger
@@ -63,6 +78,11 @@ class TrainConfig(Settings):
     """Where the data set is or goes (default: $FASTIAT_DATA or ~/.cache/fastiat/data)."""
     loader: Literal["auto", "resident"] = "auto"
     """How batches are made; "resident" keeps the whole set as uint8 on the training device."""
+    pad: int = 2
+    """Random crops come from images padded by this many zero pixels a side; 0 is no crop."""
+    flip: bool | None = None
+    """Mirror images at random (default: as the paper for the data set: CIFAR-10 and folders yes,
+    the others no)."""
 
     epochs: int = 200
     """Passes over the training set."""
@@ -120,20 +140,15 @@ class TrainConfig(Settings):
     shared_mix: bool = False
     """Mix the adversarial batch as the clean one instead of drawing afresh."""
 
-    pad: int = 2
-    """Random crops come from images padded by this many zero pixels a side; 0 is no crop."""
-    flip: bool | None = None
-    """Mirror images at random (default: as the paper for the data set: CIFAR-10 and folders yes,
-    the others no)."""
-
-    seed: int = 0
-    """Seed of everything random."""
     device: str = "auto"
     """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
     engine: Literal["auto", "eager"] = "auto"
     """How the step is run: "eager" is plain PyTorch."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the network: "bf16" is autocast; "auto" takes it where the device has it."""
+
+    seed: int = 0
+    """Seed of everything random."""
     eval_limit: int | None = None
     """Evaluate on this many test images only, a stratified draw."""
     out: str | None = None
@@ -143,18 +158,8 @@ class TrainConfig(Settings):
 
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""
-        positive = {"epochs", "batch_size", "steps", "width", "eval_limit", "mix_alpha"}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            flag = flag_of(field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            if not math.isfinite(value):
-                raise InputError(f"{flag} is {value}: give a finite number")
-            if field.name in positive and value <= 0:
-                raise InputError(f"{flag} is {value}: give a number above 0")
-            if value < 0:
-                raise InputError(f"{flag} is {value}: give a number of at least 0")
+        _check_ranges(self, {"epochs", "batch_size", "steps", "width", "eval_limit", "mix_alpha"})
+        _check_unit(self)
         for name in ("ema", "momentum"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{flag_of(name)} is {getattr(self, name)}: give less than 1")
@@ -172,9 +177,15 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True)
 class EvaluateConfig(Settings):
-    """Error rates of trained runs under white-box attacks."""
+    """Print the error rates of trained runs under white-box attacks."""
 
     positional = ("runs",)
+    groups: ClassVar[dict[str, str]] = {
+        "attacks": "what is measured",
+        "eps": "attack",
+        "dataset": "data",
+        "device": "machine",
+    }
 
     runs: tuple[str, ...] = ()
     """Run directories, or model.safetensors files."""
@@ -184,6 +195,8 @@ class EvaluateConfig(Settings):
     """Images to measure on: test, train (un-augmented)."""
     limit: int | None = None
     """Use this many images of a split only, a stratified draw."""
+    seed: int = 0
+    """Seed of the random starts and of --limit's draw."""
     eps: float | None = None
     """Radius of the ball, in pixels of 0 to 1 (default: the run's)."""
     alpha: float | None = None
@@ -202,8 +215,6 @@ class EvaluateConfig(Settings):
     """Where the data set is (default: the run's)."""
     batch_size: int = 500
     """Images attacked at a time."""
-    seed: int = 0
-    """Seed of the random starts and of --limit's draw."""
     device: str = "auto"
     """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -211,16 +222,11 @@ class EvaluateConfig(Settings):
 
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""
-        for name in ("eps", "alpha"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise InputError(f"--{name} is {value}: give a finite number of at least 0")
-        for name in ("limit", "restarts", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{flag_of(name)} is {value}: give a number above 0")
-        if self.seed < 0:
-            raise InputError(f"--seed is {self.seed}: give a number of at least 0")
+        _check_ranges(self, {"limit", "restarts", "batch_size"})
+        if self.norm == "linf":
+            _check_unit(self)
+        if self.restarts > 1 and not self.random_start:
+            raise InputError("--restarts without a random start would all be the same one")
         for split in self.splits:
             if split not in ("test", "train"):
                 raise InputError(f"unknown split {split!r}: choose from test, train")
@@ -250,6 +256,33 @@ class DoctorConfig(Settings):
     """Where data sets are looked for (default: $FASTIAT_DATA or ~/.cache/fastiat/data)."""
 
 
+def _check_ranges(config: Any, positive: set[str]) -> None:
+    """Raise `InputError` unless every number is finite, sane and at least 0, or above it."""
+    for field in fields(config):
+        value, flag = getattr(config, field.name), flag_of(field.name)
+        if value == "":
+            raise InputError(f"{flag} is empty: give it a value, or leave it out")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{flag} is {value}: give a finite number")
+        if value < 0 or (value == 0 and field.name in positive):
+            least = "above 0" if field.name in positive else "of at least 0"
+            raise InputError(f"{flag} is {value}: give a number {least}")
+        if value > LARGEST:
+            raise InputError(f"{flag} is {str(value)[:20]}: give a number of at most {LARGEST}")
+
+
+def _check_unit(config: Any) -> None:
+    """Raise `InputError` for an eps or alpha that looks like one for pixels of 0 to 255."""
+    for name in ("eps", "alpha"):
+        value = getattr(config, name)
+        if value is not None and value > 1:
+            raise InputError(
+                f"--{name} is {value:g}, but pixels are in 0 to 1: give, say, {value:g}/255"
+            )
+
+
 def steps_of(attack: str) -> int:
     """Return the gradient steps of an attack's name: none 0, fgsm 1, pgd-K K.
 
@@ -257,9 +290,8 @@ def steps_of(attack: str) -> int:
     """
     if attack in ("none", "fgsm"):
         return ("none", "fgsm").index(attack)
-    head, _, count = attack.partition("-")
-    if head == "pgd" and count.isascii() and count.isdigit() and int(count) >= 1:
-        return int(count)
+    if re.fullmatch("pgd-[1-9][0-9]{0,5}", attack):
+        return int(attack.removeprefix("pgd-"))
     raise InputError(f"unknown attack {attack!r}: choose from none, fgsm, pgd-K such as pgd-20")
 
 
@@ -311,7 +343,7 @@ def from_json(kind: type[Any], values: dict[str, Any]) -> Any:
     turned = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, value in turned.items():
         if not _fits(value, hints[name]):
-            raise InputError(f"setting {name!r} cannot be {value!r}")
+            raise InputError(f"setting {name!r} cannot be {repr(value)[:50]}")
     return kind(**turned)
 
 
