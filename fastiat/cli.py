@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import errno
 import importlib
 import os
 import re
@@ -24,7 +23,7 @@ from fastiat.config import (
     TrainConfig,
     flag_of,
 )
-from fastiat.errors import InputError
+from fastiat.errors import InputError, explain_os
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,6 @@ EXAMPLES = {
 
 
 METAVARS = {"runs": "RUN", "dir": "DIR", "out": "PATH", "data_dir": "DIR", "attacks": "ATTACK"}
-
-MENDS = {
-    errno.ENOSPC: "free some space on that disk",
-    errno.EDQUOT: "free some of your quota on that disk",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-    errno.EROFS: "choose a place that can be written to",
-    errno.EACCES: "check its permissions",
-    errno.EPERM: "check its permissions",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,13 +108,6 @@ def explain(error: Exception) -> tuple[int | None, str]:
         return 2, "this takes more memory than there is: lower --batch-size or --width"
     signum = getattr(error, "signum", None)
     return (None, "") if signum is None else (128 + signum, str(error))
-
-
-def explain_os(error: OSError) -> str:
-    """Say in one line what the system refused, where, and what mends it."""
-    where = f": {error.filename}" if error.filename else ""
-    mend = MENDS.get(error.errno or 0)
-    return f"{error.strerror or error}{where}" + (f": {mend}" if mend else "")
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -1,6 +1,7 @@
 """Measuring: the error of trained runs on clean images and under white-box attacks."""
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from fastiat.config import EvaluateConfig, TrainConfig, steps_of
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.errors import InputError
 from fastiat.progress import Progress
-from fastiat.run import ModelCard, Run, load_with_card
+from fastiat.run import MODEL, ModelCard, Run, load_with_card
 
 TITLES = {"none": "No attack", "fgsm": "FGSM"}
 
@@ -90,48 +91,81 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
     for each. Raises `InputError` for runs or data that are missing or do not fit each other.
     """
     config.check()
-    device = pick_device(config.device)
-    loaded = [(name, *load_with_card(name, device), _run_of(name)) for name in config.runs]
-    measured: dict[str, dict[str, Rate]] = {}
-    for name, model, card, run in loaded:
-        dataset = _data_for(name, card, run.config if run else None, config)
-        settings = run.config if run else TrainConfig()
-        eps = settings.eps if config.eps is None else config.eps
-        alpha = settings.alpha if config.alpha is None else config.alpha
-        measured[name] = rates = {}
-        for split_name in config.splits:
-            split = getattr(dataset, split_name)
-            if config.limit is not None and config.limit < len(split):
-                _, split = data.holdout(split, config.limit, config.seed)
-            for attack in config.attacks:
-                started = time.monotonic()
-                rate = error_rate(model, split, attack, eps=eps, alpha=alpha, config=config)
-                rates[f"{split_name}/{attack}"] = rate
-                if run:
-                    low, high = rate.interval()
-                    run.log(
-                        "evaluation",
-                        split=split_name,
-                        attack=attack,
-                        error_percent=round(rate.percent, 4),
-                        interval_95_percent=[round(low, 4), round(high, 4)],
-                        errors=rate.errors,
-                        n=rate.n,
-                        eps=eps,
-                        alpha=alpha,
-                        norm=config.norm,
-                        loss=config.attack_loss,
-                        restarts=config.restarts,
-                        random_start=config.random_start,
-                        seed=config.seed,
-                        seconds=round(time.monotonic() - started, 3),
-                    )
-        print(_table(name, rates, config, eps, alpha), flush=True)
-    return measured
+    # All is loaded and checked before anything is measured, so that a run is not measured in vain.
+    jobs = [_prepare(name, config) for name in config.runs]
+    return {job.name: _measure(job, config) for job in jobs}
 
 
-def _run_of(name: str) -> Run | None:
-    return Run.open(Path(name)) if Path(name).is_dir() else None
+@dataclass(frozen=True)
+class _Job:
+    """A network to measure, and the images, eps and alpha to measure it with."""
+
+    name: str
+    model: nn.Module
+    run: Run | None
+    splits: dict[str, data.Split]
+    eps: float
+    alpha: float
+
+
+def _prepare(name: str, config: EvaluateConfig) -> _Job:
+    model, card = load_with_card(name, pick_device(config.device))
+    run = Run.open(Path(name)) if Path(name).is_dir() else None
+    if run and (card.arch, run.config.width or card.width) != (run.config.arch, card.width):
+        raise InputError(
+            f"{name} holds the model of another run, {card.arch} of width {card.width}: "
+            f"put its own {MODEL} back, or evaluate that file by its name"
+        )
+    dataset = _data_for(name, card, run.config if run else None, config)
+    splits = {split: getattr(dataset, split) for split in config.splits}
+    for split, images in splits.items():
+        if config.limit is not None and config.limit < len(images):
+            splits[split] = data.holdout(images, config.limit, config.seed)[1]
+    settings = run.config if run else TrainConfig()
+    return _Job(
+        name,
+        model,
+        run,
+        splits,
+        eps=settings.eps if config.eps is None else config.eps,
+        alpha=settings.alpha if config.alpha is None else config.alpha,
+    )
+
+
+def _measure(job: _Job, config: EvaluateConfig) -> dict[str, Rate]:
+    rates = {}
+    # Somebody else's run can be measured too, but not written to.
+    run = job.run if job.run and os.access(job.run.path, os.W_OK) else None
+    for split_name, split in job.splits.items():
+        for attack in config.attacks:
+            started = time.monotonic()
+            rate = error_rate(job.model, split, attack, eps=job.eps, alpha=job.alpha, config=config)
+            rates[f"{split_name}/{attack}"] = rate
+            if run:
+                low, high = rate.interval()
+                run.log(
+                    "evaluation",
+                    split=split_name,
+                    attack=attack,
+                    error_percent=round(rate.percent, 4),
+                    interval_95_percent=[round(low, 4), round(high, 4)],
+                    errors=rate.errors,
+                    n=rate.n,
+                    eps=job.eps,
+                    alpha=job.alpha,
+                    norm=config.norm,
+                    loss=config.attack_loss,
+                    restarts=config.restarts,
+                    random_start=config.random_start,
+                    seed=config.seed,
+                    seconds=round(time.monotonic() - started, 3),
+                )
+    table = _table(job.name, rates, config, job.eps, job.alpha)
+    if run:
+        run.say(table)
+    else:
+        print(table, flush=True)
+    return rates
 
 
 def _data_for(
@@ -147,12 +181,14 @@ def _data_for(
     if dataset.test.shape != wanted:
         raise InputError(
             f"{name} takes images of (channels, height, width) {wanted}, "
-            f"but those of {dataset_name} are {dataset.test.shape}"
+            f"but those of {dataset_name} are {dataset.test.shape}: convert them, or choose "
+            f"other images with --dataset and --data-dir"
         )
     if dataset.classes != card.classes:
         raise InputError(
             f"{name} tells {len(card.classes)} classes apart ({', '.join(card.classes[:3])}, ...), "
-            f"but {dataset_name} has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)"
+            f"but {dataset_name} has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...): "
+            f"choose images of its classes with --dataset and --data-dir"
         )
     return dataset
 

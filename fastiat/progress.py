@@ -1,7 +1,12 @@
 """How a long job shows itself: a bar on a terminal, plain lines now and then elsewhere."""
 
+import io
+import os
+import socket
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
 
@@ -63,6 +68,43 @@ class Progress:
         self._text = "".join(f", {name} {value}" for name, value in values.items())
         if self._bar is not None:
             self._bar.set_postfix_str(self._text.removeprefix(", "), refresh=False)
+
+
+class Events:
+    """TensorBoard events of one session, handed to `append(name, record)` as they come.
+
+    tensorboard's own writer has a thread, and an error in it, such as a full disk, ends in a
+    traceback. `step` is where the session starts: what earlier ones showed after it is hidden.
+    """
+
+    def __init__(self, append: Callable[[str, bytes], None], step: int) -> None:
+        # Imported here, as it takes a second that a wrong flag should not have to wait for.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._append, self._event, self._summary = append, Event, Summary
+        self._name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if step:
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def add(self, kind: str, row: dict[str, Any]) -> None:
+        """Show the figures of a row at its "step", as kind/figure."""
+        values = [
+            self._summary.Value(tag=f"{kind}/{name}", simple_value=value)
+            for name, value in row.items()
+            if name not in ("step", "epoch")
+        ]
+        summary = self._summary(value=values)
+        self._write(self._event(wall_time=time.time(), step=row["step"], summary=summary))
+
+    def _write(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._append(self._name, record.getvalue())
 
 
 def duration(seconds: float) -> str:

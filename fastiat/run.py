@@ -5,17 +5,18 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastiat import __version__, models
-from fastiat.config import TrainConfig, from_json
+from fastiat.config import TrainConfig, flag_of, from_json
 from fastiat.errors import InputError
 
 CONFIG, METRICS, MODEL, STATE, LOG = (
@@ -65,12 +66,19 @@ class Run:
     def create(cls, path: Path, config: TrainConfig) -> "Run":
         """Make the directory; raise `InputError` if it already holds a run or is a file."""
         check_free(path)
-        path.mkdir(parents=True, exist_ok=True)
         kept = asdict(replace(config, **MOVABLE))
         # The data's place is no setting of the method, but `evaluate` must find them again.
         if config.data_dir is not None:
             kept["data_dir"] = str(Path(config.data_dir).absolute())
-        write(path / CONFIG, json.dumps(kept, indent=1).encode() + b"\n")
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write(path / CONFIG, json.dumps(kept, indent=1).encode() + b"\n")
+        except BaseException:
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
         return cls(path, config)
 
     @classmethod
@@ -79,75 +87,81 @@ class Run:
         file = path / CONFIG
         try:
             values = json.loads(file.read_text())
+            if not isinstance(values, dict):
+                raise InputError("it is not a JSON object")
+            config = from_json(TrainConfig, values)
+            config.check()
         except FileNotFoundError:
             raise InputError(f"{path} holds no run: there is no {CONFIG} in it") from None
         except (NotADirectoryError, IsADirectoryError):
             raise InputError(f"{path} is no run directory") from None
-        except (ValueError, RecursionError):
-            raise InputError(f"{file} is damaged: it is not JSON") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{file} is damaged: it is not a JSON object")
-        try:
-            config = from_json(TrainConfig, values)
-            config.check()
-            return cls(path, config)
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
+        except (ValueError, RecursionError):
+            raise InputError(f"{file} is damaged: it is not JSON") from None
+        return cls(path, config)
 
     def check_same(self, config: TrainConfig) -> None:
         """Raise `InputError`, naming the first difference, unless `config` is this run's."""
-        mine, theirs = (asdict(replace(c, **MOVABLE)) for c in (self.config, config))
-        for name, value in mine.items():
-            if theirs[name] != value:
-                raise InputError(
-                    f"{self.path} was started with {name} {value}, not {theirs[name]}: "
-                    f"resume without that flag, or start a new run with another --out"
-                )
+        difference = _difference(_settings(self.config), _settings(config))
+        if difference:
+            name, mine, theirs = difference
+            raise InputError(
+                f"{self.path} was started with {flag_of(name)} {mine}, not {theirs}: "
+                f"resume without that flag, or start a new run with another --out"
+            )
 
     def log(self, kind: str, **values: Any) -> None:
         """Append one row, a JSON object on a line, to metrics.jsonl."""
-        row = json.dumps({"kind": kind, **values})
-        with open(self.path / METRICS, "a") as file:
-            file.write(row + "\n")
+        file = self.path / METRICS
+        if file.exists() and _last_byte(file) not in (b"", b"\n"):
+            self._keep_rows(lambda row: True)
+        self.append(METRICS, json.dumps({"kind": kind, **values}).encode() + b"\n")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of metrics.jsonl; raise `InputError` at a line that is none."""
+        """Yield the rows of metrics.jsonl; raise `InputError` at a line that is none.
+
+        A last line that a crash cut short is left out.
+        """
         file = self.path / METRICS
-        if not file.exists():
-            return
-        with open(file, errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if not isinstance(row, dict):
-                    raise InputError(f"{file}, line {number} is not a JSON object")
+        for number, line in enumerate(_lines(file), 1):
+            row = _row(line)
+            if row is None and line.endswith("\n"):
+                raise InputError(f"{file}, line {number} is damaged: it is not a JSON object")
+            if row is not None:
                 yield row
 
     def rewind(self, step: int) -> None:
         """Drop the rows that a training wrote after `step`, so that a resume does not double them.
 
-        A last line cut short by a crash goes too.
+        Lines that a crash left damaged go too.
         """
-        file = self.path / METRICS
-        if not file.exists():
-            return
-        kept = []
-        for line in file.read_text(errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row.get("kind") == "evaluation" or row.get("step", 0) <= step:
-                kept.append(line + "\n")
-        write(file, "".join(kept).encode())
 
-    def say(self, line: str) -> None:
-        """Print a line, and keep it in stdout.log."""
-        print(line, flush=True)
-        with open(self.path / LOG, "a") as file:
-            file.write(line + "\n")
+        def before(row: dict[str, Any]) -> bool:
+            at = row.get("step", 0)
+            return row.get("kind") == "evaluation" or (isinstance(at, int) and at <= step)
+
+        self._keep_rows(before)
+
+    def _keep_rows(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        lines = _lines(self.path / METRICS)
+        kept = [line for line in lines if (row := _row(line)) is not None and keep(row)]
+        if kept != lines:
+            write(self.path / METRICS, "".join(kept).encode())
+
+    def say(self, text: str) -> None:
+        """Print a text, and keep it in stdout.log."""
+        print(text, flush=True)
+        self.append(LOG, f"{text}\n".encode())
+
+    def append(self, name: str, content: bytes) -> None:
+        """Append to a file of the run; an `OSError` says which."""
+        file = self.path / name
+        try:
+            with open(file, "ab") as out:
+                out.write(content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(file)) from None
 
     def save_model(self, weights: Mapping[str, Tensor], card: ModelCard) -> None:
         """Write model.safetensors: the weights, and the card that rebuilds the network."""
@@ -158,7 +172,7 @@ class Run:
     def save_state(self, state: dict[str, Any]) -> None:
         """Write state.pt: everything that a resume needs."""
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(state | {"config": _settings(self.config)}, buffer)
         write(self.path / STATE, buffer.getbuffer())
 
     def load_state(self) -> dict[str, Any]:
@@ -169,10 +183,54 @@ class Run:
                 f"{self.path} has no checkpoint yet: start again with another --out, "
                 f"or remove the folder"
             )
-        state = _read(file, lambda: torch.load(file, map_location="cpu", weights_only=True))
-        if not isinstance(state, dict):
-            raise InputError(f"{file} is not a checkpoint of fastiat")
+        return _read(file, lambda: self._read_state(file))
+
+    def _read_state(self, file: Path) -> dict[str, Any]:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+            raise InputError("it is not a checkpoint of fastiat: put the run's own back")
+        difference = _difference(_settings(self.config), state["config"])
+        if difference:
+            name, mine, theirs = difference
+            raise InputError(
+                f"it is of another run, with {flag_of(name)} {theirs} instead of {mine}: "
+                "put the run's own back"
+            )
         return state
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return asdict(replace(config, **MOVABLE))
+
+
+def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the name and both values of the first setting that differs."""
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            return name, value, theirs.get(name)
+    return None
+
+
+def _last_byte(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        opened.seek(max(opened.seek(0, os.SEEK_END) - 1, 0))
+        return opened.read(1)
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a file, with their ends, or nothing if it is not there."""
+    # Only "\n" ends a line: `str.splitlines` knows more.
+    text = file.read_text(errors="replace") if file.exists() else ""
+    return list(io.StringIO(text, newline="\n"))
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """Read a line of metrics.jsonl, or return None if it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and line.endswith("\n") else None
 
 
 def check_free(path: Path) -> None:
@@ -181,10 +239,13 @@ def check_free(path: Path) -> None:
         raise InputError(
             f"{path} already holds a run: continue it with --resume, or choose another --out"
         )
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file: choose another --out")
     if path.is_dir() and any(path.iterdir()):
         raise InputError(f"{path} is a folder with other files in it: choose another --out")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file: choose another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there} cannot be written to: choose another --out")
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
@@ -204,38 +265,44 @@ def load_with_card(
     if not file.is_file():
         hint = "no trained model in it yet" if file.parent.is_dir() else "no such run"
         raise InputError(f"{file.parent if file.name == MODEL else file}: {hint}")
-    card, weights = _read(file, lambda: _read_model(file))
+    model, card = _read(file, lambda: _read_model(file))
+    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return model, card
+
+
+def _read_model(file: Path) -> tuple[nn.Module, ModelCard]:
+    with safe_open(file, "pt") as opened:
+        values = json.loads((opened.metadata() or {}).get("card", "null"))
+        if not isinstance(values, dict):
+            raise InputError("it is not a model of fastiat: it does not say which network")
+        card = from_json(ModelCard, values)
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     # Built without memory, so that a file cannot ask for more than it brings.
     with torch.device("meta"):
         model = card.build()
     expected = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
     if {name: (t.shape, t.dtype) for name, t in weights.items()} != expected:
-        raise InputError(f"{file} does not hold the weights of {card.arch} of width {card.width}")
+        raise InputError(f"it does not hold the weights of {card.arch} of width {card.width}")
+    if len(card.classes) != card.num_classes:
+        raise InputError(f"it names {len(card.classes)} classes of {card.num_classes}")
     model.load_state_dict(weights, assign=True)
-    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return model.requires_grad_(True), card
-
-
-def _read_model(file: Path) -> tuple[ModelCard, dict[str, Tensor]]:
-    with safe_open(file, "pt") as opened:
-        card = json.loads((opened.metadata() or {}).get("card", "null"))
-        if not isinstance(card, dict):
-            raise InputError(f"{file} is not a model of fastiat: it does not say which network")
-        card = from_json(ModelCard, card)
-        return card, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return model, card
 
 
 def _read(file: Path, reader: Callable[[], T]) -> T:
     """Run `reader`, turning what a damaged or foreign file can raise into `InputError`."""
     try:
         return reader()
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     except pickle.UnpicklingError:
         raise InputError(
             f"{file} is refused: it is damaged, or holds code that loading would run"
         ) from None
-    except (SafetensorError, RuntimeError, ValueError, KeyError, EOFError, TypeError) as error:
+    except OSError:
+        raise
+    # torch's and our own readers raise whatever a damaged file makes them stumble on.
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{file} is damaged or truncated ({reason[:100]})") from None
 
@@ -249,8 +316,10 @@ def write(file: Path, content: bytes | memoryview) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.replace(beside, file)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(file)) from None
         raise
     folder = os.open(file.parent, os.O_RDONLY)
     try:

@@ -1,25 +1,28 @@
 """Training: the loop around Algorithm 1, what it shows and writes, and how it stops."""
 
 import math
+import shlex
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
 
 from fastiat import data, models
 from fastiat.config import TrainConfig
-from fastiat.errors import InputError
-from fastiat.progress import Progress, duration
-from fastiat.run import Run, check_free, default_out
+from fastiat.errors import InputError, explain_os
+from fastiat.progress import Events, Progress, duration
+from fastiat.run import STATE, Run, check_free, default_out
 from fastiat.trainer import Trainer, Update
 
 LOG_EVERY = 20
 """Steps between two looks at the losses, each of which waits for the device."""
-SAVE_EVERY = 30.0
-"""Seconds after which the end of an epoch writes a checkpoint; the last epoch always does."""
+SAVE_EVERY = 120.0
+"""Seconds between two checkpoints; the end of the training and a signal write one too."""
 
 
 class Interrupted(Exception):
@@ -45,99 +48,164 @@ def train(config: TrainConfig) -> Path:
     else:
         check_free(path)
     trainer = Trainer(config, data.load(config.dataset, config.data_dir))
-    if run is None:
-        run = Run.create(path, config)
-    else:
-        try:
-            trainer.load_state_dict(run.load_state())
-        except InputError as error:
-            raise InputError(f"{path} cannot be resumed: {error}") from None
-        run.rewind(trainer.step)
-    _loop(trainer, run)
+    judged, seconds = 0, 0.0
+    try:
+        if run is None:
+            run = Run.create(path, config)
+        else:
+            judged, seconds = _restore(trainer, run)
+        if judged == trainer.epoch and trainer.finished:
+            run.say(f"{path} is trained already, {trainer.epoch} epochs: nothing to resume")
+        else:
+            _loop(trainer, run, judged, seconds)
+    except OSError as error:
+        if not (path / STATE).exists():
+            raise
+        raise InputError(f"{explain_os(error)}; then go on with: {_way_on(path)}") from None
     return path
 
 
-def _loop(trainer: Trainer, run: Run) -> None:
-    # TensorBoard takes seconds to import, which a wrong flag should not have to wait for.
-    from torch.utils.tensorboard import SummaryWriter
+def _restore(trainer: Trainer, run: Run) -> tuple[int, float]:
+    """Put the trainer where the checkpoint is; return what `_loop` keeps there: judged, seconds."""
+    state = run.load_state()
+    try:
+        trainer.load_state_dict(state)
+        judged, seconds = int(state["judged"]), float(state["seconds"])
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{run.path} cannot be resumed: {error}") from None
+    run.rewind(trainer.step)
+    return judged, seconds
 
+
+def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
+    """Train to the end.
+
+    `judged` counts the epochs that are measured, which the checkpoint may not be for its last one;
+    `seconds` is what the updates of the epoch under way have taken so far.
+    """
     config = trainer.config
     per_epoch = len(trainer.loader) * config.batch_size
-    run.say(_headline(trainer))
     saved = started = time.monotonic()
-    with (
-        _signals() as received,
-        SummaryWriter(str(run.path), purge_step=trainer.step) as events,
-        Progress(
-            "training", config.epochs * per_epoch, trainer.step * config.batch_size
-        ) as progress,
-    ):
-        while not trainer.finished:
-            epoch_started, first = time.monotonic(), trainer.step
-            for update in trainer.epoch_updates():
-                progress.advance(config.batch_size)
-                if trainer.step % LOG_EVERY == 0:
-                    row = _step_row(trainer, update)
-                    run.log("step", **row)
-                    for name in row.keys() - {"step"}:
-                        events.add_scalar(f"step/{name}", row[name], trainer.step)
-                    progress.show(
-                        loss=f"{row['clean_loss']:.3f}/{row['adv_loss']:.3f}",
-                        acc=f"{row['clean_accuracy_percent']:.0f}/"
-                        f"{row['adv_accuracy_percent']:.0f} %",
-                    )
-                if received and trainer.step % len(trainer.loader):
-                    _stop(trainer, run, received[0])
-            seconds = time.monotonic() - epoch_started
-            rate = (trainer.step - first) * config.batch_size / seconds
-            row = _epoch_row(trainer) | {"images_per_second": round(rate, 1)}
-            better = trainer.judge(row)
-            row["seconds"] = round(time.monotonic() - epoch_started, 3)
+    events = Events(run.append, trainer.step)
+
+    def save() -> None:
+        _check_finite(trainer)
+        run.save_state(trainer.state_dict() | {"judged": judged, "seconds": seconds})
+
+    def stop() -> NoReturn:
+        save()
+        raise Interrupted(
+            signals.received,
+            f"stopped at step {trainer.step}, checkpoint written; go on with: {_way_on(run.path)}",
+        )
+
+    run.say(_headline(trainer))
+    images = trainer.step * config.batch_size
+    with _Signals() as signals, Progress("training", config.epochs * per_epoch, images) as progress:
+        while judged < trainer.epoch or not trainer.finished:
+            if judged == trainer.epoch:
+                begun, first = time.monotonic() - seconds, trainer.step
+                for update in trainer.epoch_updates():
+                    seconds = time.monotonic() - begun
+                    progress.advance(config.batch_size)
+                    if trainer.step % LOG_EVERY == 0 or trainer.step == first + 1:
+                        row = _step_row(trainer, update)
+                        progress.show(
+                            loss=f"{row['clean_loss']:.3f}/{row['adv_loss']:.3f}",
+                            acc=f"{row['clean_accuracy_percent']:.0f}/"
+                            f"{row['adv_accuracy_percent']:.0f} %",
+                        )
+                        if trainer.step % LOG_EVERY == 0:
+                            run.log("step", **row)
+                            events.add("step", row)
+                    if signals.received:
+                        stop()
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        save()
+                        saved = time.monotonic()
+            _check_finite(trainer)
+            row = _epoch_row(trainer) | {"images_per_second": round(per_epoch / seconds, 1)}
+            best, judging = trainer.best, time.monotonic()
+            try:
+                with signals.at_once():
+                    better = trainer.judge(row)
+            except _Now:
+                trainer.best = best
+                stop()
+            row["seconds"] = round(seconds + time.monotonic() - judging, 3)
+            judged, seconds = trainer.epoch, 0.0
             run.log("epoch", **row)
-            for name in row.keys() - {"step", "epoch"}:
-                events.add_scalar(f"epoch/{name}", row[name], trainer.step)
+            events.add("epoch", row)
             progress.clear()
             run.say(_epoch_line(config, row))
             if better:
                 run.save_model(trainer.evaluated.state_dict(), trainer.card)
-            if trainer.finished or time.monotonic() - saved > SAVE_EVERY:
-                run.save_state(trainer.state_dict())
-                saved = time.monotonic()
-            if received and not trainer.finished:
-                _stop(trainer, run, received[0])
-    best = f", epoch {trainer.best['epoch']} kept" if trainer.best else ""
+            if signals.received:
+                stop()
+        save()
+    kept = f", epoch {trainer.best['epoch']} kept" if trainer.best else ""
     run.say(
-        f"trained {trainer.epoch} epochs{best}, this time in "
+        f"trained {trainer.epoch} epochs{kept}, this time in "
         f"{duration(time.monotonic() - started)}: {run.path}"
     )
 
 
-def _stop(trainer: Trainer, run: Run, signum: int) -> None:
-    run.save_state(trainer.state_dict())
-    raise Interrupted(
-        signum,
-        f"stopped at step {trainer.step}, checkpoint written; go on with: "
-        f"fastiat train --resume --out {run.path}",
+def _way_on(path: Path) -> str:
+    return f"fastiat train --resume --out {shlex.quote(str(path))}"
+
+
+def _check_finite(trainer: Trainer) -> None:
+    """Raise `InputError` for a training that has diverged, so that nothing of it is saved."""
+    tensors = [trainer.totals, *trainer.model.parameters()]
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        _diverged(trainer)
+
+
+def _diverged(trainer: Trainer) -> NoReturn:
+    raise InputError(
+        f"the training diverged: its loss or weights are not finite at step {trainer.step}; "
+        f"start again with a lower --lr and another --out"
     )
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list instead of dying of the first; a second one kills."""
-    received: list[int] = []
+class _Now(BaseException):
+    """A signal came in a block that it is to end."""
 
-    def note(signum: int, _: Any) -> None:
-        received.append(signum)
-        signal.signal(signum, before[signum])
 
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
+class _Signals:
+    """SIGINT and SIGTERM, noted instead of dying of the first; the second of a kind kills."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._at_once = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+        if self._at_once:
+            raise _Now
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """End the block with `_Now` as soon as a signal comes."""
+        self._at_once = True
+        try:
+            if self.received:
+                raise _Now
+            yield
+        finally:
+            self._at_once = False
 
 
 def _headline(trainer: Trainer) -> str:
@@ -165,9 +233,7 @@ def _step_row(trainer: Trainer, update: Update) -> dict[str, Any]:
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
     }
     if not math.isfinite(row["clean_loss"] + row["adv_loss"]):
-        raise InputError(
-            f"the loss is not finite at step {trainer.step}: train again with a lower --lr"
-        )
+        _diverged(trainer)
     return row
 
 
