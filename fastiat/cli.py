@@ -51,7 +51,7 @@ COMMANDS = {
 
 EXAMPLES = {
     "train": "fastiat train --arch preact18 --mix manifold\n"
-    "fastiat train --dataset folder --data-dir my-images --preset modern --eps 8/255",
+    "fastiat train --dataset folder --data-dir my-images --preset modern",
     "evaluate": "fastiat evaluate runs/cifar10-preact18-pgd-manifold-s0 --attacks none pgd-100",
     "report": "fastiat report runs",
     "doctor": "fastiat doctor",

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -92,7 +92,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
     """
     config.check()
     # All is loaded and checked before anything is measured, so that a run is not measured in vain.
-    jobs = [_prepare(name, config) for name in config.runs]
+    load = cache(data.load)
+    jobs = [_prepare(name, config, load) for name in config.runs]
     return {job.name: _measure(job, config) for job in jobs}
 
 
@@ -108,7 +109,7 @@ class _Job:
     alpha: float
 
 
-def _prepare(name: str, config: EvaluateConfig) -> _Job:
+def _prepare(name: str, config: EvaluateConfig, load: Callable[..., data.Dataset]) -> _Job:
     model, card = load_with_card(name, pick_device(config.device))
     run = Run.open(Path(name)) if Path(name).is_dir() else None
     if run and (card.arch, run.config.width or card.width) != (run.config.arch, card.width):
@@ -116,7 +117,7 @@ def _prepare(name: str, config: EvaluateConfig) -> _Job:
             f"{name} holds the model of another run, {card.arch} of width {card.width}: "
             f"put its own {MODEL} back, or evaluate that file by its name"
         )
-    dataset = _data_for(name, card, run.config if run else None, config)
+    dataset = _data_for(name, card, run.config if run else None, config, load)
     splits = {split: getattr(dataset, split) for split in config.splits}
     for split, images in splits.items():
         if config.limit is not None and config.limit < len(images):
@@ -169,14 +170,18 @@ def _measure(job: _Job, config: EvaluateConfig) -> dict[str, Rate]:
 
 
 def _data_for(
-    name: str, card: ModelCard, trained: TrainConfig | None, config: EvaluateConfig
+    name: str,
+    card: ModelCard,
+    trained: TrainConfig | None,
+    config: EvaluateConfig,
+    load: Callable[..., data.Dataset],
 ) -> data.Dataset:
     """Load the data set to measure on, and check that the network fits its images and classes."""
     dataset_name = config.dataset or (trained.dataset if trained else None)
     if dataset_name is None:
         raise InputError(f"{name} is a model without its run: say which images with --dataset")
     data_dir = config.data_dir or (trained.data_dir if trained else None)
-    dataset = data.load(dataset_name, data_dir)
+    dataset = load(dataset_name, data_dir)
     wanted = (card.in_channels, card.image_size, card.image_size)
     if dataset.test.shape != wanted:
         raise InputError(
@@ -186,11 +191,15 @@ def _data_for(
         )
     if dataset.classes != card.classes:
         raise InputError(
-            f"{name} tells {len(card.classes)} classes apart ({', '.join(card.classes[:3])}, ...), "
-            f"but {dataset_name} has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...): "
+            f"{name} tells {_some(card.classes)} apart, "
+            f"but {dataset_name} has {_some(dataset.classes)}: "
             f"choose images of its classes with --dataset and --data-dir"
         )
     return dataset
+
+
+def _some(classes: tuple[str, ...]) -> str:
+    return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})"
 
 
 def _table(

@@ -3,6 +3,8 @@
 import base64
 import html
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from matplotlib.figure import Figure
 
 from fastiat.config import ReportConfig
 from fastiat.errors import InputError
-from fastiat.run import CONFIG, Run, write
+from fastiat.run import CONFIG, METRICS, Run, write
 
 PANELS = (
     (
@@ -49,26 +51,43 @@ def report(config: ReportConfig) -> Path:
     folder = Path(config.dir)
     runs = _find(folder)
     page = Path(config.out) if config.out else folder / "report.html"
-    sections = []
-    for run in runs:
-        epochs = [row for row in run.rows() if row.get("kind") == "epoch"]
-        parts = [f"<h2>{html.escape(run.path.name)}</h2>", f"<p>{_settings(run)}</p>"]
-        if epochs:
-            picture = curves(epochs, run.path.name)
-            write(run.path / "curves.png", picture)
-            data = base64.b64encode(picture).decode()
-            parts.append(f'<img alt="curves of the run" src="data:image/png;base64,{data}">')
-        else:
-            parts.append("<p>No epoch is finished yet.</p>")
-        sections += parts
-    body = "\n".join([_table(runs), *sections])
+    body = "\n".join([_table(runs), *map(_section, runs)])
     text = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fastiat: {folder.name}'
-        f"</title><style>{STYLE}</style><h1>fastiat runs</h1>\n{body}\n</html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fastiat: '
+        f"{html.escape(folder.name)}</title><style>{STYLE}</style><h1>fastiat runs</h1>\n"
+        f"{body}\n</html>\n"
     )
+    page.parent.mkdir(parents=True, exist_ok=True)
     write(page, text.encode())
     print(page)
     return page
+
+
+def _section(run: Run) -> str:
+    """Return a run's settings and curves as HTML, and write RUN/curves.png."""
+    parts = [f"<h2>{html.escape(run.path.name)}</h2>", f"<p>{_settings(run)}</p>"]
+    with _readable(run):
+        epochs = [row for row in run.rows() if row.get("kind") == "epoch"]
+        picture = curves(epochs, run.path.name) if epochs else None
+    if picture is None:
+        return "\n".join([*parts, "<p>No epoch is finished yet.</p>"])
+    write(run.path / "curves.png", picture)
+    data = base64.b64encode(picture).decode()
+    parts.append(f'<img alt="curves of the run" src="data:image/png;base64,{data}">')
+    return "\n".join(parts)
+
+
+@contextmanager
+def _readable(run: Run) -> Iterator[None]:
+    """Turn what rows without the usual figures make this file stumble on into `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{run.path / METRICS} has a row that fastiat did not write ({error!r}): remove it"
+        ) from None
 
 
 def curves(epochs: list[dict[str, Any]], title: str) -> bytes:
@@ -124,29 +143,37 @@ def _settings(run: Run) -> str:
 
 def _table(runs: list[Run]) -> str:
     """Return the newest error of every run under every attack, with its 95 % interval."""
-    newest: dict[str, dict[tuple[str, str, float], dict[str, Any]]] = {}
+    newest: dict[str, dict[str, str]] = {}
     for run in runs:
-        newest[run.path.name] = {
-            (row["split"], row["attack"], row["eps"]): row
-            for row in run.rows()
-            if row.get("kind") == "evaluation"
-        }
-    columns = list(dict.fromkeys(key for rows in newest.values() for key in rows))
+        with _readable(run):
+            newest[run.path.name] = {
+                _column(row): _cell(row) for row in run.rows() if row.get("kind") == "evaluation"
+            }
+    columns = list(dict.fromkeys(column for cells in newest.values() for column in cells))
     if not columns:
         return "<p>Nothing is evaluated yet: <code>fastiat evaluate RUN</code>.</p>"
-    head = "".join(
-        f"<th>{html.escape(f'{split}, {attack}')}<br>eps {eps:.4g}</th>"
-        for split, attack, eps in columns
-    )
+    head = "".join(f"<th>{column}</th>" for column in columns)
     lines = [f"<table><tr><th>error in % (95 % interval)</th>{head}</tr>"]
-    for name, rows in newest.items():
-        cells = "".join(f"<td>{_cell(rows.get(column))}</td>" for column in columns)
-        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    for name, cells in newest.items():
+        line = "".join(f"<td>{cells.get(column, '')}</td>" for column in columns)
+        lines.append(f"<tr><td>{html.escape(name)}</td>{line}</tr>")
     return "\n".join([*lines, "</table>"])
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
+def _column(row: dict[str, Any]) -> str:
+    """Name the attack of an evaluation row, whatever is not its default included."""
+    details = f"{row['norm']} eps {row['eps']:.4g}"
+    if row["loss"] != "ce":
+        details += f", {row['loss']} loss"
+    if row["restarts"] != 1:
+        details += f", {row['restarts']} restarts"
+    return f"{html.escape(str(row['split']))}, {html.escape(str(row['attack']))}<br>" + html.escape(
+        details
+    )
+
+
+def _cell(row: dict[str, Any]) -> str:
     low, high = row["interval_95_percent"]
-    return f"{row['error_percent']:.2f}<br><small>{low:.1f} to {high:.1f}, n {row['n']}</small>"
+    return (
+        f"{row['error_percent']:.2f}<br><small>{low:.1f} to {high:.1f}, n {int(row['n'])}</small>"
+    )

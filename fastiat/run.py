@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -263,8 +264,8 @@ def load_with_card(
     """`load`, with what the network is and the names of its classes."""
     file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        hint = "no trained model in it yet" if file.parent.is_dir() else "no such run"
-        raise InputError(f"{file.parent if file.name == MODEL else file}: {hint}")
+        hint = "no trained model in it yet" if Path(path).is_dir() else "no such run"
+        raise InputError(f"{path}: {hint}")
     model, card = _read(file, lambda: _read_model(file))
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return model, card
@@ -292,7 +293,9 @@ def _read_model(file: Path) -> tuple[nn.Module, ModelCard]:
 def _read(file: Path, reader: Callable[[], T]) -> T:
     """Run `reader`, turning what a damaged or foreign file can raise into `InputError`."""
     try:
-        return reader()
+        # torch also warns of what it then refuses.
+        with warnings.catch_warnings(action="ignore"):
+            return reader()
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except pickle.UnpicklingError:

@@ -25,6 +25,10 @@ SAVE_EVERY = 120.0
 """Seconds between two checkpoints; the end of the training and a signal write one too."""
 
 
+BEST = {"epoch": int, "errors": int}
+"""What `Trainer.best` holds."""
+
+
 class Interrupted(Exception):
     """A signal ended the training after a checkpoint; holds its number and the way on."""
 
@@ -69,9 +73,13 @@ def _restore(trainer: Trainer, run: Run) -> tuple[int, float]:
     """Put the trainer where the checkpoint is; return what `_loop` keeps there: judged, seconds."""
     state = run.load_state()
     try:
+        judged, seconds, best = int(state["judged"]), float(state["seconds"]), state["best"]
+        if type(state["step"]) is not int or not (
+            best is None or {name: type(value) for name, value in best.items()} == BEST
+        ):
+            raise InputError("the checkpoint's step or best epoch is no number")
         trainer.load_state_dict(state)
-        judged, seconds = int(state["judged"]), float(state["seconds"])
-    except (InputError, KeyError, TypeError, ValueError) as error:
+    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{run.path} cannot be resumed: {error}") from None
     run.rewind(trainer.step)
     return judged, seconds

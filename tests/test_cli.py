@@ -1,0 +1,286 @@
+"""The command line: help, versions, settings, and one line for everything that is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastiat import __version__, cli, config, data
+from fastiat.config import PRESETS, TrainConfig, from_json
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+@pytest.mark.parametrize("name", [None, *cli.COMMANDS])
+def test_help_documents_every_setting_within_the_terminal(monkeypatch, capsys, name, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"] if name else ["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= int(columns)
+    if name is None:
+        assert all(command in text for command in cli.COMMANDS)
+        return
+    kind = cli.COMMANDS[name].config
+    words = " ".join(text.split())
+    for field in fields(kind):
+        if field.name not in kind.positional:
+            assert config.flag_of(field.name) in text
+        # Hyphens may be broken at, so only the start of the text is compared.
+        assert " ".join(kind.docs()[field.name].split()[:2]).rstrip(".") in words
+
+
+def test_help_shows_both_presets_defaults_as_one_would_type_them(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0.03; modern: 8/255)" in words
+    assert "(default: 0.0075; modern: 2/255)" in words
+    assert "(default: 200; modern: 40)" in words
+
+
+def test_help_version_and_wrong_flags_do_not_wait_for_torch(tmp_path):
+    script = """
+import sys
+from fastiat import cli
+for argv in (["--version"], ["--help"], ["train", "--eps", "x"], ["train", "--eps", "-1"],
+             *([name, "--help"] for name in cli.COMMANDS)):
+    try:
+        cli.main(argv)
+    except SystemExit:
+        pass
+heavy = {"torch", "torchvision", "numpy", "matplotlib"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+
+
+def test_python_m_fastiat_works_outside_the_checkout(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-m", "fastiat", "--version"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (0, f"fastiat {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("", "COMMAND"),
+        ("trian", "'train', 'evaluate'"),
+        ("train --foo", "--foo"),
+        ("train --epoch 3", "did you mean --epochs?"),
+        ("train stray", "stray"),
+        ("train --arch resnet50", "'preact18', 'wrn28_10'"),
+        ("train --dataset imagenet", "'cifar10', 'svhn'"),
+        ("train --mix cutmix", "'mixup', 'manifold'"),
+        ("train --width", "--width"),
+        ("train --width 1.5", "--width"),
+        ("train --eps abc", "--eps: 'abc' is not a number such as 0.03 or 8/255"),
+        ("train --eps 8/0", "--eps: '8/0' is not a number"),
+        ("train --eps -1/255", "--eps is -0.0039"),
+        ("train --eps nan", "--eps is nan"),
+        ("train --eps -inf", "--eps is -inf"),
+        ("train --eps 8", "give, say, 8/255"),
+        ("train --alpha inf", "--alpha is inf"),
+        ("train --alpha -0.1", "--alpha is -0.1"),
+        ("train --lr -0.1", "--lr is -0.1"),
+        ("train --lr nan", "--lr is nan"),
+        ("train --lr 1e999", "--lr is inf"),
+        ("train --epochs 0", "--epochs is 0"),
+        ("train --batch-size 0", "--batch-size is 0"),
+        ("train --batch-size 99999999999", "--batch-size is 99999999999"),
+        (f"train --seed 1{'0' * 400}", "--seed is 1000"),
+        ("train --seed -1", "--seed is -1"),
+        ("train --ema 1", "--ema is 1"),
+        ("train --clean-weight 1.5", "--clean-weight is 1.5"),
+        ("train --patience 3", "--holdout"),
+        ("train --mix-layers 0 3", "--mix-layers"),
+        ("train --momentum 0", "--no-nesterov"),
+        ("train --out=", "--out is empty"),
+        ("evaluate", "RUN"),
+        ("evaluate no-such-run", "no-such-run: no such run"),
+        ("evaluate x --attacks pgd-0", "pgd-K such as pgd-20"),
+        ("evaluate x --attacks pgd-x", "pgd-K such as pgd-20"),
+        (f"evaluate x --attacks pgd-{'9' * 5000}", "pgd-K such as pgd-20"),
+        ("evaluate x --attacks cw", "unknown attack 'cw'"),
+        ("evaluate x --splits val", "choose from test, train"),
+        ("evaluate x --limit 0", "--limit is 0"),
+        ("evaluate x --eps -1", "--eps is -1"),
+        ("evaluate x --restarts 2 --no-random-start", "--restarts"),
+        ("report no-such-folder", "no-such-folder holds no run"),
+        ("doctor --device tpu", "choose from auto, cpu, cuda, cuda:N"),
+    ],
+)
+def test_a_wrong_argument_gets_one_line(complaint, tmp_path, monkeypatch, argv, named):
+    monkeypatch.chdir(tmp_path)
+    assert named in complaint(*argv.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_fractions_are_numbers():
+    _, given = cli.parse(["train", "--eps", "8/255", "--alpha", "2/255"])
+    assert (given.eps, given.alpha) == (8 / 255, 2 / 255)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flags_override_the_preset_and_config_json_gives_the_same_back(preset):
+    _, given = cli.parse(["train", "--preset", preset, "--lr", "0.5", "--mix-layers", "0", "2"])
+    assert given == replace(PRESETS[preset](), lr=0.5, mix_layers=(0, 2))
+    assert from_json(TrainConfig, json.loads(json.dumps(asdict(given)))) == given
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_setting_is_documented(command):
+    kind = cli.COMMANDS[command].config
+    assert set(kind.docs()) >= {field.name for field in fields(kind)}
+    assert all(len(text) > 5 for text in kind.docs().values())
+
+
+@pytest.mark.parametrize(
+    "tree", ["absent", "empty", "file", "one-sided", "sizes", "corrupt", "cut"]
+)
+def test_a_wrong_data_folder_gets_one_line_and_no_run(
+    complaint, small, tmp_path, monkeypatch, tree
+):
+    monkeypatch.setenv("FASTIAT_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "images"
+    if tree == "file":
+        root.write_text("")
+    elif tree != "absent":
+        root.mkdir()
+    if tree not in ("absent", "empty", "file"):
+        make_tree(root)
+    picture = root / "test" / "b" / "0.png"
+    if tree == "one-sided":
+        (root / "train" / "c").mkdir()
+        Image.new("L", (8, 8)).save(root / "train" / "c" / "0.png")
+    elif tree == "sizes":
+        Image.new("L", (9, 9)).save(picture)
+    elif tree == "corrupt":
+        picture.write_bytes(b"no image")
+    elif tree == "cut":
+        picture.write_bytes(picture.read_bytes()[:60])
+    out = tmp_path / "run"
+    line = complaint("train", *small, "--dataset", "folder", "--data-dir", root, "--out", out)
+    assert str(root) in line
+    if tree in ("sizes", "corrupt", "cut"):
+        assert str(picture) in line
+    assert not out.exists()
+
+
+def make_tree(root: Path, mode: str = "L", count: int = 1) -> None:
+    """Write `count` noise images of 8x8 for each of two classes and both splits."""
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                picture = Image.fromarray(pixels).convert(mode)
+                picture.save(root / split / name / f"{number}.png")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--batch-size 5000", "--batch-size 5000 is more than the 1437 training images"),
+        ("--holdout 5000", "cannot hold out 5000 of 1437 images"),
+        ("--device tpu", "choose from auto, cpu, cuda, cuda:N"),
+        ("--device cuda:7", "use --device cpu or auto"),
+        ("--resume", "holds no run"),
+    ],
+)
+def test_what_does_not_fit_gets_one_line_and_no_run(complaint, small, tmp_path, flags, named):
+    out = tmp_path / "run"
+    assert named in complaint("train", *small, "--out", out, *flags.split())
+    assert not out.exists()
+
+
+def test_a_data_set_that_is_absent_offline_says_what_to_put_where(
+    complaint, small, tmp_path, monkeypatch
+):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    out = tmp_path / "run"
+    line = complaint("train", *small, "--dataset", "svhn", "--data-dir", tmp_path, "--out", out)
+    assert "train_32x32.mat and test_32x32.mat" in line and str(tmp_path) in line
+    assert not out.exists()
+
+
+def test_an_out_that_cannot_be_used_gets_one_line(complaint, small, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert f"{file} is a file" in complaint("train", *small, "--out", file)
+    assert f"{file} is a file" in complaint("train", *small, "--out", file / "below")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    assert "other files in it" in complaint("train", *small, "--out", other)
+    assert (file.read_text(), (other / "notes.txt").read_text()) == ("mine", "mine")
+    # A folder that nobody, not even root, can write to.
+    assert "/proc" in complaint("train", *small, "--out", "/proc/sys/fastiat")
+
+
+def test_an_out_that_holds_a_run_is_left_alone(complaint, small, run, contents):
+    before = contents(run)
+    assert "--resume" in complaint("train", *small, "--out", run)
+    assert "started with --lr 0.02, not 0.5" in complaint(
+        "train", "--resume", "--out", run, "--lr", "0.5"
+    )
+    assert "started with --preset paper, not modern" in complaint(
+        "train", "--resume", "--out", run, "--preset", "modern"
+    )
+    assert contents(run) == before
+
+
+def test_memory_that_is_not_there_gets_one_line(complaint, small, tmp_path):
+    assert "lower --batch-size or --width" in complaint(
+        "train", *small, "--width", 2**31, "--out", tmp_path / "run"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_parent_is_made_and_limits_beyond_the_data_take_all(small, tmp_path, capsys):
+    out = tmp_path / "not" / "there" / "run"
+    assert (
+        cli.main(["train", *small, "--epochs", "1", "--eval-limit", "99999", "--out", str(out)])
+        == 0
+    )
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == str(
+        len(data.load("digits").test)
+    )
+
+
+def test_a_bug_still_shows_its_traceback(monkeypatch):
+    def fail(_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("fastiat.doctor.doctor", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["doctor"])
+
+
+def test_doctor_names_what_a_run_would_take(capsys):
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert rows["fastiat"] == __version__ and rows["torch"] == torch.__version__.split("+")[0]
+    assert "cpu" in rows["device"] and "resident" in rows["loader"]

@@ -1,0 +1,231 @@
+"""The run directory: what is written whole, read with suspicion and refused by name."""
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import fastiat
+from fastiat import cli
+from fastiat.config import TrainConfig
+from fastiat.errors import InputError
+from fastiat.run import CONFIG, METRICS, MODEL, STATE, Run, load_with_card, write
+
+
+class Bomb:
+    """Pickles to code that makes a folder when loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory, small) -> Path:
+    """A run of another arch."""
+    out = tmp_path_factory.mktemp("runs") / "stranger"
+    flags = ("--arch", "preact18", "--width", "2", "--adv", "none", "--epochs", "1")
+    assert cli.main(["train", *small, *flags, "--out", str(out)]) == 0
+    return out
+
+
+def test_config_json_rebuilds_the_settings(run):
+    opened = Run.open(run)
+    assert opened.config.arch == "mlp6" and opened.config.lr == 0.02
+    assert json.loads((run / CONFIG).read_text()) == asdict(opened.config)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b'{"colour": 1}', "unknown setting 'colour'"),
+        (b'{"width": 1e9}', "'width' cannot be 1000000000.0"),
+        (b'{"width": -4}', "--width is -4"),
+        (b'{"eps": "x"}', "'eps' cannot be 'x'"),
+        (b'{"eps": NaN}', "--eps is nan"),
+        (b'{"lr": 1e999}', "--lr is inf"),
+        (b'{"nesterov": 1}', "'nesterov' cannot be 1"),
+        (b'{"arch": "vgg"}', "'arch' cannot be 'vgg'"),
+        (b'{"mix_layers": [0, "1"]}', "'mix_layers' cannot be"),
+        (b'{"epochs": 1' + b"0" * 4000 + b"}", "--epochs is 1000"),
+    ],
+)
+def test_a_damaged_config_is_named_and_nothing_written(complaint, run, contents, content, named):
+    (run / CONFIG).write_bytes(content)
+    before = contents(run)
+    for argv in (["evaluate", run], ["train", "--resume", "--out", run], ["report", run]):
+        line = complaint(*argv)
+        assert str(run / CONFIG) in line and named in line
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("name", [STATE, MODEL])
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "pickle", "torch pickle", "stranger"])
+def test_a_damaged_or_foreign_checkpoint_is_refused_without_running_it(
+    complaint, run, stranger, contents, tmp_path, name, damage
+):
+    file, mark = run / name, tmp_path / "executed"
+    whole = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "zeros":
+        file.write_bytes(bytes(len(whole)))
+    elif damage == "pickle":
+        file.write_bytes(pickle.dumps(Bomb(mark)))
+    elif damage == "torch pickle":
+        torch.save({"config": {}, "step": Bomb(mark)}, file)
+    else:
+        shutil.copy(stranger / name, file)
+    before = contents(run)
+    argv = ["train", "--resume", "--out", run] if name == STATE else ["evaluate", run]
+    line = complaint(*argv)
+    assert str(run) in line
+    if damage == "stranger":
+        assert "another run" in line
+    assert not mark.exists()
+    assert contents(run) == before
+    if name == MODEL and damage != "stranger":
+        with pytest.raises(InputError, match=MODEL):
+            fastiat.load(run)
+
+
+def test_the_bomb_of_these_tests_goes_off(tmp_path):
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_of_the_same_network_but_other_settings_is_refused(complaint, run, small):
+    other = run.with_name("other")
+    assert cli.main(["train", *small, "--seed", "1", "--out", str(other)]) == 0
+    shutil.copy(other / STATE, run / STATE)
+    assert "of another run, with --seed 1 instead of 0" in complaint(
+        "train", "--resume", "--out", run
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 2**40},
+        {"width": 10**400},
+        {"arch": "wrn28_10", "width": 10**9},
+        {"num_classes": 10**12},
+        {"image_size": 2**31},
+        {"width": -1},
+        {"arch": "vgg"},
+        {"classes": ["only one"]},
+        {"classes": None},
+        {"weights": "pickle"},
+    ],
+)
+def test_a_card_that_lies_is_refused_without_making_its_network(run, monkeypatch, change):
+    file = run / MODEL
+    _, card = load_with_card(run)
+    metadata = {"card": json.dumps(asdict(card) | change)}
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, metadata)
+    with pytest.raises(InputError, match=MODEL):
+        fastiat.load(file)
+
+
+def test_a_model_without_a_card_is_refused(complaint, tmp_path):
+    file = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, file)
+    assert "not a model of fastiat" in complaint("evaluate", file, "--dataset", "digits")
+
+
+def test_a_state_without_a_config_is_refused(complaint, run):
+    torch.save({"step": 3}, run / STATE)
+    assert "not a checkpoint of fastiat" in complaint("train", "--resume", "--out", run)
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "x"}, {"model": {}}, {"judged": None}, {"random": 3}, {"best": [1]}]
+)
+def test_a_state_with_wrong_values_is_refused(complaint, run, change):
+    state = torch.load(run / STATE, weights_only=True)
+    torch.save(state | change, run / STATE)
+    assert str(run) in complaint("train", "--resume", "--out", run)
+
+
+def test_a_run_without_a_checkpoint_says_so(complaint, run):
+    (run / STATE).unlink()
+    assert "no checkpoint yet" in complaint("train", "--resume", "--out", run)
+    (run / MODEL).unlink()
+    assert f"{run}: no trained model in it yet" in complaint("evaluate", run)
+
+
+def test_a_row_cut_short_by_a_crash_is_dropped_and_hides_no_other(run):
+    whole = (run / METRICS).read_text()
+    (run / METRICS).write_text(whole + '{"kind": "ep')
+    opened = Run.open(run)
+    assert list(opened.rows()) == [json.loads(line) for line in whole.splitlines()]
+    opened.log("evaluation", error_percent=1.5)
+    rows = (run / METRICS).read_text()
+    assert rows == whole + '{"kind": "evaluation", "error_percent": 1.5}\n'
+
+
+@pytest.mark.parametrize("line", ["3", "[]", "no JSON", "[" * 100_000, "\x85"])
+def test_a_damaged_row_in_the_middle_is_named(complaint, run, line):
+    lines = (run / METRICS).read_text().split("\n")
+    (run / METRICS).write_text("\n".join([lines[0], line, *lines[1:]]))
+    assert f"{run / METRICS}, line 2 is damaged" in complaint("report", run)
+
+
+def test_rewinding_drops_later_steps_and_keeps_evaluations(run):
+    rows = [
+        {"kind": "step", "step": 20},
+        {"kind": "step", "step": "x"},
+        {"kind": "evaluation", "n": 3},
+        {"kind": "epoch", "step": 22},
+        {"kind": "step", "step": 40},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (run / METRICS).write_text(text + "3\n" + '{"kind')
+    opened = Run.open(run)
+    opened.rewind(22)
+    assert list(opened.rows()) == [rows[0], rows[2], rows[3]]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    write(file, b"old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
+        write(file, b"new")
+    assert [(f.name, f.read_bytes()) for f in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_a_run_that_cannot_be_made_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError):
+        Run.create(tmp_path / "a" / "b", TrainConfig())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loaded_network_gives_gradients_and_is_in_eval_mode(run):
+    model = fastiat.load(run)
+    assert not model.training and all(p.requires_grad for p in model.parameters())
+    x = torch.rand(2, 1, 8, 8, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()

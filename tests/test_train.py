@@ -1,0 +1,366 @@
+"""Training from end to end: repeated, stopped, resumed, on a full disk, and shown."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastiat import cli, train
+from fastiat.run import METRICS, MODEL, STATE, Run
+from fastiat.trainer import Trainer
+
+# The updates of an epoch, and what makes it so.
+VARIANTS = {
+    "plain": (22, ("--epochs", "3")),
+    "ema": (
+        5,
+        (
+            *("--arch", "preact18", "--width", "2", "--bn", "update", "--epochs", "3"),
+            *("--batch-size", "256", "--ema", "0.9", "--mix-layers", "1"),
+        ),
+    ),
+    "holdout": (18, ("--epochs", "3", "--holdout", "280", "--patience", "2")),
+}
+# Untold by the seed: how long things took.
+TIMES = ("seconds", "images_per_second")
+
+
+def rows_of(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two nests of tensors are bit-equal."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two finished runs have the same bits in weights, averages and generators, and equal rows."""
+    a, b = (torch.load(run / STATE, weights_only=True) for run in (one, other))
+    assert a.keys() == b.keys()
+    assert [name for name in a if not equal(a[name], b[name])] == []
+    assert equal(load_file(one / MODEL), load_file(other / MODEL))
+    assert rows_of(one) == rows_of(other)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def whole(request, small, tmp_path_factory) -> tuple[Path, tuple[str, ...], int]:
+    """A run never stopped, its flags and the updates of its epochs."""
+    steps, flags = VARIANTS[request.param]
+    out = tmp_path_factory.mktemp("whole") / request.param
+    assert cli.main(["train", *small, *flags, "--out", str(out)]) == 0
+    return out, (*small, *flags), steps
+
+
+def signal_in(monkeypatch, method: str, number: int, at_step: int) -> None:
+    """Send ourselves a signal in the trainer's `method`, once, from step `at_step` on."""
+    original, sent = getattr(Trainer, method), []
+
+    def wrapped(self, *arguments):
+        result = original(self, *arguments)
+        if self.step >= at_step and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(Trainer, method, wrapped)
+
+
+@pytest.mark.parametrize(
+    ("method", "number", "epochs"),
+    [
+        ("update", signal.SIGINT, 0),
+        ("update", signal.SIGTERM, 1.5),
+        ("update", signal.SIGTERM, 2),  # the last update of an epoch
+        ("judge", signal.SIGTERM, 1),
+        ("judge", signal.SIGINT, 3),
+    ],
+)
+def test_a_stopped_training_resumes_to_the_same_bits(
+    whole, tmp_path, monkeypatch, capsys, method, number, epochs
+):
+    never_stopped, flags, steps = whole
+    out, step = tmp_path / "run", max(int(epochs * steps), 1)
+    with monkeypatch.context() as patch:
+        signal_in(patch, method, number, step)
+        assert cli.main(["train", *flags, "--out", str(out)]) == 128 + number
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith(f"fastiat: stopped at step {step}, checkpoint written")
+    assert lines[-1].endswith(f"go on with: fastiat train --resume --out {out}")
+    assert torch.load(out / STATE, weights_only=True)["step"] == step
+    assert cli.main(["train", "--resume", "--out", str(out)]) == 0
+    assert_same(never_stopped, out)
+
+
+def test_a_second_stop_is_resumed_too(whole, tmp_path, monkeypatch):
+    never_stopped, flags, steps = whole
+    out = tmp_path / "run"
+    for step, argv in ((steps // 2, ["train", *flags]), (2 * steps - 1, ["train", "--resume"])):
+        with monkeypatch.context() as patch:
+            signal_in(patch, "update", signal.SIGTERM, step)
+            assert cli.main([*argv, "--out", str(out)]) == 143
+    assert cli.main(["train", "--resume", "--out", str(out)]) == 0
+    assert_same(never_stopped, out)
+
+
+@pytest.mark.parametrize("whole", ["holdout"], indirect=True)
+def test_a_killed_training_resumes_from_its_last_checkpoint(whole, tmp_path):
+    never_stopped, flags, _ = whole
+    out = tmp_path / "run"
+    script = f"""
+import os, signal
+from fastiat import cli, train, trainer
+train.SAVE_EVERY, original = 0, trainer.Trainer.update
+def update(self, *batch):
+    if self.step == 31:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *batch)
+trainer.Trainer.update = update
+cli.main({["train", *flags, "--out", str(out)]!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    with open(out / METRICS, "a") as file:
+        file.write('{"kind": "step", "step": 9')  # as a kill within a write leaves it
+    assert cli.main(["train", "--resume", "--out", str(out)]) == 0
+    assert_same(never_stopped, out)
+
+
+def test_a_training_killed_before_its_first_checkpoint_says_so(
+    small, tmp_path, monkeypatch, complaint
+):
+    out = tmp_path / "run"
+
+    def die(*_):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", die)
+        with pytest.raises(SystemExit):
+            cli.main(["train", *small, "--out", str(out)])
+    assert "has no checkpoint yet: start again" in complaint("train", "--resume", "--out", out)
+
+
+def test_a_finished_run_resumes_to_its_errors_and_stays_as_it_is(run, capsys, contents):
+    before = contents(run)
+    assert cli.main(["train", "--resume", "--out", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "trained already, 2 epochs" in out and "PGD-20" in out
+    after = contents(run)
+    assert all(after[name] == before[name] for name in (STATE, MODEL, "config.json"))
+    assert after[METRICS].startswith(before[METRICS])
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(trained, small, tmp_path):
+    for seed in ("0", "1"):
+        out = str(tmp_path / seed)
+        assert cli.main(["train", *small, "--seed", seed, "--out", out]) == 0
+    assert_same(trained, tmp_path / "0")
+    one, other = (load_file(tmp_path / seed / MODEL) for seed in ("0", "1"))
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_modern_stops_early_and_keeps_the_best_epoch(small, tmp_path, monkeypatch):
+    weights = {}
+    original = Trainer.judge
+
+    def judge(self, row):
+        better = original(self, row)
+        weights[self.epoch] = {k: v.clone() for k, v in self.evaluated.state_dict().items()}
+        return better
+
+    monkeypatch.setattr(Trainer, "judge", judge)
+    out = tmp_path / "run"
+    flags = ("--preset", "modern", "--holdout", "200", "--epochs", "40", "--patience", "2")
+    network = ("--arch", "preact18", "--width", "2", "--batch-size", "256")
+    # A rate so high that it soon gets no better.
+    assert cli.main(["train", *small, *flags, *network, "--lr", "1", "--out", str(out)]) == 0
+    epochs = [row for row in rows_of(out) if row["kind"] == "epoch"]
+    errors = [row["holdout_error_percent"] for row in epochs]
+    best = errors.index(min(errors))
+    assert len(errors) == best + 3 < 40
+    kept = load_file(out / MODEL)
+    assert all(torch.equal(kept[name], value) for name, value in weights[best + 1].items())
+    assert not all(torch.equal(kept[name], value) for name, value in weights[best + 3].items())
+
+
+def test_a_training_that_diverges_ends_in_one_line_and_keeps_its_checkpoint(
+    small, tmp_path, monkeypatch, complaint
+):
+    out = tmp_path / "run"
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    original = Trainer.update
+
+    def update(self, *batch):
+        result = original(self, *batch)
+        if self.step == 25:
+            next(self.model.parameters()).data.fill_(torch.nan)
+        return result
+
+    monkeypatch.setattr(Trainer, "update", update)
+    assert "diverged" in complaint("train", *small, "--out", out)
+    state = torch.load(out / STATE, weights_only=True)
+    assert state["step"] == 24
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@contextmanager
+def little_space(folder: Path, size: int) -> Iterator[None]:
+    """Leave no file room to grow beyond `size` bytes: a disk where we may mount one, or a limit."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.getuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+        return
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("whole", ["plain"], indirect=True)
+def test_a_full_disk_ends_in_one_line_with_the_checkpoint_intact(
+    whole, tmp_path, monkeypatch, complaint, contents
+):
+    never_stopped, flags, _ = whole
+    stopped, small_disk = tmp_path / "stopped", tmp_path / "disk"
+    with monkeypatch.context() as patch:
+        signal_in(patch, "update", signal.SIGTERM, 30)
+        assert cli.main(["train", *flags, "--out", str(stopped)]) == 143
+    small_disk.mkdir()
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    # Room for the run as it stands, not for its next checkpoint beside it.
+    size = sum(-(-file.stat().st_size // 4096) * 4096 for file in stopped.iterdir()) + 16384
+    with little_space(small_disk, size):
+        out = Path(shutil.copytree(stopped, small_disk / "run"))
+        line = complaint("train", "--resume", "--out", out)
+        assert "No space left" in line or "File too large" in line
+        assert line.endswith(f"go on with: fastiat train --resume --out {out}\n")
+        kept = shutil.copytree(out, tmp_path / "kept")
+    assert contents(kept)[STATE] == contents(stopped)[STATE]
+    assert cli.main(["train", "--resume", "--out", str(kept)]) == 0
+    assert_same(never_stopped, kept)
+
+
+def test_a_disk_full_from_the_start_gets_one_line_and_no_run(small, tmp_path, complaint):
+    with little_space(tmp_path, 4096):
+        if os.path.ismount(tmp_path):
+            (tmp_path / "ballast").write_bytes(bytes(4096))
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+        line = complaint("train", *small, "--out", tmp_path / "run")
+        assert "config.json" in line or str(tmp_path / "run") in line
+        assert not (tmp_path / "run").exists()
+
+
+def test_lines_go_to_stdout_and_progress_to_stderr(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fastiat.progress.PLAIN_EVERY", 0.0)
+    out = tmp_path / "run"
+    assert cli.main(["train", *small, "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert [line.split(",")[0] for line in lines[1:3]] == ["epoch 1/2", "epoch 2/2"]
+    assert str(out) in lines[3] and "No attack" in lines[5]
+    assert shown.out == (out / "stdout.log").read_text()
+    assert "training: 64/2816 images" in shown.err and "PGD-20: " not in shown.out
+    assert all(" img/s, " in line and " left" in line for line in shown.err.splitlines())
+    assert "loss 2." in shown.err and "acc " in shown.err
+
+
+def test_the_time_left_after_a_resume_counts_this_sessions_images(monkeypatch, capsys):
+    from fastiat import progress
+
+    now = iter([100.0, 200.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    shown = progress.Progress("training", total=10_000, done=9_000)
+    shown.advance(100)
+    # 100 images in 100 seconds, 900 to go.
+    assert capsys.readouterr().err == "training: 9100/10000 images, 1 img/s, 15:00 left\n"
+
+
+def test_a_terminal_gets_a_bar_that_the_lines_do_not_break(small, tmp_path, monkeypatch):
+    """Both streams on one pseudo-terminal, played back as a terminal would show them."""
+    master, slave = pty.openpty()
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with suppress_eio():
+            while chunk := os.read(master, 65536):
+                shown.append(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
+        assert cli.main(["train", *small, "--steps", "30", "--out", str(tmp_path / "run")]) == 0
+    reader.join()
+    os.close(master)
+    text = b"".join(shown).decode()
+    assert re.search(r"training: +\d+%\|.*\[\d\d:\d\d<\d\d:\d\d, .*img/s, loss 2\.", text)
+    assert " acc " in text or ", acc " in text
+    left = [final(line) for line in text.split("\n")]
+    logged = (tmp_path / "run" / "stdout.log").read_text().splitlines()
+    assert [line for line in left if line] == [line.rstrip() for line in logged]
+
+
+def final(line: str) -> str:
+    """Return what a terminal shows of a line after its carriage returns."""
+    cells: list[str] = []
+    for part in line.replace("\x1b[A", "").split("\r"):
+        cells[: len(part)] = part
+    return "".join(cells).rstrip()
+
+
+@contextmanager
+def suppress_eio() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # how Linux ends a pseudo-terminal
+        assert error.errno == 5
+
+
+def test_tensorboard_reads_the_events_of_both_sessions(small, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_in(patch, "update", signal.SIGTERM, 30)
+        assert cli.main(["train", *small, "--out", str(out)]) == 143
+    assert cli.main(["train", "--resume", "--out", str(out)]) == 0
+    events = EventAccumulator(str(out)).Reload()
+    rows = [row for row in Run.open(out).rows() if row["kind"] == "epoch"]
+    for name in ("clean_loss", "adv_accuracy_percent", "test_error_percent"):
+        points = events.Scalars(f"epoch/{name}")
+        assert [point.step for point in points] == [22, 44]
+        assert [point.value for point in points] == pytest.approx([row[name] for row in rows])
+    assert [point.step for point in events.Scalars("step/learning_rate")] == [20, 40]
