@@ -12,6 +12,7 @@ from fastiat import cli
 SMALL = (
     *("--dataset", "digits", "--arch", "mlp6", "--width", "16", "--steps", "1"),
     *("--lr", "0.02", "--epochs", "2", "--device", "cpu", "--precision", "fp32"),
+    *("--eval-limit", "40"),
 )
 
 
