@@ -30,7 +30,15 @@ class Progress:
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(
-                total=total, initial=done, desc=title, unit="img", leave=False, dynamic_ncols=True
+                total=total,
+                initial=done,
+                desc=title,
+                unit=" img",
+                leave=False,
+                dynamic_ncols=True,
+                # Without the counts, so that the figures after them fit into 80 columns.
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {rate_noinv_fmt}, "
+                "{remaining} left{postfix}",
             )
 
     def __enter__(self) -> "Progress":

@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> Path:
         else:
             _loop(trainer, run, judged, seconds)
     except OSError as error:
-        if not (path / STATE).exists():
+        if isinstance(error, BrokenPipeError) or not (path / STATE).exists():
             raise
         raise InputError(f"{explain_os(error)}; then go on with: {_way_on(path)}") from None
     return path
@@ -118,11 +118,7 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
                     progress.advance(config.batch_size)
                     if trainer.step % LOG_EVERY == 0 or trainer.step == first + 1:
                         row = _step_row(trainer, update)
-                        progress.show(
-                            loss=f"{row['clean_loss']:.3f}/{row['adv_loss']:.3f}",
-                            acc=f"{row['clean_accuracy_percent']:.0f}/"
-                            f"{row['adv_accuracy_percent']:.0f} %",
-                        )
+                        progress.show(**_figures(config, row))
                         if trainer.step % LOG_EVERY == 0:
                             run.log("step", **row)
                             events.add("step", row)
@@ -257,6 +253,14 @@ def _epoch_row(trainer: Trainer) -> dict[str, Any]:
         "adv_loss": adv_loss,
         "clean_accuracy_percent": 100 * clean / batch,
         "adv_accuracy_percent": 100 * adv / batch,
+    }
+
+
+def _figures(config: TrainConfig, row: dict[str, Any]) -> dict[str, str]:
+    """Write the loss and accuracy of both batches, in few words."""
+    return {
+        kind: f"{row[f'{kind}_loss']:.2f} {row[f'{kind}_accuracy_percent']:.0f} %"
+        for kind in (("clean",) if config.adv == "none" else ("clean", "adv"))
     }
 
 
