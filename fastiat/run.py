@@ -132,15 +132,17 @@ class Run:
             if row is not None:
                 yield row
 
-    def rewind(self, step: int) -> None:
-        """Drop the rows that a training wrote after `step`, so that a resume does not double them.
+    def rewind(self, step: int, epoch: int) -> None:
+        """Drop the rows of later steps and epochs, so that a resume does not double them.
 
         Lines that a crash left damaged go too.
         """
 
         def before(row: dict[str, Any]) -> bool:
-            at = row.get("step", 0)
-            return row.get("kind") == "evaluation" or (isinstance(at, int) and at <= step)
+            if row.get("kind") == "evaluation":
+                return True
+            name, last = ("epoch", epoch) if row.get("kind") == "epoch" else ("step", step)
+            return isinstance(row.get(name), int) and row[name] <= last
 
         self._keep_rows(before)
 

@@ -79,9 +79,11 @@ def _restore(trainer: Trainer, run: Run) -> tuple[int, float]:
         ):
             raise InputError("the checkpoint's step or best epoch is no number")
         trainer.load_state_dict(state)
-    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except InputError as error:
         raise InputError(f"{run.path} cannot be resumed: {error}") from None
-    run.rewind(trainer.step)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{run.path} cannot be resumed: {STATE} lacks {error}") from None
+    run.rewind(trainer.step, judged)
     return judged, seconds
 
 
@@ -128,7 +130,9 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
                         save()
                         saved = time.monotonic()
             _check_finite(trainer)
-            row = _epoch_row(trainer) | {"images_per_second": round(per_epoch / seconds, 1)}
+            row = _epoch_row(trainer) | {
+                "images_per_second": round(per_epoch / max(seconds, 1e-9), 1)
+            }
             best, judging = trainer.best, time.monotonic()
             try:
                 with signals.at_once():

@@ -190,14 +190,19 @@ def test_rewinding_drops_later_steps_and_keeps_evaluations(run):
         {"kind": "step", "step": 20},
         {"kind": "step", "step": "x"},
         {"kind": "evaluation", "n": 3},
-        {"kind": "epoch", "step": 22},
+        {"kind": "epoch", "step": 22, "epoch": 1},
         {"kind": "step", "step": 40},
+        {"kind": "epoch", "step": 44, "epoch": 2},
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (run / METRICS).write_text(text + "3\n" + '{"kind')
     opened = Run.open(run)
-    opened.rewind(22)
+    opened.rewind(44, 1)
+    assert list(opened.rows()) == [rows[0], *rows[2:5]]
+    opened.rewind(22, 1)
     assert list(opened.rows()) == [rows[0], rows[2], rows[3]]
+    opened.rewind(22, 0)
+    assert list(opened.rows()) == [rows[0], rows[2]]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

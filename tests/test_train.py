@@ -151,6 +151,26 @@ cli.main({["train", *flags, "--out", str(out)]!r})
     assert_same(never_stopped, out)
 
 
+def test_a_kill_between_a_row_and_its_checkpoint_doubles_no_row(whole, tmp_path, monkeypatch):
+    never_stopped, flags, steps = whole
+    out = tmp_path / "run"
+    original = Run.say
+
+    def die(self, text):
+        original(self, text)
+        if text.startswith("epoch 2"):
+            raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "SAVE_EVERY", 0)
+        patch.setattr(Run, "say", die)
+        with pytest.raises(SystemExit):
+            cli.main(["train", *flags, "--out", str(out)])
+    assert torch.load(out / STATE, weights_only=True)["step"] == 2 * steps
+    assert cli.main(["train", "--resume", "--out", str(out)]) == 0
+    assert_same(never_stopped, out)
+
+
 def test_a_training_killed_before_its_first_checkpoint_says_so(
     small, tmp_path, monkeypatch, complaint
 ):
