@@ -91,7 +91,9 @@ def test_mixed_loss_is_the_formula_in_float64(lam, loss):
         return -(one_hot * np.log(p) + (1 - one_hot) * np.log(1 - p)).mean(1)
 
     expected = (weights * of(y.numpy()) + (1 - weights) * of(y[perm].numpy())).mean()
-    assert float(mixed_loss(logits, y, Mix(0, perm, lam), loss)) == pytest.approx(expected, rel=1e-5)
+    assert float(mixed_loss(logits, y, Mix(0, perm, lam), loss)) == pytest.approx(
+        expected, rel=1e-5
+    )
     plain = of(y.numpy()).mean()
     assert float(mixed_loss(logits, y, None, loss)) == pytest.approx(plain, rel=1e-5)
 

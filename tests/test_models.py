@@ -121,9 +121,10 @@ def test_preact18_starts_from_the_default_of_torch():
 
 
 def test_standardisation_is_the_formula_in_float64():
-    x = torch.rand(5, 3, 9, 9, dtype=torch.float64) * torch.tensor([1, 0.1, 1e-3, 1e-4, 1])[
-        :, None, None, None
-    ].double()
+    x = (
+        torch.rand(5, 3, 9, 9, dtype=torch.float64)
+        * torch.tensor([1, 0.1, 1e-3, 1e-4, 1])[:, None, None, None].double()
+    )
     values = x.numpy()
     flat = values.reshape(5, -1)
     floor = 1 / (255 * np.sqrt(flat.shape[1]))
