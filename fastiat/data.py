@@ -276,11 +276,9 @@ def _explain(name: str, root: Path, source: _Source, error: Exception) -> str:
 def _quiet(progress: bool) -> Iterator[None]:
     """Silence torchvision, but for its bars where `progress`, and let no download hang."""
     timeout = socket.getdefaulttimeout()
-    sink = io.StringIO()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(sink))
         if not progress:
-            stack.enter_context(contextlib.redirect_stderr(sink))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         # CIFAR-10's pickles are older than a NumPy that warns about them.
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.callback(socket.setdefaulttimeout, timeout)
