@@ -425,6 +425,8 @@ def test_wrong_data_folder_is_refused(
     with pytest.raises(InputError, match="gone does not exist"):
         data.load(name, tmp_path / "gone")
     assert not (tmp_path / "gone").exists()
+    with pytest.raises(InputError, match="does not exist"):
+        data.load(name, tmp_path / ("long" * 100))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file is a file"):
         data.load(name, tmp_path / "file")
