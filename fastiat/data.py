@@ -108,6 +108,12 @@ class Dataset:
         return digest.hexdigest()[:16]
 
 
+def default_dir() -> Path:
+    """Return where data sets are looked for and downloaded to when no folder is named."""
+    given = os.environ.get("FASTIAT_DATA")
+    return Path(os.path.expanduser(given)) if given else folder.user_cache("data")
+
+
 def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool = True) -> Dataset:
     """Return the data set `name`, one of `DATASETS`.
 
@@ -139,8 +145,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool
             "train/<class>/ and test/<class>/ in it"
         )
     else:
-        given = os.environ.get("FASTIAT_DATA")
-        root = Path(os.path.expanduser(given)) if given else folder.user_cache("data")
+        root = default_dir()
     if name == "folder":
         tree = folder.read(root, progress=progress)
         train, test = (Split(*map(torch.from_numpy, part)) for part in (tree.train, tree.test))

@@ -32,7 +32,7 @@ def doctor(config: DoctorConfig) -> None:
         rows.append((package, importlib.metadata.version(package) if found else "not installed"))
     fast = "fast bf16" if has_fast_bf16(device) else "no fast bf16"
     rows += [
-        ("data", str(data.data_dir(config.data_dir))),
+        ("data", config.data_dir or str(data.default_dir())),
         ("device", f"a run takes {device} ({fast})"),
         ("precision", f"a run takes {pick_precision('auto', device)}"),
         ("engine", "a run takes eager"),
