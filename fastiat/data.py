@@ -108,6 +108,12 @@ class Dataset:
         return digest.hexdigest()[:16]
 
 
+def default_dir() -> Path:
+    """Return where data sets are looked for and downloaded to when no folder is named."""
+    given = os.environ.get("FASTIAT_DATA")
+    return Path(os.path.expanduser(given)) if given else folder.user_cache("data")
+
+
 def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool = True) -> Dataset:
     """Return the data set `name`, one of `DATASETS`.
 
@@ -126,10 +132,10 @@ def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool
     if name == "digits":
         return _digits()
     if data_dir is not None:
-        root = Path(data_dir).expanduser()
-        if not root.exists():
+        root = Path(os.path.expanduser(data_dir))
+        if not os.path.exists(root):  # Path.exists would raise for a path no system takes
             raise InputError(f"the data folder {root} does not exist: create it or name another")
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise InputError(f"the data folder {root} is a file: name the folder that holds it")
         if not os.access(root, os.R_OK | os.X_OK):
             raise InputError(f"the data folder {root} cannot be read: check its permissions")
@@ -139,7 +145,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool
             "train/<class>/ and test/<class>/ in it"
         )
     else:
-        root = Path(os.environ.get("FASTIAT_DATA") or folder.user_cache("data")).expanduser()
+        root = default_dir()
     if name == "folder":
         tree = folder.read(root, progress=progress)
         train, test = (Split(*map(torch.from_numpy, part)) for part in (tree.train, tree.test))
@@ -276,11 +282,9 @@ def _explain(name: str, root: Path, source: _Source, error: Exception) -> str:
 def _quiet(progress: bool) -> Iterator[None]:
     """Silence torchvision, but for its bars where `progress`, and let no download hang."""
     timeout = socket.getdefaulttimeout()
-    sink = io.StringIO()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(sink))
         if not progress:
-            stack.enter_context(contextlib.redirect_stderr(sink))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         # CIFAR-10's pickles are older than a NumPy that warns about them.
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.callback(socket.setdefaulttimeout, timeout)

@@ -7,10 +7,9 @@ import platform
 
 import torch
 
-from fastiat import __version__
+from fastiat import __version__, data
 from fastiat.config import DoctorConfig
 from fastiat.device import has_fast_bf16, pick_device, pick_precision
-from fastiat.folder import user_cache
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "torchattacks", "foolbox")
 
@@ -33,7 +32,7 @@ def doctor(config: DoctorConfig) -> None:
         rows.append((package, importlib.metadata.version(package) if found else "not installed"))
     fast = "fast bf16" if has_fast_bf16(device) else "no fast bf16"
     rows += [
-        ("data", config.data_dir or os.environ.get("FASTIAT_DATA") or str(user_cache("data"))),
+        ("data", config.data_dir or str(data.default_dir())),
         ("device", f"a run takes {device} ({fast})"),
         ("precision", f"a run takes {pick_precision('auto', device)}"),
         ("engine", "a run takes eager"),

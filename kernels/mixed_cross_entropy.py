@@ -15,4 +15,6 @@ def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor | 
     """
     loss_a = F.cross_entropy(logits, y_a, reduction="none")
     loss_b = F.cross_entropy(logits, y_b, reduction="none")
+    if isinstance(lam, Tensor):
+        lam = lam.to(loss_a.dtype)
     return (lam * loss_a + (1 - lam) * loss_b).mean()

@@ -379,6 +379,8 @@ def test_truncated_idx_is_named(fashion: Path, file: str, kept: int) -> None:
     if kept >= path.stat().st_size:
         kept = path.stat().st_size - 1
     path.write_bytes(path.read_bytes()[:kept])
+    for unpacked in path.parent.glob("*.gz"):
+        unpacked.write_bytes(b"no longer needed, so not to blame")
     with pytest.raises(InputError) as error:
         data.load("fashion-mnist", fashion)
     assert one_line(error) == f"{path} is damaged: delete it and run again"
@@ -423,6 +425,8 @@ def test_wrong_data_folder_is_refused(
     with pytest.raises(InputError, match="gone does not exist"):
         data.load(name, tmp_path / "gone")
     assert not (tmp_path / "gone").exists()
+    with pytest.raises(InputError, match="does not exist"):
+        data.load(name, tmp_path / ("long" * 100))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file is a file"):
         data.load(name, tmp_path / "file")

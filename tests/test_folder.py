@@ -185,16 +185,18 @@ def test_exif_orientation_is_applied(tree: Path, extension: str) -> None:
     assert np.allclose(quarters, [[0, 200], [0, 0]], atol=12)
 
 
-def test_one_colour_image_makes_the_tree_colour(tree: Path) -> None:
-    colour = np.asarray(Image.open(tree / "test/dog/1.png"))
-    for path in tree.rglob("*.png"):
-        if path != tree / "test/dog/1.png":
-            random_image(8, "L").save(path)
-    read = folder.read(tree)
-    assert read.train[0].shape == (4, 8, 8, 3)
-    grey = np.asarray(Image.open(tree / "train/cat/0.png"))
-    assert np.array_equal(read.train[0][0], np.stack([grey] * 3, axis=-1))
-    assert np.array_equal(read.test[0][3], colour)
+@pytest.mark.parametrize("index", [0, 2, 7])
+def test_one_colour_image_makes_the_tree_colour(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    monkeypatch.setattr(folder, "CHUNK", 3)
+    grey_tree(tree)
+    paths = [*sorted(tree.glob("train/*/*")), *sorted(tree.glob("test/*/*"))]
+    random_image().save(paths[index])
+    tree_read = folder.read(tree)
+    images = np.concatenate([tree_read.train[0], tree_read.test[0]])
+    for image, path in zip(images, paths, strict=True):
+        assert np.array_equal(image, np.asarray(Image.open(path).convert("RGB")))
 
 
 def test_an_animation_counts_with_its_first_frame(tree: Path) -> None:
@@ -290,7 +292,6 @@ def saved(format_: str, side: int = 64) -> bytes:
         ("x.png", saved("PNG")[:20]),
         ("x.png", b""),
         ("x.jpg", b"<html>404</html>"),
-        ("x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"),
     ],
     ids=lambda each: each if isinstance(each, str) else f"{len(each)} bytes",
 )
@@ -301,6 +302,19 @@ def test_a_damaged_image_is_named(tree: Path, file: str, content: bytes) -> None
     message = refusal(tree)
     assert message.startswith(str(tree / "test/cat" / file))
     assert message.endswith("replace or remove it")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [saved("GIF"), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"],
+    ids=["gif", "eps"],
+)
+def test_a_format_outside_the_list_is_not_opened_under_a_borrowed_name(
+    tree: Path, content: bytes
+) -> None:
+    path = tree / "train/cat/0.png"
+    path.write_bytes(content)
+    assert refusal(tree) == f"{path} is not an image or damaged: replace or remove it"
 
 
 @pytest.mark.parametrize("side", [10_000, 60_000])
@@ -482,7 +496,8 @@ def test_any_change_of_the_tree_decodes_it_again(
 def test_two_trees_do_not_share_a_cache(
     tree: Path, tmp_path: Path, decodings: Decodings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = tmp_path / "other"
+    other = tmp_path / "elsewhere" / "tree"
+    other.parent.mkdir()
     first = folder.read(tree)
     tree.rename(other)
     folder.read(other)

@@ -1,0 +1,125 @@
+"""Mixing: distributions against their closed forms, the loss against float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from fastiat import kernels
+from fastiat.errors import InputError
+from fastiat.mix import DEFAULT_ALPHA, Mix, draw, mixed_correct, mixed_loss
+
+
+def _draws(kind, count, **settings):
+    generator = torch.Generator().manual_seed(0)
+    return [draw(kind, 4, generator=generator, **settings) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "alpha", "expected"),
+    [("mixup", None, 1.0), ("manifold", None, 2.0), ("mixup", 0.4, 0.4), ("manifold", 8.0, 8.0)],
+)
+def test_lambda_follows_its_beta_distribution(kind, alpha, expected):
+    values = [float(mix.lam) for mix in _draws(kind, 2000, alpha=alpha)]
+    assert stats.kstest(values, stats.beta(expected, expected).cdf).pvalue > 1e-3
+
+
+def test_lambda_per_sample_follows_the_distribution_too():
+    mix = draw("manifold", 4000, generator=torch.Generator().manual_seed(1), per_sample=True)
+    assert mix.lam.shape == (4000,)
+    assert stats.kstest(mix.lam.numpy(), stats.beta(2, 2).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "expected"),
+    [("mixup", None, {0}), ("manifold", None, {0, 1, 2}), ("manifold", (1, 2), {1, 2})],
+)
+def test_layers_are_drawn_uniformly(kind, layers, expected):
+    drawn = [mix.layer for mix in _draws(kind, 900, layers=layers)]
+    counts = np.bincount(drawn, minlength=3)
+    assert set(drawn) == expected
+    assert stats.chisquare(counts[sorted(expected)]).pvalue > 1e-3 if len(expected) > 1 else True
+
+
+def test_pairing_is_a_permutation_and_repeats_from_the_same_seed():
+    first = draw("manifold", 50, generator=torch.Generator().manual_seed(7))
+    second = draw("manifold", 50, generator=torch.Generator().manual_seed(7))
+    assert sorted(first.perm.tolist()) == list(range(50))
+    assert first.layer == second.layer
+    assert torch.equal(first.perm, second.perm) and torch.equal(first.lam, second.lam)
+
+
+def test_a_generator_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    draw("manifold", 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_none_draws_nothing():
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    assert draw("none", 8, generator=generator) is None
+    assert torch.equal(before, generator.get_state())
+
+
+@given(st.integers(1, 9), st.floats(0, 1), st.integers(0, 2**31))
+def test_mixing_keeps_the_batch_sum_and_is_a_permutation_matrix(batch, lam, seed):
+    x = torch.randn(batch, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    perm = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
+    mixed = kernels.mix(x, perm, lam)
+    torch.testing.assert_close(mixed.sum(0), x.sum(0))
+    matrix = lam * torch.eye(batch, dtype=torch.float64)
+    matrix += (1 - lam) * torch.eye(batch, dtype=torch.float64)[perm]
+    torch.testing.assert_close(mixed, matrix @ x)
+
+
+@pytest.mark.parametrize("lam", [torch.tensor(0.0), torch.tensor(1.0), torch.tensor([0.2, 0.9, 0])])
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_mixed_loss_is_the_formula_in_float64(lam, loss):
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    y, perm = torch.tensor([4, 0, 2]), torch.tensor([1, 2, 0])
+    z = logits.double().numpy()
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    weights = np.broadcast_to(lam.numpy(), 3)
+
+    def of(labels):
+        if loss == "ce":
+            return -np.log(p[np.arange(3), labels])
+        one_hot = np.eye(5)[labels]
+        return -(one_hot * np.log(p) + (1 - one_hot) * np.log(1 - p)).mean(1)
+
+    expected = (weights * of(y.numpy()) + (1 - weights) * of(y[perm].numpy())).mean()
+    assert float(mixed_loss(logits, y, Mix(0, perm, lam), loss)) == pytest.approx(
+        expected, rel=1e-5
+    )
+    plain = of(y.numpy()).mean()
+    assert float(mixed_loss(logits, y, None, loss)) == pytest.approx(plain, rel=1e-5)
+
+
+def test_correct_predictions_count_with_the_weight_of_the_label_they_hit():
+    logits = torch.eye(3)
+    y, perm = torch.tensor([0, 2, 2]), torch.tensor([1, 2, 0])
+    # Predicted 0, 1, 2: the first hits its own label, the last too; nobody hits a partner's.
+    mix = Mix(0, perm, torch.tensor(0.25))
+    assert float(mixed_correct(logits, y, mix)) == pytest.approx(0.5)
+    assert float(mixed_correct(logits, y, None)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("cutmix", 4), "cutmix"),
+        (("mixup", 0), "batch"),
+        (("mixup", 4, -1.0), "alpha"),
+        (("mixup", 4, float("nan")), "alpha"),
+    ],
+)
+def test_draw_refuses_by_name(arguments, named):
+    with pytest.raises(InputError, match=named):
+        draw(*arguments)
+
+
+def test_defaults_are_the_papers():
+    assert DEFAULT_ALPHA == {"mixup": 1.0, "manifold": 2.0}
