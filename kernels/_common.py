@@ -60,6 +60,11 @@ def register(
     return op
 
 
+def transforming() -> bool:
+    """Whether a torch.func transform is at work: it needs plain torch code, not a custom op."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Make the device of `x` current: Triton launches on the current one, whatever its tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
@@ -101,6 +106,14 @@ def image_rows(x: Tensor) -> Tensor:
     if not x.is_contiguous():
         x = x.permute(0, *range(2, x.dim()), 1)
     return x.view(x.shape[0], math.prod(x.shape[1:]))
+
+
+def from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """`image_rows` undone: (B, N) in memory order as a batch shaped and laid out as `like`."""
+    if layout(like) == torch.contiguous_format:
+        return rows.view(like.shape)
+    batch, channels, *size = like.shape
+    return rows.view(batch, *size, channels).movedim(-1, 1)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -230,5 +243,6 @@ def lam_tensor(lam: Tensor | float, x_name: str, x: Tensor) -> Tensor:
 
 def check_lam_values(lam: Tensor) -> None:
     """Refuse values outside [0, 1], on the CPU, where looking at them is free."""
-    if lam.numel() and not bool(((lam >= 0) & (lam <= 1)).all()):
+    low, high = lam.aminmax() if lam.numel() else (0, 1)
+    if not 0 <= low <= high <= 1:
         raise ValueError("lam must be in [0, 1]")

@@ -24,11 +24,13 @@ from ._common import (
     compute_dtype,
     dense,
     empty_like,
+    from_rows,
     image_rows,
     lam_tensor,
     on_device_of,
     register,
     tl,
+    transforming,
     triton,
 )
 
@@ -36,27 +38,22 @@ _BLOCK = 1024
 
 
 def mix_reference(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor:
-    """The formulas above in torch: the truth of the tests and the CPU path.
-
-    Raises `ValueError` unless `perm` is a permutation and `lam` in [0, 1].
-    """
-    batch = x.shape[0]
-    ordered, inverse = perm.sort()
-    if not torch.equal(ordered, torch.arange(batch)):
-        raise ValueError(f"perm is no permutation of the batch: 0..{batch - 1} once each")
-    check_lam_values(lam)
+    """The formulas above in torch: the truth of the tests and the CPU path."""
     rows = image_rows(dense(x)).to(compute_dtype(x.dtype))
     own, other = lam.to(rows.dtype), (1 - lam).to(rows.dtype)
-    source = inverse if transpose else perm
+    source = perm.argsort() if transpose else perm
     if lam.dim():
         own, other = own[:, None], (other[source] if transpose else other)[:, None]
-    out = empty_like(x)
-    mixed = rows.index_select(0, source).mul_(other)
-    if out.dtype == rows.dtype:
-        torch.mul(rows, own, out=image_rows(out)).add_(mixed)
-    else:
-        image_rows(out).copy_(mixed.add_(rows * own))
-    return out
+    mixed = rows.index_select(0, source).mul_(other).add_(rows * own)
+    return from_rows(mixed.to(x.dtype), x)
+
+
+def _mix_cpu(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor:
+    batch = x.shape[0]
+    if not torch.equal(perm.sort().values, torch.arange(batch)):
+        raise ValueError(f"perm is no permutation of the batch: 0..{batch - 1} once each")
+    check_lam_values(lam)
+    return mix_reference(x, perm, lam, transpose)
 
 
 @triton.jit
@@ -123,7 +120,7 @@ def _mix_triton(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor
     return out
 
 
-_op = register("mix", _mix_triton, cpu=mix_reference, fake=lambda x, *_: empty_like(x))
+_op = register("mix", _mix_triton, cpu=_mix_cpu, fake=lambda x, *_: empty_like(x))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -155,4 +152,5 @@ def mix(x: Tensor, perm: Tensor, lam: Tensor | float) -> Tensor:
     check_floating("x", x)
     check_images("x", x)
     check_vector("perm", perm, x.shape[0], torch.int64, "x", x)
-    return _op(x, perm, lam_tensor(lam, "x", x), False)
+    lam = lam_tensor(lam, "x", x)
+    return (mix_reference if transforming() else _op)(x, perm, lam, False)
