@@ -243,6 +243,15 @@ def lam_tensor(lam: Tensor | float, x_name: str, x: Tensor) -> Tensor:
 
 def check_lam_values(lam: Tensor) -> None:
     """Refuse values outside [0, 1], on the CPU, where looking at them is free."""
-    low, high = lam.aminmax() if lam.numel() else (0, 1)
-    if not 0 <= low <= high <= 1:
+    low, high = lam.aminmax() if lam.dim() and lam.numel() else (lam, lam)
+    if lam.numel() and not 0 <= low.item() <= high.item() <= 1:
         raise ValueError("lam must be in [0, 1]")
+
+
+def weights(lam: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
+    """`lam` and 1 - `lam`: numbers where that is free, else tensors of `dtype`."""
+    if lam.dim() == 0 and lam.is_cpu and not transforming():
+        value = lam.item()
+        # In float64, which rounds a float32 difference as float32 arithmetic does.
+        return value, 1 - value
+    return lam.to(dtype), (1 - lam).to(dtype)

@@ -32,6 +32,7 @@ from ._common import (
     tl,
     transforming,
     triton,
+    weights,
 )
 
 _BLOCK = 1024
@@ -40,7 +41,7 @@ _BLOCK = 1024
 def mix_reference(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor:
     """The formulas above in torch: the truth of the tests and the CPU path."""
     rows = image_rows(dense(x)).to(compute_dtype(x.dtype))
-    own, other = lam.to(rows.dtype), (1 - lam).to(rows.dtype)
+    own, other = weights(lam, rows.dtype)
     source = perm.argsort() if transpose else perm
     if lam.dim():
         own, other = own[:, None], (other[source] if transpose else other)[:, None]

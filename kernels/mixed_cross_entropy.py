@@ -27,6 +27,7 @@ from ._common import (
     tl,
     transforming,
     triton,
+    weights,
 )
 
 # torch skips samples whose label is -100; here that is a label outside the classes like any other.
@@ -36,7 +37,7 @@ _NO_CLASS = -(2**63)
 def mixed_cross_entropy_reference(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
     """The formula in torch: the truth of the tests and the CPU path."""
     log_p = F.log_softmax(logits.to(compute_dtype(logits.dtype)), 1)
-    own, other = lam.to(log_p.dtype), (1 - lam).to(log_p.dtype)
+    own, other = weights(lam, log_p.dtype)
     loss_a = F.nll_loss(log_p, y_a, reduction="none", ignore_index=_NO_CLASS)
     loss_b = F.nll_loss(log_p, y_b, reduction="none", ignore_index=_NO_CLASS)
     return (own * loss_a + other * loss_b).mean()
