@@ -29,10 +29,10 @@ except ImportError:  # macOS, or a CPU-only installation
                 "install triton, or move the tensors to the CPU"
             )
 
-    class triton:  # type: ignore[no-redef]  # noqa: N801
+    class triton:  # type: ignore[no-redef]
         jit = _NeedsTriton
 
-    class tl:  # type: ignore[no-redef]  # noqa: N801
+    class tl:  # type: ignore[no-redef]
         constexpr = None
 
 
@@ -51,7 +51,7 @@ def register(
     fake: Callable[..., Any],
     mutates: Sequence[str] = (),
 ) -> "torch.library.CustomOpDef":
-    """Register `torch.ops.fastiat.<name>`: `launch` on CUDA, `cpu` on the CPU, `fake` in tracing."""
+    """Register `torch.ops.fastiat.<name>`: `launch` on CUDA, `cpu` there, `fake` in tracing."""
     op = torch.library.custom_op(
         f"fastiat::{name}", launch, mutates_args=mutates, device_types="cuda"
     )

@@ -1,4 +1,4 @@
-"""Two-label cross-entropy: mean over the batch of lam * CE(logits, y_a) + (1 - lam) * CE(logits, y_b).
+"""Two-label cross-entropy: the mean of lam * CE(logits, y_a) + (1 - lam) * CE(logits, y_b).
 
 (Zhang et al. 2018, section 2; the loss of section 3 of the IAT paper.) With p = softmax(logits) and
 e_y the indicator of class y, the gradient of a sample, before the mean and the chain rule, is
@@ -7,6 +7,9 @@ e_y the indicator of class y, the gradient of a sample, before the mean and the 
 
 where the first factor is 1. All arithmetic is in fp32 (fp64 for fp64), and so is the loss.
 """
+
+# Kernel arguments are Triton values, for which there are no annotations.
+# mypy: disable-error-code="no-untyped-def"
 
 from typing import Any
 
@@ -171,9 +174,7 @@ def _mixed_cross_entropy_triton(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: T
     return loss.mean()
 
 
-def _backward_triton(
-    grad: Tensor, logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor
-) -> Tensor:
+def _backward_triton(grad: Tensor, logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
     logits = _unit_columns(logits)
     batch, classes = logits.shape
     out = torch.empty((batch, classes), dtype=logits.dtype, device=logits.device)
@@ -198,9 +199,7 @@ _backward_op = register(
     "mixed_cross_entropy_backward",
     _backward_triton,
     cpu=mixed_cross_entropy_backward_reference,
-    fake=lambda grad, logits, *_: torch.empty_like(
-        logits, memory_format=torch.contiguous_format
-    ),
+    fake=lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )
 
 

@@ -8,6 +8,9 @@ NaN. fp16 and bf16 are calculated in fp32 and rounded once; but their spacing in
 and 1/256, the size of a usual alpha, so keep iterates in fp32.
 """
 
+# Kernel arguments are Triton values, for which there are no annotations.
+# mypy: disable-error-code="no-untyped-def"
+
 import torch
 from torch import Tensor
 

@@ -9,6 +9,9 @@ counts as zero and moves nothing; where some are infinite, the image moves along
 alone, which is the limit; a zero gradient moves nothing. All arithmetic is in fp32.
 """
 
+# Kernel arguments are Triton values, for which there are no annotations.
+# mypy: disable-error-code="no-untyped-def"
+
 import torch
 from torch import Tensor
 
@@ -61,9 +64,7 @@ def _finite_direction(g, largest):
 
 
 @triton.jit
-def _pgd_step_l2_kernel(
-    x_adv, grad, x, out, n, eps, alpha, low, high, BLOCK: tl.constexpr
-):
+def _pgd_step_l2_kernel(x_adv, grad, x, out, n, eps, alpha, low, high, BLOCK: tl.constexpr):
     base = tl.program_id(0).to(tl.int64) * n
     lane = tl.arange(0, BLOCK)
     tops = tl.zeros([BLOCK], tl.float32)

@@ -10,6 +10,9 @@ r = 1 / max(std, floor), the gradient is
 All arithmetic is in fp32 (fp64 for fp64), whatever the storage and under autocast too.
 """
 
+# Kernel arguments are Triton values, for which there are no annotations.
+# mypy: disable-error-code="no-untyped-def"
+
 from typing import Any
 
 import torch
