@@ -12,8 +12,9 @@ SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 1, 1, 257), (2, 1, 25, 41), (1, 1, 17,
 LAYOUTS = ["contiguous", "channels_last", "sliced", "expanded"]
 
 # The interpreter stands in for the CPU's reference, so what tests that reference waits for it.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 reference_only = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="tests the CPU reference or its registration"
+    INTERPRETED, reason="tests the CPU reference or its registration"
 )
 
 
