@@ -67,8 +67,8 @@ def _cpu(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
 
 
 @triton.jit
-def _logsumexp(row, valid, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """log(sum(exp(logits))) of ROWS rows, in one pass over the classes."""
+def _top_and_total(row, valid, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The maximum and sum(exp(logits - maximum)) of ROWS rows, in one pass over the classes."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, classes, BLOCK):
@@ -80,7 +80,7 @@ def _logsumexp(row, valid, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
         top = new_top
-    return top + tl.log(total)
+    return tl.where(top == float("-inf"), 0.0, top), total
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def _mixed_cross_entropy_kernel(
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = i < batch
     row = logits + i * stride
-    log_total = _logsumexp(row, valid, classes, ROWS, BLOCK)
+    top, total = _top_and_total(row, valid, classes, ROWS, BLOCK)
     own, other = _weights(lam, i, valid, PER_SAMPLE)
     a = tl.load(y_a + i, valid, other=0)
     b = tl.load(y_b + i, valid, other=0)
@@ -114,7 +114,8 @@ def _mixed_cross_entropy_kernel(
     nan = float("nan")
     a_score = tl.load(row + a, valid & (a >= 0) & (a < classes), other=nan).to(tl.float32)
     b_score = tl.load(row + b, valid & (b >= 0) & (b < classes), other=nan).to(tl.float32)
-    value = own * (log_total - a_score) + other * (log_total - b_score)
+    log_total = tl.log(total)
+    value = own * (top - a_score + log_total) + other * (top - b_score + log_total)
     tl.store(loss + i, value, valid)
 
 
@@ -136,7 +137,7 @@ def _mixed_cross_entropy_backward_kernel(
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = i < batch
     row = logits + i * stride
-    log_total = _logsumexp(row, valid, classes, ROWS, BLOCK)
+    top, total = _top_and_total(row, valid, classes, ROWS, BLOCK)
     own, other = _weights(lam, i, valid, PER_SAMPLE)
     a = tl.load(y_a + i, valid, other=0)[:, None]
     b = tl.load(y_b + i, valid, other=0)[:, None]
@@ -146,7 +147,8 @@ def _mixed_cross_entropy_backward_kernel(
         mask = valid[:, None] & (k < classes)
         s = tl.load(row[:, None] + k, mask, other=float("-inf")).to(tl.float32)
         target = tl.where(k == a, own[:, None], 0.0) + tl.where(k == b, other[:, None], 0.0)
-        d = (tl.exp(s - log_total[:, None]) - target) * upstream
+        # Not exp(s - log(sum(exp)): the rounding of that logarithm would be all of the error.
+        d = (tl.exp(s - top[:, None]) / total[:, None] - target) * upstream
         tl.store(out + i[:, None] * classes + k, d.to(out.dtype.element_ty), mask)
 
 
