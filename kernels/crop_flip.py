@@ -110,7 +110,7 @@ def _crop_flip_triton(
             _crop_flip_kernel[(len(index) * per_image,)](
                 images, index.contiguous(), dy.contiguous(), dx.contiguous(), flip.contiguous(),
                 out, count, *images.stride(), pad, per_image,
-                HEIGHT=height, WIDTH=width, CHANNELS=channels, BLOCK=_BLOCK,
+                HEIGHT=height, WIDTH=width, CHANNELS=channels, BLOCK=_BLOCK, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 

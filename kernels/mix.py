@@ -115,8 +115,10 @@ def _mix_triton(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor
     with on_device_of(x):
         if transpose:
             # -1 marks rows that no entry of perm names; a duplicate entry leaves one, and its NaN.
-            source = torch.full_like(perm, -1)
-            _invert_kernel[(blocks(batch, _BLOCK),)](perm, source, batch, BLOCK=_BLOCK)
+            source = torch.full((batch,), -1, device=x.device)
+            _invert_kernel[(blocks(batch, _BLOCK),)](
+                perm.contiguous(), source, batch, BLOCK=_BLOCK, enable_fp_fusion=False
+            )
         _mix_kernel[(batch * per_image,)](
             x, source, lam, out, batch, n, per_image,
             PER_SAMPLE=lam.dim() == 1, TRANSPOSE=transpose, BLOCK=_BLOCK, enable_fp_fusion=False,

@@ -154,7 +154,7 @@ def _mixed_cross_entropy_backward_kernel(
 
 def _tile(classes: int) -> dict[str, int]:
     block = min(max(power_of_two(classes), 16), 1024)
-    return {"ROWS": 1024 // block, "BLOCK": block, "num_warps": 4}
+    return {"ROWS": max(512 // block, 1), "BLOCK": block, "num_warps": 4}
 
 
 def _unit_columns(logits: Tensor) -> Tensor:

@@ -55,12 +55,14 @@ def pgd_step_l2_reference(
 
 
 @triton.jit
-def _finite_direction(g, largest):
+def _direction(g, largest):
     """`g` in units of its largest magnitude: its signs where that is infinite, 0 for NaN."""
     infinite = largest == float("inf")
+    # 1 / largest would overflow for a denormal: by 2^64 first, one division for all the image.
+    up = tl.where(largest < 1e-20, 18446744073709551616.0, 1.0)
+    inverse = tl.div_rn(1.0, tl.where(largest == 0, 1.0, largest * up))
     signs = tl.where(tl.abs(g) == largest, sign(g), 0.0)
-    scaled = tl.div_rn(g, tl.where(infinite | (largest == 0), 1.0, largest))
-    return tl.where(infinite, signs, tl.where(g == g, scaled, 0.0))
+    return tl.where(infinite, signs, tl.where(g == g, g * up * inverse, 0.0))
 
 
 @triton.jit
@@ -77,10 +79,10 @@ def _pgd_step_l2_kernel(x_adv, grad, x, out, n, eps, alpha, low, high, BLOCK: tl
     for first in range(0, n, BLOCK):
         offset = first + lane
         g = tl.load(grad + base + offset, offset < n, other=0).to(tl.float32)
-        g = _finite_direction(g, largest)
+        g = _direction(g, largest)
         squares += g * g
-    # The largest magnitude is 1 there, and so is the least norm, but for a zero gradient's.
-    step = tl.div_rn(alpha, tl.maximum(tl.sqrt_rn(tl.sum(squares, 0)), 1.0))
+    # The largest magnitude is 1 there, so a norm under 0.5 is a zero gradient's.
+    step = tl.div_rn(alpha, tl.maximum(tl.sqrt_rn(tl.sum(squares, 0)), 0.5))
     squares = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n, BLOCK):
         offset = first + lane
@@ -88,7 +90,7 @@ def _pgd_step_l2_kernel(x_adv, grad, x, out, n, eps, alpha, low, high, BLOCK: tl
         g = tl.load(grad + base + offset, mask, other=0).to(tl.float32)
         y = tl.load(x_adv + base + offset, mask, other=0).to(tl.float32)
         start = tl.load(x + base + offset, mask, other=0).to(tl.float32)
-        d = _finite_direction(g, largest) * step + y - start
+        d = _direction(g, largest) * step + y - start
         squares += d * d
     length = tl.sqrt_rn(tl.sum(squares, 0))
     outside = length > eps
@@ -99,7 +101,7 @@ def _pgd_step_l2_kernel(x_adv, grad, x, out, n, eps, alpha, low, high, BLOCK: tl
         g = tl.load(grad + base + offset, mask, other=0).to(tl.float32)
         y = tl.load(x_adv + base + offset, mask, other=0).to(tl.float32)
         start = tl.load(x + base + offset, mask, other=0).to(tl.float32)
-        d = (_finite_direction(g, largest) * step + y - start) * shrink
+        d = (_direction(g, largest) * step + y - start) * shrink
         y = clamp(start + d, low, high)
         tl.store(out + base + offset, y.to(out.dtype.element_ty), mask)
 
@@ -111,7 +113,7 @@ def _pgd_step_l2_triton(
     out = empty_like(x_adv)
     if x_adv.numel():
         n = x_adv.numel() // x_adv.shape[0]
-        block = min(max(power_of_two(n), 256), 4096)
+        block = min(max(power_of_two(n), 256), 2048)
         with on_device_of(x_adv):
             _pgd_step_l2_kernel[(x_adv.shape[0],)](
                 x_adv, dense(grad, x_adv), dense(x, x_adv), out, n, eps, alpha, low, high,

@@ -41,7 +41,7 @@ from ._common import (
 )
 from .pgd_step import clamp, sign
 
-_LARGEST = 16384  # values of an image that one program can hold in registers
+_LARGEST = 8192  # values of an image that one program can hold in registers
 
 
 def _standardize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ def pgd_step_standardize(
     zeros and with `standardize(image / 255 + delta)`.
 
     Raises `ValueError` or `TypeError` for wrong arguments, and `ValueError` for images of more than
-    16384 values, which do not fit the registers of one program: take `pgd_step` and `standardize`.
+    8192 values, which do not fit the registers of one program: take `pgd_step` and `standardize`.
     """
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
         raise TypeError(f"image must be a uint8 tensor, not {getattr(image, 'dtype', image)}")

@@ -83,7 +83,7 @@ def _standardize_kernel(x, out, n, floor, BLOCK: tl.constexpr):
         centred = tl.load(x + base + offset, offset < n, other=0).to(tl.float32) - mean
         squares += tl.where(offset < n, centred * centred, 0.0)
     variance = tl.sum(squares, 0) / n
-    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.maximum(variance, floor)))
+    scale = tl.rsqrt(tl.maximum(variance, floor))
     for start in range(0, n, BLOCK):
         offset = start + lane
         z = (tl.load(x + base + offset, offset < n, other=0).to(tl.float32) - mean) * scale
@@ -111,7 +111,7 @@ def _standardize_backward_kernel(grad, x, out, n, floor, BLOCK: tl.constexpr):
         squares += tl.where(offset < n, centred * centred, 0.0)
         products += g * centred
     variance = tl.sum(squares, 0) / n
-    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.maximum(variance, floor)))
+    scale = tl.rsqrt(tl.maximum(variance, floor))
     slope = tl.where(variance < floor, 0.0, tl.sum(products, 0) / n * scale)
     for start in range(0, n, BLOCK):
         offset = start + lane
@@ -121,8 +121,8 @@ def _standardize_backward_kernel(grad, x, out, n, floor, BLOCK: tl.constexpr):
         tl.store(out + base + offset, dx.to(out.dtype.element_ty), offset < n)
 
 
-def _block(n: int) -> dict[str, int]:
-    block = min(max(power_of_two(n), 256), 4096)
+def _tile(n: int, largest: int) -> dict[str, int]:
+    block = min(max(power_of_two(n), 256), largest)
     return {"BLOCK": block, "num_warps": 8 if block > 1024 else 4}
 
 
@@ -133,7 +133,7 @@ def _standardize_triton(x: Tensor, dtype: torch.dtype) -> Tensor:
         n = x.numel() // x.shape[0]
         with on_device_of(x):
             _standardize_kernel[(x.shape[0],)](
-                x, out, n, variance_floor(x), enable_fp_fusion=True, **_block(n)
+                x, out, n, variance_floor(x), enable_fp_fusion=True, **_tile(n, 4096)
             )
     return out
 
@@ -145,7 +145,13 @@ def _standardize_backward_triton(grad: Tensor, x: Tensor) -> Tensor:
         n = x.numel() // x.shape[0]
         with on_device_of(x):
             _standardize_backward_kernel[(x.shape[0],)](
-                dense(grad, x), x, out, n, variance_floor(x), enable_fp_fusion=True, **_block(n)
+                dense(grad, x),
+                x,
+                out,
+                n,
+                variance_floor(x),
+                enable_fp_fusion=True,
+                **_tile(n, 2048),
             )
     return out
 

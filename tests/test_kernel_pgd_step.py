@@ -146,7 +146,9 @@ def test_in_place_refuses_memory_that_overlaps():
     with pytest.raises(ValueError, match="x_adv shares memory with grad"):
         pgd_step_(grad, grad.flatten()[:12].view(4, 3), x, EPS, ALPHA)
     both = torch.stack([x_adv, x])  # neighbours in one storage do not overlap
-    assert torch.equal(pgd_step_(both[0], grad, both[1], EPS, ALPHA), plain(x_adv, grad, x, EPS, ALPHA))
+    assert torch.equal(
+        pgd_step_(both[0], grad, both[1], EPS, ALPHA), plain(x_adv, grad, x, EPS, ALPHA)
+    )
 
 
 @reference_only
