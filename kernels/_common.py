@@ -51,7 +51,7 @@ def register(
     fake: Callable[..., Any],
     mutates: Sequence[str] = (),
 ) -> "torch.library.CustomOpDef":
-    """Register `torch.ops.fastiat.<name>`: `launch` on CUDA, `cpu` there, `fake` in tracing."""
+    """Register `torch.ops.fastiat.<name>`: `launch` for CUDA, `cpu`, and `fake` for tracing."""
     op = torch.library.custom_op(
         f"fastiat::{name}", launch, mutates_args=mutates, device_types="cuda"
     )

@@ -44,12 +44,12 @@ def variance_floor(x: Tensor) -> float:
 
 
 def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of x - mean, their 1 / max(std, floor), and whether the floor holds there."""
+    """Rows of x - mean, their 1 / max(std, floor), and their variance."""
     rows = image_rows(dense(x)).to(compute_dtype(x.dtype))
     rows = rows - rows.mean(1, keepdim=True)
     # Clamping the variance, not its root, keeps the derivative finite at a constant image.
     variance, floor = rows.square().mean(1, keepdim=True), variance_floor(x)
-    return rows, torch.rsqrt(variance.clamp_min(floor)), variance < floor
+    return rows, torch.rsqrt(variance.clamp_min(floor)), variance
 
 
 def standardize_reference(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,10 +61,10 @@ def standardize_reference(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def standardize_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient in torch, itself differentiable."""
-    rows, scale, floored = _centre(x)
+    rows, scale, variance = _centre(x)
     g = image_rows(dense(grad, x)).to(rows.dtype)
     z = rows * scale
-    slope = torch.where(floored, 0, (g * z).mean(1, keepdim=True))
+    slope = torch.where(variance < variance_floor(x), 0, (g * z).mean(1, keepdim=True))
     return from_rows(((g - g.mean(1, keepdim=True) - z * slope) * scale).to(x.dtype), x)
 
 
