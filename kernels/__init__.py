@@ -11,6 +11,19 @@ from .crop_flip import crop_flip
 from .mix import mix
 from .mixed_cross_entropy import mixed_cross_entropy
 from .pgd_step import pgd_step, pgd_step_
+from .pgd_step_l2 import pgd_step_l2
+from .pgd_step_standardize import pgd_step_standardize
+from .random_start import random_start
 from .standardize import standardize
 
-__all__ = ["crop_flip", "mix", "mixed_cross_entropy", "pgd_step", "pgd_step_", "standardize"]
+__all__ = [
+    "crop_flip",
+    "mix",
+    "mixed_cross_entropy",
+    "pgd_step",
+    "pgd_step_",
+    "pgd_step_l2",
+    "pgd_step_standardize",
+    "random_start",
+    "standardize",
+]

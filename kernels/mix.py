@@ -1,17 +1,162 @@
-"""Pairwise interpolation of a batch: out[i] = lam * x[i] + (1 - lam) * x[perm[i]].
+"""Pairwise interpolation of a batch: out[i] = lam[i] * x[i] + (1 - lam[i]) * x[perm[i]].
 
-(Zhang et al. 2018, eq. 1; section 3 of the IAT paper.)
+(Zhang et al. 2018, eq. 1; section 3 of the IAT paper.) The gradient goes back through the inverse
+permutation inv, one read per value and no atomics:
+
+    dx[j] = lam[j] * g[j] + (1 - lam[inv[j]]) * g[inv[j]]
+
+which is the transpose of the map above, and the transpose of that is the map again; so one op with
+a `transpose` switch is its own derivative, to any order. fp16 and bf16 are calculated in fp32 and
+rounded once.
 """
 
+# Kernel arguments are Triton values, for which there are no annotations.
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from ._common import (
+    blocks,
+    check_floating,
+    check_images,
+    check_lam_values,
+    check_vector,
+    compute_dtype,
+    dense,
+    empty_like,
+    from_rows,
+    image_rows,
+    lam_tensor,
+    on_device_of,
+    register,
+    tl,
+    transforming,
+    triton,
+    weights,
+)
+
+_BLOCK = 1024
+
+
+def mix_reference(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor:
+    """The formulas above in torch: the truth of the tests and the CPU path."""
+    rows = image_rows(dense(x)).to(compute_dtype(x.dtype))
+    own, other = weights(lam, rows.dtype)
+    source = perm.argsort() if transpose else perm
+    if lam.dim():
+        own, other = own[:, None], (other[source] if transpose else other)[:, None]
+    mixed = rows.index_select(0, source).mul_(other).add_(rows * own)
+    return from_rows(mixed.to(x.dtype), x)
+
+
+def _mix_cpu(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor:
+    batch = x.shape[0]
+    if not torch.equal(perm.sort().values, torch.arange(batch)):
+        raise ValueError(f"perm is no permutation of the batch: 0..{batch - 1} once each")
+    check_lam_values(lam)
+    return mix_reference(x, perm, lam, transpose)
+
+
+@triton.jit
+def _mix_kernel(
+    x,
+    source,
+    lam,
+    out,
+    batch,
+    n,
+    blocks_per_image,
+    PER_SAMPLE: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    i = program // blocks_per_image
+    offset = (program % blocks_per_image) * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < n
+    j = tl.load(source + i)
+    valid = (j >= 0) & (j < batch)
+    j = tl.where(valid, j, 0)
+    if PER_SAMPLE:
+        own = tl.load(lam + i)
+        other = tl.load(lam + j) if TRANSPOSE else own
+    else:
+        own = tl.load(lam)
+        other = own
+    # 1 - lam in the precision of lam, as the reference has it, and only then fp32.
+    other = (1.0 - other).to(tl.float32)
+    a = tl.load(x + i * n + offset, mask, other=0).to(tl.float32)
+    b = tl.load(x + j * n + offset, mask, other=0).to(tl.float32)
+    # A row that perm does not name properly becomes NaN: seen at once, and without a device sync.
+    b = tl.where(valid, b, float("nan"))
+    y = own.to(tl.float32) * a + other * b
+    tl.store(out + i * n + offset, y.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _invert_kernel(perm, inverse, batch, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < batch
+    j = tl.load(perm + i, mask, other=-1)
+    tl.store(inverse + j, i, mask & (j >= 0) & (j < batch))
+
+
+def _mix_triton(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor:
+    x, source, lam = dense(x), perm.contiguous(), lam.contiguous()
+    out = empty_like(x)
+    batch = x.shape[0]
+    if x.numel() == 0:
+        return out
+    n = x.numel() // batch
+    per_image = blocks(n, _BLOCK)
+    with on_device_of(x):
+        if transpose:
+            # -1 marks rows that no entry of perm names; a duplicate entry leaves one, and its NaN.
+            source = torch.full((batch,), -1, device=x.device)
+            _invert_kernel[(blocks(batch, _BLOCK),)](
+                perm.contiguous(), source, batch, BLOCK=_BLOCK, enable_fp_fusion=False
+            )
+        _mix_kernel[(batch * per_image,)](
+            x, source, lam, out, batch, n, per_image,
+            PER_SAMPLE=lam.dim() == 1, TRANSPOSE=transpose, BLOCK=_BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+_op = register("mix", _mix_triton, cpu=_mix_cpu, fake=lambda x, *_: empty_like(x))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, perm, lam, ctx.transpose = inputs
+    ctx.save_for_backward(perm, lam)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    perm, lam = ctx.saved_tensors
+    return _op(grad, perm, lam, not ctx.transpose), None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_save)
 
 
 def mix(x: Tensor, perm: Tensor, lam: Tensor | float) -> Tensor:
-    """Return `lam * x + (1 - lam) * x[perm]`.
+    """Return `lam * x + (1 - lam) * x[perm]`, differentiable in `x`.
 
-    `x` is (B, ...) floating point, `perm` a permutation of the batch, (B,) int64, and `lam` a
-    number, a scalar tensor or one value per sample, (B,), in [0, 1].
+    `x` is (B, ...) floating point, `perm` a permutation of the batch, (B,) int64, and `lam` in
+    [0, 1] a number, a scalar tensor or one value per sample, (B,), on the device of `x`. The result
+    keeps the dtype and the memory format of `x`.
+
+    A number as `lam` is baked into a captured CUDA graph, and compiled code may be compiled anew
+    for a new one: pass a tensor there. Raises `ValueError` or `TypeError` for wrong arguments. The
+    values of `perm` and of a `lam` tensor are checked on the CPU alone; on CUDA, where looking
+    would stall the device, an entry of `perm` outside the batch makes its image NaN, and one that
+    comes twice makes gradients NaN.
     """
-    if isinstance(lam, Tensor):
-        lam = lam.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1)) if lam.dim() else lam.to(x.dtype)
-    return lam * x + (1 - lam) * x[perm]
+    check_floating("x", x)
+    check_images("x", x)
+    check_vector("perm", perm, x.shape[0], torch.int64, "x", x)
+    lam = lam_tensor(lam, "x", x)
+    return (mix_reference if transforming() else _op)(x, perm, lam, False)

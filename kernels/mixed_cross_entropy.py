@@ -1,20 +1,238 @@
-"""Two-label cross-entropy: mean of lam * CE(logits, y_a) + (1 - lam) * CE(logits, y_b).
+"""Two-label cross-entropy: the mean of lam * CE(logits, y_a) + (1 - lam) * CE(logits, y_b).
 
-(Zhang et al. 2018, section 2; the loss of section 3 of the IAT paper.)
+(Zhang et al. 2018, section 2; the loss of section 3 of the IAT paper.) With p = softmax(logits) and
+e_y the indicator of class y, the gradient of a sample, before the mean and the chain rule, is
+
+    dlogits = (lam + (1 - lam)) * p - lam * e_{y_a} - (1 - lam) * e_{y_b}
+
+where the first factor is 1. All arithmetic is in fp32 (fp64 for fp64), and so is the loss.
 """
 
+# Kernel arguments are Triton values, for which there are no annotations.
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ._common import (
+    blocks,
+    check_floating,
+    check_lam_values,
+    check_vector,
+    compute_dtype,
+    lam_tensor,
+    on_device_of,
+    power_of_two,
+    register,
+    tl,
+    transforming,
+    triton,
+    weights,
+)
+
+# torch skips samples whose label is -100; here that is a label outside the classes like any other.
+_NO_CLASS = -(2**63)
+
+
+def mixed_cross_entropy_reference(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
+    """The formula in torch: the truth of the tests and the CPU path."""
+    log_p = F.log_softmax(logits.to(compute_dtype(logits.dtype)), 1)
+    own, other = weights(lam, log_p.dtype)
+    loss_a = F.nll_loss(log_p, y_a, reduction="none", ignore_index=_NO_CLASS)
+    loss_b = F.nll_loss(log_p, y_b, reduction="none", ignore_index=_NO_CLASS)
+    return (own * loss_a + other * loss_b).mean()
+
+
+def mixed_cross_entropy_backward_reference(
+    grad: Tensor, logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor
+) -> Tensor:
+    """The gradient in torch, itself differentiable."""
+    p = F.softmax(logits.to(compute_dtype(logits.dtype)), 1)
+    own = lam.to(p.dtype).expand(len(p))[:, None]
+    other = (1 - lam).to(p.dtype).expand(len(p))[:, None]
+    d = p.scatter_add(1, y_a[:, None], -own).scatter_add(1, y_b[:, None], -other)
+    return (d * (grad / max(len(p), 1))).to(logits.dtype)
+
+
+def _cpu(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
+    check_lam_values(lam)
+    try:
+        return mixed_cross_entropy_reference(logits, y_a, y_b, lam)
+    except IndexError as error:
+        classes = logits.shape[1]
+        raise ValueError(f"y_a or y_b holds a class outside 0..{classes - 1}: {error}") from None
+
+
+@triton.jit
+def _top_and_total(row, valid, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The maximum and sum(exp(logits - maximum)) of ROWS rows, in one pass over the classes."""
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, classes, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        mask = valid[:, None] & (k < classes)[None, :]
+        s = tl.load(row[:, None] + k[None, :], mask, other=float("-inf")).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        # A row of -inf so far has no finite maximum to subtract.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
+        top = new_top
+    return tl.where(top == float("-inf"), 0.0, top), total
+
+
+@triton.jit
+def _weights(lam, i, valid, PER_SAMPLE: tl.constexpr):
+    own = tl.load(lam + i, valid, other=0) if PER_SAMPLE else tl.load(lam + i * 0)
+    return own.to(tl.float32), (1.0 - own).to(tl.float32)
+
+
+@triton.jit
+def _mixed_cross_entropy_kernel(
+    logits,
+    y_a,
+    y_b,
+    lam,
+    loss,
+    batch,
+    classes,
+    stride,
+    PER_SAMPLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = i < batch
+    row = logits + i * stride
+    top, total = _top_and_total(row, valid, classes, ROWS, BLOCK)
+    own, other = _weights(lam, i, valid, PER_SAMPLE)
+    a = tl.load(y_a + i, valid, other=0)
+    b = tl.load(y_b + i, valid, other=0)
+    # A label outside the classes makes the loss NaN: seen at once, and without a device sync.
+    nan = float("nan")
+    a_score = tl.load(row + a, valid & (a >= 0) & (a < classes), other=nan).to(tl.float32)
+    b_score = tl.load(row + b, valid & (b >= 0) & (b < classes), other=nan).to(tl.float32)
+    log_total = tl.log(total)
+    value = own * (top - a_score + log_total) + other * (top - b_score + log_total)
+    tl.store(loss + i, value, valid)
+
+
+@triton.jit
+def _mixed_cross_entropy_backward_kernel(
+    grad,
+    logits,
+    y_a,
+    y_b,
+    lam,
+    out,
+    batch,
+    classes,
+    stride,
+    PER_SAMPLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = i < batch
+    row = logits + i * stride
+    top, total = _top_and_total(row, valid, classes, ROWS, BLOCK)
+    own, other = _weights(lam, i, valid, PER_SAMPLE)
+    a = tl.load(y_a + i, valid, other=0)[:, None]
+    b = tl.load(y_b + i, valid, other=0)[:, None]
+    upstream = tl.load(grad).to(tl.float32) / batch
+    for start in range(0, classes, BLOCK):
+        k = (start + tl.arange(0, BLOCK))[None, :]
+        mask = valid[:, None] & (k < classes)
+        s = tl.load(row[:, None] + k, mask, other=float("-inf")).to(tl.float32)
+        target = tl.where(k == a, own[:, None], 0.0) + tl.where(k == b, other[:, None], 0.0)
+        # Not exp(s - log(sum(exp)): the rounding of that logarithm would be all of the error.
+        d = (tl.exp(s - top[:, None]) / total[:, None] - target) * upstream
+        tl.store(out + i[:, None] * classes + k, d.to(out.dtype.element_ty), mask)
+
+
+def _tile(classes: int) -> dict[str, int]:
+    block = min(max(power_of_two(classes), 16), 1024)
+    return {"ROWS": max(512 // block, 1), "BLOCK": block, "num_warps": 4}
+
+
+def _unit_columns(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _mixed_cross_entropy_triton(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
+    logits = _unit_columns(logits)
+    batch, classes = logits.shape
+    loss = torch.empty(batch, dtype=torch.float32, device=logits.device)
+    if batch:
+        tile = _tile(classes)
+        with on_device_of(logits):
+            _mixed_cross_entropy_kernel[(blocks(batch, tile["ROWS"]),)](
+                logits, y_a.contiguous(), y_b.contiguous(), lam.contiguous(), loss,
+                batch, classes, logits.stride(0), PER_SAMPLE=lam.dim() == 1,
+                enable_fp_fusion=True, **tile,
+            )  # fmt: skip
+    return loss.mean()
+
+
+def _backward_triton(grad: Tensor, logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
+    logits = _unit_columns(logits)
+    batch, classes = logits.shape
+    out = torch.empty((batch, classes), dtype=logits.dtype, device=logits.device)
+    if batch:
+        tile = _tile(classes)
+        with on_device_of(logits):
+            _mixed_cross_entropy_backward_kernel[(blocks(batch, tile["ROWS"]),)](
+                grad, logits, y_a.contiguous(), y_b.contiguous(), lam.contiguous(), out,
+                batch, classes, logits.stride(0), PER_SAMPLE=lam.dim() == 1,
+                enable_fp_fusion=True, **tile,
+            )  # fmt: skip
+    return out
+
+
+_op = register(
+    "mixed_cross_entropy",
+    _mixed_cross_entropy_triton,
+    cpu=_cpu,
+    fake=lambda logits, *_: logits.new_empty((), dtype=compute_dtype(logits.dtype)),
+)
+_backward_op = register(
+    "mixed_cross_entropy_backward",
+    _backward_triton,
+    cpu=mixed_cross_entropy_backward_reference,
+    fake=lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    # Gradient mode is on only under create_graph=True: torch differentiates the formula then.
+    twice = torch.is_grad_enabled()
+    backward = mixed_cross_entropy_backward_reference if twice else _backward_op
+    return backward(grad, *ctx.saved_tensors), None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_save)
 
 
 def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor | float) -> Tensor:
     """Return the batch mean, a scalar, of the lambda-weighted two-label cross-entropy.
 
-    `logits` is (B, K) floating point, `y_a` and `y_b` are (B,) int64 class numbers and `lam` a
-    number, a scalar tensor or (B,) values in [0, 1].
+    `logits` is (B, K) floating point, `y_a` and `y_b` are (B,) int64 class numbers in [0, K) and
+    `lam` in [0, 1] is a number, a scalar tensor or (B,) values, all on one device. The loss is
+    float32 (float64 for float64), NaN for an empty batch as in torch. Differentiable in `logits`,
+    also twice. Raises `ValueError` or `TypeError` for wrong arguments. The values of the labels
+    and of a `lam` tensor are checked on the CPU alone; on CUDA, where looking would stall the
+    device, a label outside the classes makes the loss NaN.
     """
-    loss_a = F.cross_entropy(logits, y_a, reduction="none")
-    loss_b = F.cross_entropy(logits, y_b, reduction="none")
-    if isinstance(lam, Tensor):
-        lam = lam.to(loss_a.dtype)
-    return (lam * loss_a + (1 - lam) * loss_b).mean()
+    check_floating("logits", logits)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be (B, K) with K > 0, not {tuple(logits.shape)}")
+    for name, y in (("y_a", y_a), ("y_b", y_b)):
+        check_vector(name, y, logits.shape[0], torch.int64, "logits", logits)
+    lam = lam_tensor(lam, "logits", logits)
+    return (mixed_cross_entropy_reference if transforming() else _op)(logits, y_a, y_b, lam)

@@ -1,21 +1,203 @@
-"""Per-image standardisation: (x - mean) / max(std, 1 / (255 sqrt(N))) over an image's N values.
+"""Per-image standardisation: z = (x - mean) / max(std, 1 / (255 sqrt(N))) over an image's N values.
 
 The formula of `tf.image.per_image_standardization`, which Madry et al.'s CIFAR-10 challenge uses
 on pixels in 0..255 with the floor 1/sqrt(N); on pixels in [0, 1] the floor is 255 times smaller.
-std is the population standard deviation. The floor makes a constant image map to zeros.
+std is the population standard deviation. The floor makes a constant image map to zeros. With
+r = 1 / max(std, floor), the gradient is
+
+    dx = r * (g - mean(g) - z * mean(g * z))    without the last term where the floor holds
+
+All arithmetic is in fp32 (fp64 for fp64), whatever the storage and under autocast too.
 """
+
+# Kernel arguments are Triton values, for which there are no annotations.
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._common import (
+    FLOATS,
+    check_device,
+    check_floating,
+    check_images,
+    compute_dtype,
+    dense,
+    empty_like,
+    from_rows,
+    image_rows,
+    on_device_of,
+    power_of_two,
+    register,
+    tl,
+    transforming,
+    triton,
+)
 
-def standardize(x: Tensor) -> Tensor:
-    """Standardise every image of a float batch (B, C, H, W) with pixels in [0, 1] by itself.
 
-    Differentiable, also at a constant image, where the output and the gradient stay finite.
-    """
-    n = x[0].numel()
-    centred = x - x.mean((1, 2, 3), keepdim=True)
+def variance_floor(x: Tensor) -> float:
+    """The least variance, in the squared units of `x`: 0..255 for uint8, else [0, 1]."""
+    n = max(x[:1].numel(), 1) if x.shape[0] else 1
+    return 1.0 / n if x.dtype == torch.uint8 else 1.0 / (255.0**2 * n)
+
+
+def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of x - mean, their 1 / max(std, floor), and their variance."""
+    rows = image_rows(dense(x)).to(compute_dtype(x.dtype))
+    rows = rows - rows.mean(1, keepdim=True)
     # Clamping the variance, not its root, keeps the derivative finite at a constant image.
-    variance = centred.square().mean((1, 2, 3), keepdim=True)
-    return centred * torch.rsqrt(variance.clamp_min(1.0 / (255.0**2 * n)))
+    variance, floor = rows.square().mean(1, keepdim=True), variance_floor(x)
+    return rows, torch.rsqrt(variance.clamp_min(floor)), variance
+
+
+def standardize_reference(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The formula in torch: the truth of the tests and the CPU path."""
+    rows, scale, _ = _centre(x)
+    z = rows * scale if rows.requires_grad else rows.mul_(scale)
+    return from_rows(z.to(dtype), x)
+
+
+def standardize_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient in torch, itself differentiable."""
+    rows, scale, variance = _centre(x)
+    g = image_rows(dense(grad, x)).to(rows.dtype)
+    z = rows * scale
+    slope = torch.where(variance < variance_floor(x), 0, (g * z).mean(1, keepdim=True))
+    return from_rows(((g - g.mean(1, keepdim=True) - z * slope) * scale).to(x.dtype), x)
+
+
+@triton.jit
+def _standardize_kernel(x, out, n, floor, BLOCK: tl.constexpr):
+    base = tl.program_id(0).to(tl.int64) * n
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        offset = start + lane
+        total += tl.load(x + base + offset, offset < n, other=0).to(tl.float32)
+    mean = tl.sum(total, 0) / n
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        offset = start + lane
+        centred = tl.load(x + base + offset, offset < n, other=0).to(tl.float32) - mean
+        squares += tl.where(offset < n, centred * centred, 0.0)
+    variance = tl.sum(squares, 0) / n
+    scale = tl.rsqrt(tl.maximum(variance, floor))
+    for start in range(0, n, BLOCK):
+        offset = start + lane
+        z = (tl.load(x + base + offset, offset < n, other=0).to(tl.float32) - mean) * scale
+        tl.store(out + base + offset, z.to(out.dtype.element_ty), offset < n)
+
+
+@triton.jit
+def _standardize_backward_kernel(grad, x, out, n, floor, BLOCK: tl.constexpr):
+    base = tl.program_id(0).to(tl.int64) * n
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    total_g = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        offset = start + lane
+        total += tl.load(x + base + offset, offset < n, other=0).to(tl.float32)
+        total_g += tl.load(grad + base + offset, offset < n, other=0).to(tl.float32)
+    mean = tl.sum(total, 0) / n
+    mean_g = tl.sum(total_g, 0) / n
+    squares = tl.zeros([BLOCK], tl.float32)
+    products = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        offset = start + lane
+        centred = tl.load(x + base + offset, offset < n, other=0).to(tl.float32) - mean
+        g = tl.load(grad + base + offset, offset < n, other=0).to(tl.float32)
+        squares += tl.where(offset < n, centred * centred, 0.0)
+        products += g * centred
+    variance = tl.sum(squares, 0) / n
+    scale = tl.rsqrt(tl.maximum(variance, floor))
+    slope = tl.where(variance < floor, 0.0, tl.sum(products, 0) / n * scale)
+    for start in range(0, n, BLOCK):
+        offset = start + lane
+        z = (tl.load(x + base + offset, offset < n, other=0).to(tl.float32) - mean) * scale
+        g = tl.load(grad + base + offset, offset < n, other=0).to(tl.float32)
+        dx = (g - mean_g - z * slope) * scale
+        tl.store(out + base + offset, dx.to(out.dtype.element_ty), offset < n)
+
+
+def _tile(n: int, largest: int) -> dict[str, int]:
+    block = min(max(power_of_two(n), 256), largest)
+    return {"BLOCK": block, "num_warps": 8 if block > 1024 else 4}
+
+
+def _standardize_triton(x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = dense(x)
+    out = empty_like(x, dtype)
+    if x.numel():
+        n = x.numel() // x.shape[0]
+        with on_device_of(x):
+            _standardize_kernel[(x.shape[0],)](
+                x, out, n, variance_floor(x), enable_fp_fusion=True, **_tile(n, 4096)
+            )
+    return out
+
+
+def _standardize_backward_triton(grad: Tensor, x: Tensor) -> Tensor:
+    x = dense(x)
+    out = empty_like(x)
+    if x.numel():
+        n = x.numel() // x.shape[0]
+        with on_device_of(x):
+            _standardize_backward_kernel[(x.shape[0],)](
+                dense(grad, x),
+                x,
+                out,
+                n,
+                variance_floor(x),
+                enable_fp_fusion=True,
+                **_tile(n, 2048),
+            )
+    return out
+
+
+_op = register(
+    "standardize",
+    _standardize_triton,
+    cpu=standardize_reference,
+    fake=lambda x, dtype: empty_like(x, dtype),
+)
+_backward_op = register(
+    "standardize_backward",
+    _standardize_backward_triton,
+    cpu=standardize_backward_reference,
+    fake=lambda grad, x: empty_like(x),
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (x,) = ctx.saved_tensors
+    # Gradient mode is on only under create_graph=True: torch differentiates the formula then.
+    backward = standardize_backward_reference if torch.is_grad_enabled() else _backward_op
+    return backward(grad, x), None
+
+
+_op.register_autograd(_backward, setup_context=_save)
+
+
+def standardize(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Standardise every image of a batch by itself.
+
+    `x` is (B, ...), (B, C, H, W) as a rule, floating point with pixels in [0, 1] or uint8 in
+    0..255. The result has the memory format of `x` and `dtype`: that of `x`, or float32 for uint8,
+    unless given. Differentiable, also twice, and at a constant image, where the output and the
+    gradient stay finite. Raises `ValueError` or `TypeError` for anything else.
+    """
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8:
+        check_floating("x", x)
+    check_device("x", x)
+    check_images("x", x)
+    if dtype is None:
+        dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
+    if dtype not in FLOATS or (dtype == torch.float64 and x.is_cuda):
+        raise TypeError(f"standardize does not return {dtype} on {x.device.type}")
+    return (standardize_reference if transforming() else _op)(x, dtype)

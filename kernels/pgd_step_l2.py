@@ -1,0 +1,151 @@
+"""The L2 PGD step, the norms of every image taken inside:
+
+    d  <- x_adv + alpha * grad / ||grad||_2 - x
+    x_adv <- clip(x + d * min(1, eps / ||d||_2), low, high)
+
+(Madry et al. 2018, section 2, with the step of Rony et al. 2019.) The gradient is divided
+by its largest magnitude first, so that its norm neither overflows nor vanishes. A NaN gradient
+counts as zero and moves nothing; where some are infinite, the image moves along the signs of those
+alone, which is the limit; a zero gradient moves nothing. All arithmetic is in fp32.
+"""
+
+# Kernel arguments are Triton values, for which there are no annotations.
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+from torch import Tensor
+
+from ._common import (
+    check_images,
+    compute_dtype,
+    dense,
+    empty_like,
+    from_rows,
+    image_rows,
+    on_device_of,
+    power_of_two,
+    register,
+    tl,
+    triton,
+)
+from .pgd_step import check_step, clamp, sign
+
+
+def pgd_step_l2_reference(
+    x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, low: float, high: float
+) -> Tensor:
+    """The formulas in torch: the truth of the tests and the CPU path."""
+    if x_adv.numel() == 0:
+        return empty_like(x_adv)
+    wide = compute_dtype(x.dtype)
+    start = image_rows(dense(x, x_adv)).to(wide)
+    g = image_rows(dense(grad, x_adv)).to(wide)
+    g = torch.nan_to_num(g, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    largest = g.abs().amax(1, keepdim=True)
+    if bool(largest.isinf().any()):
+        g = torch.where(largest.isinf(), torch.sign(g) * g.isinf(), g)
+        largest.nan_to_num_(posinf=1.0)
+    g = g / torch.where(largest > 0, largest, 1)
+    # The largest magnitude is 1 now, and so is the least norm, but for a zero gradient's.
+    norm = g.square().sum(1, keepdim=True).sqrt_().clamp_(min=1)
+    d = g.mul_(alpha / norm).add_(image_rows(dense(x_adv))).sub_(start)
+    length = d.square().sum(1, keepdim=True).sqrt_()
+    d = torch.where(length > eps, d * (eps / length), d)
+    return from_rows(d.add_(start).clamp_(low, high).to(x.dtype), x_adv)
+
+
+@triton.jit
+def _direction(g, largest):
+    """`g` in units of its largest magnitude: its signs where that is infinite, 0 for NaN."""
+    infinite = largest == float("inf")
+    # 1 / largest would overflow for a denormal: by 2^64 first, one division for all the image.
+    up = tl.where(largest < 1e-20, 18446744073709551616.0, 1.0)
+    inverse = tl.div_rn(1.0, tl.where(largest == 0, 1.0, largest * up))
+    signs = tl.where(tl.abs(g) == largest, sign(g), 0.0)
+    return tl.where(infinite, signs, tl.where(g == g, g * up * inverse, 0.0))
+
+
+@triton.jit
+def _pgd_step_l2_kernel(x_adv, grad, x, out, n, eps, alpha, low, high, BLOCK: tl.constexpr):
+    base = tl.program_id(0).to(tl.int64) * n
+    lane = tl.arange(0, BLOCK)
+    tops = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, n, BLOCK):
+        offset = first + lane
+        g = tl.load(grad + base + offset, offset < n, other=0).to(tl.float32)
+        tops = tl.maximum(tops, tl.where(g == g, tl.abs(g), 0.0))
+    largest = tl.max(tops, 0)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, n, BLOCK):
+        offset = first + lane
+        g = tl.load(grad + base + offset, offset < n, other=0).to(tl.float32)
+        g = _direction(g, largest)
+        squares += g * g
+    # The largest magnitude is 1 there, so a norm under 0.5 is a zero gradient's.
+    step = tl.div_rn(alpha, tl.maximum(tl.sqrt_rn(tl.sum(squares, 0)), 0.5))
+    squares = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, n, BLOCK):
+        offset = first + lane
+        mask = offset < n
+        g = tl.load(grad + base + offset, mask, other=0).to(tl.float32)
+        y = tl.load(x_adv + base + offset, mask, other=0).to(tl.float32)
+        start = tl.load(x + base + offset, mask, other=0).to(tl.float32)
+        d = _direction(g, largest) * step + y - start
+        squares += d * d
+    length = tl.sqrt_rn(tl.sum(squares, 0))
+    outside = length > eps
+    shrink = tl.where(outside, tl.div_rn(eps, tl.where(outside, length, 1.0)), 1.0)
+    for first in range(0, n, BLOCK):
+        offset = first + lane
+        mask = offset < n
+        g = tl.load(grad + base + offset, mask, other=0).to(tl.float32)
+        y = tl.load(x_adv + base + offset, mask, other=0).to(tl.float32)
+        start = tl.load(x + base + offset, mask, other=0).to(tl.float32)
+        d = (_direction(g, largest) * step + y - start) * shrink
+        y = clamp(start + d, low, high)
+        tl.store(out + base + offset, y.to(out.dtype.element_ty), mask)
+
+
+def _pgd_step_l2_triton(
+    x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, low: float, high: float
+) -> Tensor:
+    x_adv = dense(x_adv)
+    out = empty_like(x_adv)
+    if x_adv.numel():
+        n = x_adv.numel() // x_adv.shape[0]
+        block = min(max(power_of_two(n), 256), 2048)
+        with on_device_of(x_adv):
+            _pgd_step_l2_kernel[(x_adv.shape[0],)](
+                x_adv, dense(grad, x_adv), dense(x, x_adv), out, n, eps, alpha, low, high,
+                BLOCK=block, num_warps=8 if block > 1024 else 4, enable_fp_fusion=False,
+            )  # fmt: skip
+    return out
+
+
+_op = register(
+    "pgd_step_l2",
+    _pgd_step_l2_triton,
+    cpu=pgd_step_l2_reference,
+    fake=lambda x_adv, *_: empty_like(x_adv),
+)
+
+
+def pgd_step_l2(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    eps: float,
+    alpha: float,
+    clip: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """Return the next iterate of L2 PGD, every image of the batch by itself.
+
+    `x_adv`, `grad` and `x` share one shape, (B, ...), and one device; `x_adv` and `x` one dtype.
+    `eps` and `alpha` are numbers, L2 lengths in the units of `x`, and so is `clip`. The result has
+    the dtype and the memory format of `x_adv` and carries no gradient. Raises `ValueError` or
+    `TypeError` for anything else, among it an `eps` or `alpha` that is negative or NaN.
+    """
+    sizes = check_step(x_adv, grad, x, eps, alpha, clip)
+    check_images("x", x)
+    with torch.no_grad():
+        return _op(x_adv, grad, x, *sizes)
