@@ -37,7 +37,7 @@ def measure(benchmark: Any, copy_bandwidth: float) -> Callable[..., None]:
     """Time `call`, which moves `size` bytes at the least, and note the rate beside the copy's.
 
     A round is many calls and one wait, so that launches overlap as they do in training; short GPU
-    calls therefore show the rate of launching, not of the kernel (performance.md).
+    calls therefore show the rate of launching, not of the kernel.
     """
 
     def run(call: Callable[[], Any], size: int, device: str = DEVICE) -> None:

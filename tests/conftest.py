@@ -19,18 +19,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available() and not INTERPRETED:
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=gpu)
-    items[:] = [item for item in items if item not in set(gpu)]
+    on_gpu = torch.cuda.is_available() and not INTERPRETED
+    applies = {
+        "gpu": on_gpu,
+        "kernel_only": on_gpu or INTERPRETED,
+        # The interpreter stands in for the CPU's reference.
+        "reference_only": not INTERPRETED,
+    }
+    out = [marker for marker, here in applies.items() if not here]
+    dropped = [item for item in items if any(map(item.get_closest_marker, out))]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in set(dropped)]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
-    if INTERPRETED:  # the gate's own process, which leaves out what needs no interpreter
-        return
     if skipped and os.environ.get("CI") and session.exitstatus == pytest.ExitCode.OK:
         for report in skipped:
             reporter.write_line(f"skipped under CI: {report.nodeid}: {report.longrepr[-1]}")

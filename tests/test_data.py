@@ -658,7 +658,6 @@ def test_batch_size_below_one_and_negative_padding_are_refused(batch_size: int, 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_cuda_never_wait_for_the_device() -> None:
     split = make_split(64)
     augment = torch.Generator("cuda").manual_seed(0)

@@ -106,9 +106,7 @@ def test_values_out_of_range_are_refused_on_the_cpu(position, value):
         crop_flip(*args)
 
 
-@pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="the CPU reference refuses it"
-)
+@pytest.mark.kernel_only
 def test_index_outside_the_set_gives_a_black_image_in_the_kernel():
     args = list(make(device="cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"))
     args[0] = args[0] | 1

@@ -128,9 +128,7 @@ def test_perm_that_is_no_permutation_is_refused_on_the_cpu(perm):
         torch.compile(mix, fullgraph=True, backend="aot_eager")(x, torch.tensor(perm), 0.3)
 
 
-@pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="the CPU reference refuses it"
-)
+@pytest.mark.kernel_only
 @pytest.mark.parametrize(
     ("perm", "spoiled", "spoiled_gradients"),
     [([0, 1, 9, 2], [2], [3]), ([0, -1, 2, 3], [1], [1]), ([0, 0, 1, 2], [], [3])],
