@@ -89,16 +89,13 @@ def pgd(
     x = x.detach()
     if eps == 0:
         return x.clone()
+    step = kernels.pgd_step if norm == "linf" else kernels.pgd_step_l2
     with crafting(model, bn):
         best = fooled = height = None
         for _ in range(restarts):
             x_adv = _random_start(x, eps, norm, clip, generator) if random_start else x.clone()
             for _ in range(steps):
-                grad = input_gradient(model, x_adv, y, loss)
-                if norm == "linf":
-                    x_adv = kernels.pgd_step(x_adv, grad, x, eps, alpha, clip)
-                else:
-                    x_adv = _pgd_step_l2(x_adv, grad, x, eps, alpha, clip)
+                x_adv = step(x_adv, input_gradient(model, x_adv, y, loss), x, eps, alpha, clip)
             if restarts == 1:
                 return x_adv
             now_fooled, now_height = _outcome(model, x_adv, y, loss)
@@ -217,24 +214,9 @@ def _random_start(
         noise.normal_(generator=generator)
         radius = torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
         radius = eps * radius.pow(len(x) / max(x.numel(), 1))
-        noise *= _per_image(radius / _norms(noise), x)
+        length = torch.linalg.vector_norm(noise.flatten(1), dim=1).clamp_min(1e-12)
+        noise *= _per_image(radius / length, x)
     return (x + noise).clamp_(*clip)
-
-
-def _pgd_step_l2(
-    x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, clip: tuple[float, float]
-) -> Tensor:
-    """Step `alpha` along each image's normalised gradient, project onto its L2 ball, clip."""
-    # A step of the wrong length is worse than none: an image with a NaN gradient stays put.
-    length = _norms(grad)
-    scale = torch.where(length.isfinite(), alpha / length, 0)
-    delta = x_adv + _per_image(scale, x) * grad.nan_to_num(0, 0, 0) - x
-    delta *= _per_image((eps / _norms(delta)).clamp_max(1), x)
-    return (x + delta).clamp_(*clip)
-
-
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(1e-12)
 
 
 def _per_image(values: Tensor, x: Tensor) -> Tensor:

@@ -122,12 +122,21 @@ class Trainer:
             data.ResidentLoader, batch_size=EVAL_BATCH, device=self.device, train=False
         )
         train, test, self.holdout = dataset.train, dataset.test, None
+        if config.holdout >= len(train):
+            raise InputError(
+                f"--holdout {config.holdout} leaves none of the {len(train)} training images"
+            )
         if config.holdout:
             train, held_out = data.holdout(train, config.holdout, config.seed)
             self.holdout = evaluation_loader(held_out)
         if config.eval_limit is not None and config.eval_limit < len(test):
             _, test = data.holdout(test, config.eval_limit, config.seed)
         self.test, self.test_size = evaluation_loader(test), len(test)
+        if config.pad >= min(train.shape[1:]):
+            raise InputError(
+                f"--pad {config.pad} can shift images of {train.shape[1]} pixels out of sight: "
+                f"give less"
+            )
         if config.batch_size > len(train):
             raise InputError(
                 f"--batch-size {config.batch_size} is more than the {len(train)} training images"
