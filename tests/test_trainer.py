@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fastiat import data, models
 from fastiat.attack import count_errors, pgd
 from fastiat.config import TrainConfig, modern, paper
+from fastiat.errors import InputError
 from fastiat.mix import Mix
 from fastiat.trainer import Trainer, algorithm1, learning_rate
 
@@ -226,3 +227,12 @@ def test_a_few_epochs_of_iat_learn_digits_robustly():
         for craft in (None, partial(pgd, trainer.model))
     ]
     assert errors[0] <= 0.08 * 360 and errors[1] <= 0.25 * 360
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"holdout": 1437}, "--holdout"), ({"pad": 8}, "--pad"), ({"batch_size": 1438}, "--batch")],
+)
+def test_settings_that_leave_nothing_to_train_on_are_refused_by_flag(wrong, named):
+    with pytest.raises(InputError, match=named):
+        Trainer(replace(TINY, **wrong), data.load("digits"))
