@@ -1,7 +1,8 @@
-# make demo    train and measure a robust digits classifier
-# make test    run the test suite
-# make lint    ruff and mypy
-# make bench   attack and kernel throughput
+# make demo      train and measure a robust digits classifier
+# make test      run the test suite
+# make test-gpu  the tests that need a CUDA device, real kernels included
+# make lint      ruff and mypy
+# make bench     attack and kernel throughput
 # PYTHON=python3.12 make demo   chooses the interpreter that .venv is made with
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ $(shell rm -f $(STAMP))
 endif
 endif
 
-.PHONY: demo test quick lint bench clean
+.PHONY: demo test quick test-gpu lint bench clean
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -29,6 +30,10 @@ test: $(STAMP)
 
 quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
+
+test-gpu: $(STAMP)
+	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "there is no CUDA device"'
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
