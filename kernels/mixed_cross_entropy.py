@@ -67,13 +67,13 @@ def _cpu(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
 
 
 @triton.jit
-def _top_and_total(row, valid, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _top_and_total(row, valid, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The maximum and sum(exp(logits - maximum)) of ROWS rows, in one pass over the classes."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, classes, BLOCK):
+    for start in range(0, CLASSES, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        mask = valid[:, None] & (k < classes)[None, :]
+        mask = valid[:, None] & (k < CLASSES)[None, :]
         s = tl.load(row[:, None] + k[None, :], mask, other=float("-inf")).to(tl.float32)
         new_top = tl.maximum(top, tl.max(s, 1))
         # A row of -inf so far has no finite maximum to subtract.
@@ -97,8 +97,8 @@ def _mixed_cross_entropy_kernel(
     lam,
     loss,
     batch,
-    classes,
     stride,
+    CLASSES: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -106,14 +106,14 @@ def _mixed_cross_entropy_kernel(
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = i < batch
     row = logits + i * stride
-    top, total = _top_and_total(row, valid, classes, ROWS, BLOCK)
+    top, total = _top_and_total(row, valid, CLASSES, ROWS, BLOCK)
     own, other = _weights(lam, i, valid, PER_SAMPLE)
     a = tl.load(y_a + i, valid, other=0)
     b = tl.load(y_b + i, valid, other=0)
     # A label outside the classes makes the loss NaN: seen at once, and without a device sync.
     nan = float("nan")
-    a_score = tl.load(row + a, valid & (a >= 0) & (a < classes), other=nan).to(tl.float32)
-    b_score = tl.load(row + b, valid & (b >= 0) & (b < classes), other=nan).to(tl.float32)
+    a_score = tl.load(row + a, valid & (a >= 0) & (a < CLASSES), other=nan).to(tl.float32)
+    b_score = tl.load(row + b, valid & (b >= 0) & (b < CLASSES), other=nan).to(tl.float32)
     log_total = tl.log(total)
     value = own * (top - a_score + log_total) + other * (top - b_score + log_total)
     tl.store(loss + i, value, valid)
@@ -128,8 +128,8 @@ def _mixed_cross_entropy_backward_kernel(
     lam,
     out,
     batch,
-    classes,
     stride,
+    CLASSES: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -137,19 +137,19 @@ def _mixed_cross_entropy_backward_kernel(
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = i < batch
     row = logits + i * stride
-    top, total = _top_and_total(row, valid, classes, ROWS, BLOCK)
+    top, total = _top_and_total(row, valid, CLASSES, ROWS, BLOCK)
     own, other = _weights(lam, i, valid, PER_SAMPLE)
     a = tl.load(y_a + i, valid, other=0)[:, None]
     b = tl.load(y_b + i, valid, other=0)[:, None]
     upstream = tl.load(grad).to(tl.float32) / batch
-    for start in range(0, classes, BLOCK):
+    for start in range(0, CLASSES, BLOCK):
         k = (start + tl.arange(0, BLOCK))[None, :]
-        mask = valid[:, None] & (k < classes)
+        mask = valid[:, None] & (k < CLASSES)
         s = tl.load(row[:, None] + k, mask, other=float("-inf")).to(tl.float32)
         target = tl.where(k == a, own[:, None], 0.0) + tl.where(k == b, other[:, None], 0.0)
         # Not exp(s - log(sum(exp)): the rounding of that logarithm would be all of the error.
         d = (tl.exp(s - top[:, None]) / total[:, None] - target) * upstream
-        tl.store(out + i[:, None] * classes + k, d.to(out.dtype.element_ty), mask)
+        tl.store(out + i[:, None] * CLASSES + k, d.to(out.dtype.element_ty), mask)
 
 
 def _tile(classes: int) -> dict[str, int]:
@@ -170,7 +170,7 @@ def _mixed_cross_entropy_triton(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: T
         with on_device_of(logits):
             _mixed_cross_entropy_kernel[(blocks(batch, tile["ROWS"]),)](
                 logits, y_a.contiguous(), y_b.contiguous(), lam.contiguous(), loss,
-                batch, classes, logits.stride(0), PER_SAMPLE=lam.dim() == 1,
+                batch, logits.stride(0), CLASSES=classes, PER_SAMPLE=lam.dim() == 1,
                 enable_fp_fusion=True, **tile,
             )  # fmt: skip
     return loss.mean()
@@ -185,7 +185,7 @@ def _backward_triton(grad: Tensor, logits: Tensor, y_a: Tensor, y_b: Tensor, lam
         with on_device_of(logits):
             _mixed_cross_entropy_backward_kernel[(blocks(batch, tile["ROWS"]),)](
                 grad, logits, y_a.contiguous(), y_b.contiguous(), lam.contiguous(), out,
-                batch, classes, logits.stride(0), PER_SAMPLE=lam.dim() == 1,
+                batch, logits.stride(0), CLASSES=classes, PER_SAMPLE=lam.dim() == 1,
                 enable_fp_fusion=True, **tile,
             )  # fmt: skip
     return out

@@ -66,27 +66,29 @@ def _direction(g, largest):
 
 
 @triton.jit
-def _pgd_step_l2_kernel(x_adv, grad, x, out, n, eps, alpha, low, high, BLOCK: tl.constexpr):
-    base = tl.program_id(0).to(tl.int64) * n
+def _pgd_step_l2_kernel(
+    x_adv, grad, x, out, eps, alpha, low, high, N: tl.constexpr, BLOCK: tl.constexpr
+):
+    base = tl.program_id(0).to(tl.int64) * N
     lane = tl.arange(0, BLOCK)
     tops = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, n, BLOCK):
+    for first in range(0, N, BLOCK):
         offset = first + lane
-        g = tl.load(grad + base + offset, offset < n, other=0).to(tl.float32)
+        g = tl.load(grad + base + offset, offset < N, other=0).to(tl.float32)
         tops = tl.maximum(tops, tl.where(g == g, tl.abs(g), 0.0))
     largest = tl.max(tops, 0)
     squares = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, n, BLOCK):
+    for first in range(0, N, BLOCK):
         offset = first + lane
-        g = tl.load(grad + base + offset, offset < n, other=0).to(tl.float32)
+        g = tl.load(grad + base + offset, offset < N, other=0).to(tl.float32)
         g = _direction(g, largest)
         squares += g * g
     # The largest magnitude is 1 there, so a norm under 0.5 is a zero gradient's.
     step = tl.div_rn(alpha, tl.maximum(tl.sqrt_rn(tl.sum(squares, 0)), 0.5))
     squares = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, n, BLOCK):
+    for first in range(0, N, BLOCK):
         offset = first + lane
-        mask = offset < n
+        mask = offset < N
         g = tl.load(grad + base + offset, mask, other=0).to(tl.float32)
         y = tl.load(x_adv + base + offset, mask, other=0).to(tl.float32)
         start = tl.load(x + base + offset, mask, other=0).to(tl.float32)
@@ -95,9 +97,9 @@ def _pgd_step_l2_kernel(x_adv, grad, x, out, n, eps, alpha, low, high, BLOCK: tl
     length = tl.sqrt_rn(tl.sum(squares, 0))
     outside = length > eps
     shrink = tl.where(outside, tl.div_rn(eps, tl.where(outside, length, 1.0)), 1.0)
-    for first in range(0, n, BLOCK):
+    for first in range(0, N, BLOCK):
         offset = first + lane
-        mask = offset < n
+        mask = offset < N
         g = tl.load(grad + base + offset, mask, other=0).to(tl.float32)
         y = tl.load(x_adv + base + offset, mask, other=0).to(tl.float32)
         start = tl.load(x + base + offset, mask, other=0).to(tl.float32)
@@ -113,11 +115,11 @@ def _pgd_step_l2_triton(
     out = empty_like(x_adv)
     if x_adv.numel():
         n = x_adv.numel() // x_adv.shape[0]
-        block = min(max(power_of_two(n), 256), 2048)
+        block = min(max(power_of_two(n), 256), 4096)
         with on_device_of(x_adv):
             _pgd_step_l2_kernel[(x_adv.shape[0],)](
-                x_adv, dense(grad, x_adv), dense(x, x_adv), out, n, eps, alpha, low, high,
-                BLOCK=block, num_warps=8 if block > 1024 else 4, enable_fp_fusion=False,
+                x_adv, dense(grad, x_adv), dense(x, x_adv), out, eps, alpha, low, high,
+                N=n, BLOCK=block, num_warps=8 if block > 1024 else 4, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 

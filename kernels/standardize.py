@@ -69,60 +69,61 @@ def standardize_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _standardize_kernel(x, out, n, floor, BLOCK: tl.constexpr):
-    base = tl.program_id(0).to(tl.int64) * n
+def _standardize_kernel(x, out, floor, N: tl.constexpr, BLOCK: tl.constexpr):
+    base = tl.program_id(0).to(tl.int64) * N
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n, BLOCK):
+    for start in range(0, N, BLOCK):
         offset = start + lane
-        total += tl.load(x + base + offset, offset < n, other=0).to(tl.float32)
-    mean = tl.sum(total, 0) / n
+        total += tl.load(x + base + offset, offset < N, other=0).to(tl.float32)
+    mean = tl.sum(total, 0) / N
     squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n, BLOCK):
+    for start in range(0, N, BLOCK):
         offset = start + lane
-        centred = tl.load(x + base + offset, offset < n, other=0).to(tl.float32) - mean
-        squares += tl.where(offset < n, centred * centred, 0.0)
-    variance = tl.sum(squares, 0) / n
+        centred = tl.load(x + base + offset, offset < N, other=0).to(tl.float32) - mean
+        squares += tl.where(offset < N, centred * centred, 0.0)
+    variance = tl.sum(squares, 0) / N
     scale = tl.rsqrt(tl.maximum(variance, floor))
-    for start in range(0, n, BLOCK):
+    for start in range(0, N, BLOCK):
         offset = start + lane
-        z = (tl.load(x + base + offset, offset < n, other=0).to(tl.float32) - mean) * scale
-        tl.store(out + base + offset, z.to(out.dtype.element_ty), offset < n)
+        z = (tl.load(x + base + offset, offset < N, other=0).to(tl.float32) - mean) * scale
+        tl.store(out + base + offset, z.to(out.dtype.element_ty), offset < N)
 
 
 @triton.jit
-def _standardize_backward_kernel(grad, x, out, n, floor, BLOCK: tl.constexpr):
-    base = tl.program_id(0).to(tl.int64) * n
+def _standardize_backward_kernel(grad, x, out, floor, N: tl.constexpr, BLOCK: tl.constexpr):
+    base = tl.program_id(0).to(tl.int64) * N
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     total_g = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n, BLOCK):
+    for start in range(0, N, BLOCK):
         offset = start + lane
-        total += tl.load(x + base + offset, offset < n, other=0).to(tl.float32)
-        total_g += tl.load(grad + base + offset, offset < n, other=0).to(tl.float32)
-    mean = tl.sum(total, 0) / n
-    mean_g = tl.sum(total_g, 0) / n
+        total += tl.load(x + base + offset, offset < N, other=0).to(tl.float32)
+        total_g += tl.load(grad + base + offset, offset < N, other=0).to(tl.float32)
+    mean = tl.sum(total, 0) / N
+    mean_g = tl.sum(total_g, 0) / N
     squares = tl.zeros([BLOCK], tl.float32)
     products = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n, BLOCK):
+    for start in range(0, N, BLOCK):
         offset = start + lane
-        centred = tl.load(x + base + offset, offset < n, other=0).to(tl.float32) - mean
-        g = tl.load(grad + base + offset, offset < n, other=0).to(tl.float32)
-        squares += tl.where(offset < n, centred * centred, 0.0)
+        centred = tl.load(x + base + offset, offset < N, other=0).to(tl.float32) - mean
+        g = tl.load(grad + base + offset, offset < N, other=0).to(tl.float32)
+        squares += tl.where(offset < N, centred * centred, 0.0)
         products += g * centred
-    variance = tl.sum(squares, 0) / n
+    variance = tl.sum(squares, 0) / N
     scale = tl.rsqrt(tl.maximum(variance, floor))
-    slope = tl.where(variance < floor, 0.0, tl.sum(products, 0) / n * scale)
-    for start in range(0, n, BLOCK):
+    slope = tl.where(variance < floor, 0.0, tl.sum(products, 0) / N * scale)
+    for start in range(0, N, BLOCK):
         offset = start + lane
-        z = (tl.load(x + base + offset, offset < n, other=0).to(tl.float32) - mean) * scale
-        g = tl.load(grad + base + offset, offset < n, other=0).to(tl.float32)
+        z = (tl.load(x + base + offset, offset < N, other=0).to(tl.float32) - mean) * scale
+        g = tl.load(grad + base + offset, offset < N, other=0).to(tl.float32)
         dx = (g - mean_g - z * slope) * scale
-        tl.store(out + base + offset, dx.to(out.dtype.element_ty), offset < n)
+        tl.store(out + base + offset, dx.to(out.dtype.element_ty), offset < N)
 
 
-def _tile(n: int, largest: int) -> dict[str, int]:
-    block = min(max(power_of_two(n), 256), largest)
+def _tile(n: int) -> dict[str, int]:
+    # The size of an image is a constant, so that one of a single block is read only once.
+    block = min(max(power_of_two(n), 256), 4096)
     return {"BLOCK": block, "num_warps": 8 if block > 1024 else 4}
 
 
@@ -133,7 +134,7 @@ def _standardize_triton(x: Tensor, dtype: torch.dtype) -> Tensor:
         n = x.numel() // x.shape[0]
         with on_device_of(x):
             _standardize_kernel[(x.shape[0],)](
-                x, out, n, variance_floor(x), enable_fp_fusion=True, **_tile(n, 4096)
+                x, out, variance_floor(x), N=n, enable_fp_fusion=True, **_tile(n)
             )
     return out
 
@@ -148,10 +149,10 @@ def _standardize_backward_triton(grad: Tensor, x: Tensor) -> Tensor:
                 dense(grad, x),
                 x,
                 out,
-                n,
                 variance_floor(x),
+                N=n,
                 enable_fp_fusion=True,
-                **_tile(n, 2048),
+                **_tile(n),
             )
     return out
 

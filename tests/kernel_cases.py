@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 HALVES = [torch.float16, torch.bfloat16]
-# One value; odd sizes; one value over a block of 256, of 1024 and of 2048; a CIFAR image.
+# One value; odd sizes; one value over a block of 256, of 1024 and of 4096; a CIFAR image.
 SHAPES = [
     (1, 1, 1, 1),
     (2, 3, 5, 7),
     (1, 1, 1, 257),
     (2, 1, 25, 41),
-    (1, 1, 3, 683),
+    (1, 1, 17, 241),
     (2, 3, 32, 32),
 ]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "expanded"]

@@ -108,8 +108,8 @@ LAUNCHES = {
     "pgd_step fp32": Launch(step("pgd_step", "_pgd_step_triton", torch.float32), 48),
     "pgd_step bf16": Launch(step("pgd_step", "_pgd_step_triton", BF16), 48),
     "pgd_step_ fp16": Launch(step("pgd_step", "_pgd_step_inplace_triton", FP16), 48),
-    "pgd_step_l2 fp32": Launch(step("pgd_step_l2", "_pgd_step_l2_triton", torch.float32), 128),
-    "pgd_step_l2 bf16": Launch(step("pgd_step_l2", "_pgd_step_l2_triton", BF16), 128),
+    "pgd_step_l2 fp32": Launch(step("pgd_step_l2", "_pgd_step_l2_triton", torch.float32), 72),
+    "pgd_step_l2 bf16": Launch(step("pgd_step_l2", "_pgd_step_l2_triton", BF16), 72),
     "mix fp64 lam": Launch(op("mix", "_mix_triton", batch(), PERM, LAM64, False), 48),
     "mix per sample": Launch(op("mix", "_mix_triton", batch(BF16), PERM, LAMS, False), 48),
     "mix transposed": Launch(op("mix", "_mix_triton", batch(BF16), PERM, LAM, True), 48),
@@ -121,20 +121,20 @@ LAUNCHES = {
         op("standardize", "_standardize_triton", batch(U8), BF16), 64
     ),
     "standardize backward fp32": Launch(
-        op("standardize", "_standardize_backward_triton", batch(), batch()), 96
+        op("standardize", "_standardize_backward_triton", batch(), batch()), 64
     ),
     "standardize backward bf16": Launch(
-        op("standardize", "_standardize_backward_triton", batch(BF16), batch()), 96
+        op("standardize", "_standardize_backward_triton", batch(BF16), batch()), 64
     ),
-    "pgd_step_standardize bf16": Launch(glue(BF16, (128, 3, 32, 32)), 128),
-    "pgd_step_standardize fp32": Launch(glue(torch.float32, (128, 3, 32, 32)), 128),
-    "pgd_step_standardize 48x48": Launch(glue(BF16, (128, 3, 48, 48)), 128),
+    "pgd_step_standardize bf16": Launch(glue(BF16, (128, 3, 32, 32)), 104),
+    "pgd_step_standardize fp32": Launch(glue(torch.float32, (128, 3, 32, 32)), 104),
+    "pgd_step_standardize 48x48": Launch(glue(BF16, (128, 3, 48, 48)), 104),
     # Ten classes are 40 bytes a row and a crop starts anywhere: no 16-byte loads there.
     "cross-entropy 10": Launch(
         cross_entropy("_mixed_cross_entropy_triton", torch.float32, 10, LAM), 64, wide=False
     ),
     "cross-entropy 10 backward": Launch(
-        cross_entropy("_backward_triton", BF16, 10, LAMS), 96, wide=False
+        cross_entropy("_backward_triton", BF16, 10, LAMS), 64, wide=False
     ),
     "cross-entropy 1024": Launch(
         cross_entropy("_mixed_cross_entropy_triton", BF16, 1024, LAMS), 64
