@@ -41,7 +41,8 @@ from ._common import (
 )
 from .pgd_step import clamp, sign
 
-_LARGEST = 8192  # values of an image that one program can hold in registers
+_LARGEST = 8192
+"""Values of an image that one program can hold in registers; larger ones take several passes."""
 
 
 def _standardize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +125,8 @@ def _pgd_step_standardize_triton(
     high: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    if math.prod(image.shape[1:]) > _LARGEST:
+        return pgd_step_standardize_reference(image, delta, grad, eps, alpha, low, high, dtype)
     image = dense(image)
     new_delta, new_z = empty_like(image, torch.float32), empty_like(image, dtype)
     if image.numel():
@@ -163,10 +166,10 @@ def pgd_step_standardize(
     bf16. `eps`, `alpha` and `clip` are numbers in [0, 1] pixels. Both results are shaped and laid
     out as `image` (give it channels-last); the first is float32 and the second `dtype`, that of
     `grad` unless given. No gradient flows through. Start with `delta` from `random_start` or
-    zeros and with `standardize(image / 255 + delta)`.
+    zeros and with `standardize(image / 255 + delta)`. Images of more than 8192 values, which do
+    not fit the registers of one program, take torch's ops in several passes.
 
-    Raises `ValueError` or `TypeError` for wrong arguments, and `ValueError` for images of more than
-    8192 values, which do not fit the registers of one program: take `pgd_step` and `standardize`.
+    Raises `ValueError` or `TypeError` for wrong arguments.
     """
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
         raise TypeError(f"image must be a uint8 tensor, not {getattr(image, 'dtype', image)}")
@@ -180,11 +183,6 @@ def pgd_step_standardize(
     dtype = grad.dtype if dtype is None else dtype
     if grad.dtype == torch.float64 or dtype not in (torch.float32, *HALVES):
         raise TypeError(f"grad and dtype must be float32, float16 or bfloat16, not {dtype}")
-    if math.prod(image.shape[1:]) > _LARGEST:
-        raise ValueError(
-            f"an image has {math.prod(image.shape[1:])} values, more than {_LARGEST}: "
-            "use pgd_step and standardize"
-        )
     sizes = check_radius("eps", eps), check_radius("alpha", alpha), *check_clip(clip)
     with torch.no_grad():
         return _op(image, delta, grad, *sizes, dtype)
