@@ -284,3 +284,11 @@ def test_doctor_names_what_a_run_would_take(capsys):
     rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert rows["fastiat"] == __version__ and rows["torch"] == torch.__version__.split("+")[0]
     assert "cpu" in rows["device"] and "resident" in rows["loader"]
+
+
+def test_doctor_calls_a_folder_of_a_packages_name_no_package(capsys, tmp_path, monkeypatch):
+    (tmp_path / "ffcv").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert rows["ffcv"] == "not installed"
