@@ -201,7 +201,7 @@ def make_tree(root: Path, mode: str = "L", count: int = 1) -> None:
     ("flags", "named"),
     [
         ("--batch-size 5000", "--batch-size 5000 is more than the 1437 training images"),
-        ("--holdout 5000", "cannot hold out 5000 of 1437 images"),
+        ("--holdout 5000", "--holdout 5000 leaves none of the 1437 training images"),
         ("--device tpu", "choose from auto, cpu, cuda, cuda:N"),
         ("--device cuda:7", "use --device cpu or auto"),
         ("--resume", "holds no run"),
