@@ -12,12 +12,19 @@ __all__ = ["__version__", "load"]
 if TYPE_CHECKING:
     from fastiat.run import load
 
-_STAGES = ("data", "models", "mix", "attack", "train", "evaluate", "report", "run", "kernels")
+_SUBMODULES = (
+    *("data", "models", "mix", "attack", "train", "evaluate", "report"),
+    *("config", "errors", "kernels", "run"),
+)
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
         return importlib.import_module("fastiat.run").load
-    if name in _STAGES:
+    if name in _SUBMODULES:
         return importlib.import_module(f"fastiat.{name}")
     raise AttributeError(f"module 'fastiat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

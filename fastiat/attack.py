@@ -1,7 +1,8 @@
 """Adversaries: FGSM and PGD in the L-infinity and L2 balls, as functions of their arguments.
 
 An attack changes nothing but its result: module modes come back as they were, no parameter gets
-a gradient, and everything random comes from the generator it is given.
+a gradient, and everything random comes from the generator it is given. Attacks work under
+`torch.no_grad` and `torch.inference_mode` too.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from fastiat import kernels
 from fastiat.errors import InputError
-from fastiat.models import to_pixels
+from fastiat.models import normalisation_layers, to_pixels
 
 Norm = Literal["linf", "l2"]
 Loss = Literal["ce", "margin"]
@@ -136,7 +137,7 @@ def crafting(model: Model, bn: BatchNormMode) -> Iterator[None]:
         yield
         return
     before = [(module, module.training) for module in model.modules()]
-    layers = [m for m, _ in before if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = normalisation_layers(model)
     tracking = [layer.track_running_stats for layer in layers]
     for module, _ in before:
         module.training = False
@@ -192,7 +193,9 @@ def input_gradient(model: Model, x: Tensor, y: Tensor, loss: Loss = "ce") -> Ten
 
     The sum, not the mean, so that an image's gradient does not shrink with the batch.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        # Autograd takes a tensor that was made in inference mode only as a copy.
+        x, y = (t.clone() if t.is_inference() else t for t in (x, y))
         x = x.detach().requires_grad_()
         (grad,) = torch.autograd.grad(objective(model(x), y, loss).sum(), x)
     return grad

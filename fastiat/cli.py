@@ -246,10 +246,11 @@ def _default(kind: type[Settings], name: str) -> str:
         return ""
     text = _write(default)
     if kind is TrainConfig and name != "preset":
+        presets = {preset: getattr(make(), name) for preset, make in PRESETS.items()}
         text += "".join(
-            f"; {preset}: {_write(getattr(make(), name))}"
-            for preset, make in PRESETS.items()
-            if getattr(make(), name) != default
+            f"; {preset}: {_write(value)}"
+            for preset, value in presets.items()
+            if value not in (default, None)
         )
     return text
 

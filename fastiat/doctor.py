@@ -1,7 +1,6 @@
 """What this machine has, and which engine, loader and precision a run would take."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 
@@ -27,9 +26,7 @@ def doctor(config: DoctorConfig) -> None:
         rows.append((f"cuda:{index}", f"{seen.name}, {seen.total_memory / 2**30:.0f} GiB"))
     if not torch.cuda.is_available():
         rows.append(("cuda", "no device"))
-    for package in PACKAGES:
-        found = importlib.util.find_spec(package) is not None
-        rows.append((package, importlib.metadata.version(package) if found else "not installed"))
+    rows += [(package, _version(package)) for package in PACKAGES]
     fast = "fast bf16" if has_fast_bf16(device) else "no fast bf16"
     rows += [
         ("data", config.data_dir or str(data.default_dir())),
@@ -41,3 +38,10 @@ def doctor(config: DoctorConfig) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

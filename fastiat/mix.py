@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastiat import kernels
 from fastiat.errors import InputError
+from fastiat.models import MIX_POINTS
 
 Kind = Literal["none", "mixup", "manifold"]
 KINDS: tuple[Kind, ...] = ("none", "mixup", "manifold")
@@ -48,7 +49,7 @@ def draw(
     `kind` "none" gives None and draws nothing, "mixup" mixes at layer 0 with alpha 1, "manifold"
     at layer 0, 1 or 2 with alpha 2 (sections 3 and 4.1 of the paper). `generator` is a CPU
     generator; `device` is where the tensors end up. Raises `InputError` for an unknown kind, a
-    batch below 1 or an alpha that is not positive and finite.
+    batch below 1, an alpha that is not positive and finite, or layers that are no mix points.
     """
     if kind not in KINDS:
         raise InputError(f"unknown mix {kind!r}: choose from {', '.join(KINDS)}")
@@ -60,8 +61,8 @@ def draw(
         raise InputError(f"a batch of {batch} images cannot be mixed")
     if not 0 < alpha < float("inf"):
         raise InputError(f"mix alpha is {alpha}, but Beta(alpha, alpha) needs a positive number")
-    if not layers:
-        raise InputError("mix layers are empty: give at least one of 0, 1, 2")
+    if not layers or not set(layers) <= set(MIX_POINTS):
+        raise InputError(f"mix layers are {layers}: give some of 0, 1 and 2")
     layer = layers[int(torch.randint(len(layers), (), generator=generator))]
     perm = torch.randperm(batch, generator=generator)
     # torch has no Beta that takes a generator: numpy draws it, seeded from the generator.

@@ -33,8 +33,11 @@ class Network(nn.Module):
     def forward(self, x: Tensor, mix: Any = None) -> Tensor:
         """Return logits, (B, num_classes), for pixels `x` in [0, 1], (B, C, H, W).
 
-        `mix` is anything with `layer`, `perm` and `lam` (see `fastiat.mix.Mix`), or None.
+        `mix` is anything with `layer`, `perm` and `lam` (see `fastiat.mix.Mix`), or None. Raises
+        `InputError` for a layer that is none of `MIX_POINTS`.
         """
+        if mix is not None and mix.layer not in MIX_POINTS:
+            raise InputError(f"mix layer is {mix.layer}: give 0, 1 or 2")
         x = kernels.standardize(x)
         if mix is not None and mix.layer == 0:
             x = kernels.mix(x, mix.perm, mix.lam)

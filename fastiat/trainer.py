@@ -122,12 +122,13 @@ class Trainer:
             data.ResidentLoader, batch_size=EVAL_BATCH, device=self.device, train=False
         )
         train, test, self.holdout = dataset.train, dataset.test, None
-        if config.holdout >= len(train):
+        kept_out = min(1000, len(train) // 10) if config.holdout is None else config.holdout
+        if kept_out >= len(train):
             raise InputError(
-                f"--holdout {config.holdout} leaves none of the {len(train)} training images"
+                f"--holdout {kept_out} leaves none of the {len(train)} training images"
             )
-        if config.holdout:
-            train, held_out = data.holdout(train, config.holdout, config.seed)
+        if kept_out:
+            train, held_out = data.holdout(train, kept_out, config.seed)
             self.holdout = evaluation_loader(held_out)
         if config.eval_limit is not None and config.eval_limit < len(test):
             _, test = data.holdout(test, config.eval_limit, config.seed)
@@ -279,7 +280,7 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         attack = self.craft(self.evaluated, generator)
         errors = self._errors(self.holdout, attack)
-        row["holdout_error_percent"] = 100 * errors / self.config.holdout
+        row["holdout_error_percent"] = 100 * errors / len(self.holdout.labels)
         if self.best is not None and errors >= self.best["errors"]:
             return False
         self.best = {"epoch": self.epoch, "errors": errors}

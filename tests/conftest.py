@@ -10,10 +10,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from fastiat import cli
+
+# No test may fail because the machine is busy.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

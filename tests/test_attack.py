@@ -205,6 +205,20 @@ def test_flags_are_restored_after_an_error_too(model):
     assert all(m.track_running_stats for m in models.normalisation_layers(model))
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attack_is_the_same_without_gradients_and_in_inference_mode(model, norm):
+    x, y = _digits(8)
+    attack = PGD(model, norm=norm, eps=0.3, alpha=0.1, random_start=False)
+    expected = attack(x, y)
+    with torch.no_grad():
+        assert torch.equal(attack(x, y), expected)
+    with torch.inference_mode():
+        made_here = x.clone(), y.clone()
+        assert torch.equal(attack(x, y), expected)
+        assert torch.equal(attack(*made_here), expected)
+    assert torch.equal(attack(*made_here), expected)
+
+
 def test_bn_modes_normalise_by_running_or_batch_statistics(model):
     x, y = _digits(16)
     with crafting(model, "batch"):

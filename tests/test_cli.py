@@ -201,7 +201,7 @@ def make_tree(root: Path, mode: str = "L", count: int = 1) -> None:
     ("flags", "named"),
     [
         ("--batch-size 5000", "--batch-size 5000 is more than the 1437 training images"),
-        ("--holdout 5000", "cannot hold out 5000 of 1437 images"),
+        ("--holdout 5000", "--holdout 5000 leaves none of the 1437 training images"),
         ("--device tpu", "choose from auto, cpu, cuda, cuda:N"),
         ("--device cuda:7", "use --device cpu or auto"),
         ("--resume", "holds no run"),
@@ -284,3 +284,11 @@ def test_doctor_names_what_a_run_would_take(capsys):
     rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert rows["fastiat"] == __version__ and rows["torch"] == torch.__version__.split("+")[0]
     assert "cpu" in rows["device"] and "resident" in rows["loader"]
+
+
+def test_doctor_calls_a_folder_of_a_packages_name_no_package(capsys, tmp_path, monkeypatch):
+    (tmp_path / "ffcv").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert rows["ffcv"] == "not installed"

@@ -121,5 +121,11 @@ def test_draw_refuses_by_name(arguments, named):
         draw(*arguments)
 
 
+@pytest.mark.parametrize("layers", [(), (3,), (0, -1)])
+def test_draw_refuses_layers_that_are_no_mix_points(layers):
+    with pytest.raises(InputError, match="mix layers"):
+        draw("manifold", 4, layers=layers)
+
+
 def test_defaults_are_the_papers():
     assert DEFAULT_ALPHA == {"mixup": 1.0, "manifold": 2.0}

@@ -162,6 +162,13 @@ def test_mix_point_interpolates_right_there(name, layer):
     assert not torch.allclose(model(x), out)
 
 
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_that_is_no_mix_point_is_refused_not_left_unmixed(layer):
+    model = models.build("mlp6", 3, 1, 8, width=4)
+    with pytest.raises(InputError, match=f"mix layer is {layer}"):
+        model(torch.rand(2, 1, 8, 8), Mix(layer, torch.tensor([1, 0]), torch.tensor(0.5)))
+
+
 @pytest.mark.parametrize("name", models.ARCHS)
 @pytest.mark.parametrize(("channels", "size", "classes"), [(1, 8, 2), (3, 17, 5), (4, 12, 100)])
 def test_any_channels_size_and_classes_give_finite_logits(name, channels, size, classes):

@@ -63,7 +63,9 @@ def test_top_level_kernels_import_is_refused_from_the_checkout():
 def test_fastiat_submodules_load_on_first_use_only():
     code = (
         "import sys, fastiat; assert 'torch' not in sys.modules;"
-        "fastiat.models.build; fastiat.load; assert 'torch' in sys.modules; print('ok')"
+        "fastiat.models.build; fastiat.load; assert 'torch' in sys.modules;"
+        "[getattr(fastiat, name) for name in dir(fastiat)];"
+        "assert issubclass(fastiat.errors.InputError, ValueError); print('ok')"
     )
     answer = _run("-c", code, cwd=ROOT)
     assert answer.stdout.strip() == "ok", answer.stderr

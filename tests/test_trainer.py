@@ -236,3 +236,15 @@ def test_a_few_epochs_of_iat_learn_digits_robustly():
 def test_settings_that_leave_nothing_to_train_on_are_refused_by_flag(wrong, named):
     with pytest.raises(InputError, match=named):
         Trainer(replace(TINY, **wrong), data.load("digits"))
+
+
+def test_modern_keeps_out_a_tenth_of_a_small_training_set_and_1000_of_a_large_one():
+    digits = data.load("digits")
+    config = replace(modern(), dataset="digits", arch="mlp6", width=4, device="cpu")
+    trainer = Trainer(config, digits)
+    assert (len(trainer.loader.labels), len(trainer.holdout.labels)) == (1437 - 143, 143)
+    many = digits.train.take(torch.arange(12_000) % 1437)
+    trainer = Trainer(config, replace(digits, train=many))
+    assert (len(trainer.loader.labels), len(trainer.holdout.labels)) == (11_000, 1000)
+    trainer.judge(row := {})
+    assert 0 <= row["holdout_error_percent"] <= 100

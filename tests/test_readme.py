@@ -1,0 +1,48 @@
+"""The README's commands, Python and file tree, as a reader would follow them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastiat import cli
+from fastiat.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def _blocks(language):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
+
+
+def test_python_runs_on_a_trained_run(trained):
+    (code,) = _blocks("python")
+    code = re.sub('"runs/[^"]*"', repr(str(trained)), code).replace('"cifar10"', '"digits"')
+    names = {}
+    exec(code.replace("steps=20", "steps=2"), names)
+    moved = (names["x_adv"] - names["x"]).abs().max()
+    assert 0 < moved <= 8 / 255 + 1e-6 and names["x_adv"].shape == (100, 1, 8, 8)
+
+
+def test_every_command_line_parses():
+    lines = "\n".join(_blocks("console")).splitlines()
+    commands = [line.removeprefix("$ ").split("#")[0].split() for line in lines]
+    commands = [words[1:] for words in commands if words and words[0] == "fastiat"]
+    assert {words[0] for words in commands} == {"train", "evaluate", "report"}
+    for words in commands:
+        if "--resume" in words:
+            with pytest.raises(InputError, match="holds no run"):
+                cli.parse(words)
+        else:
+            assert cli.parse(words)[0] == words[0]
+
+
+def test_the_file_tree_names_every_module_and_nothing_else():
+    (tree,) = _blocks("")
+    named = set(re.findall(r"^fastiat/(\w+\.py)", tree, re.MULTILINE))
+    there = {file.name for file in (ROOT / "fastiat").glob("[!_]*.py")}
+    assert named == there
+    named = set(re.findall(r"^  (\w+\.py)", tree, re.MULTILINE))
+    assert named == {file.name for file in (ROOT / "kernels").glob("*.py")} - {"__init__.py"}
