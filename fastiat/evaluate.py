@@ -104,6 +104,7 @@ class _Job:
     name: str
     model: nn.Module
     run: Run | None
+    dataset: str
     splits: dict[str, data.Split]
     eps: float
     alpha: float
@@ -127,6 +128,7 @@ def _prepare(name: str, config: EvaluateConfig, load: Callable[..., data.Dataset
         name,
         model,
         run,
+        dataset.name,
         splits,
         eps=settings.eps if config.eps is None else config.eps,
         alpha=settings.alpha if config.alpha is None else config.alpha,
@@ -146,6 +148,7 @@ def _measure(job: _Job, config: EvaluateConfig) -> dict[str, Rate]:
                 low, high = rate.interval()
                 run.log(
                     "evaluation",
+                    dataset=job.dataset,
                     split=split_name,
                     attack=attack,
                     error_percent=round(rate.percent, 4),
@@ -158,6 +161,7 @@ def _measure(job: _Job, config: EvaluateConfig) -> dict[str, Rate]:
                     loss=config.attack_loss,
                     restarts=config.restarts,
                     random_start=config.random_start,
+                    precision=pick_precision(config.precision, pick_device(config.device)),
                     seed=config.seed,
                     seconds=round(time.monotonic() - started, 3),
                 )
