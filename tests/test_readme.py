@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastiat import cli
 from fastiat.errors import InputError
@@ -18,12 +19,22 @@ def _blocks(language):
 
 
 def test_python_runs_on_a_trained_run(trained):
-    (code,) = _blocks("python")
+    code, _ = _blocks("python")
     code = re.sub('"runs/[^"]*"', repr(str(trained)), code).replace('"cifar10"', '"digits"')
     names = {}
     exec(code.replace("steps=20", "steps=2"), names)
     moved = (names["x_adv"] - names["x"]).abs().max()
     assert 0 < moved <= 8 / 255 + 1e-6 and names["x_adv"].shape == (100, 1, 8, 8)
+
+
+def test_kernels_alone_do_what_their_comments_say():
+    _, code = _blocks("python")
+    names = {}
+    exec(code, names)
+    x, grad, x_adv, perm = (names[name] for name in ("x", "grad", "x_adv", "perm"))
+    stepped = (x + 2 / 255 * grad.sign()).clamp(0, 1)
+    torch.testing.assert_close(x_adv, stepped)
+    torch.testing.assert_close(names["mixed"], 0.3 * x_adv + 0.7 * x_adv[perm])
 
 
 def test_every_command_line_parses():
