@@ -10,15 +10,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+.DEFAULT_GOAL := demo
+
 # A .venv of another interpreter than the one asked for is made anew.
 ifneq ($(origin PYTHON),file)
 IDENTITY := import sys; print(sys.version, sys.base_prefix)
 ifneq ($(shell $(PYTHON) -c '$(IDENTITY)'),$(shell $(BIN)/python -c '$(IDENTITY)' 2> /dev/null))
-$(shell rm -f $(STAMP))
+CLEAR := yes
+$(STAMP): FORCE
 endif
 endif
 
-.PHONY: demo test quick test-gpu lint bench clean
+.PHONY: demo test quick test-gpu lint bench clean FORCE
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -47,7 +50,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 $(STAMP): pyproject.toml
-	$(PYTHON) -m venv --clear $(VENV)
+	test -z "$(CLEAR)" -a -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
