@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
 from fastiat.config import (
+    DATASET_DEFAULTS,
     PRESETS,
     DoctorConfig,
     EvaluateConfig,
@@ -164,10 +165,12 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
 
 
 def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
-    """Lay what was given over the defaults: the preset's, or those of the run to be resumed."""
+    """Lay what was given over the defaults: the preset's and the data set's, or a resumed run's."""
     if kind is not TrainConfig:
         return kind(**given)
-    config = replace(PRESETS[given.get("preset", "paper")](), **given)
+    preset = PRESETS[given.get("preset", "paper")]()
+    own = DATASET_DEFAULTS.get(given.get("dataset", preset.dataset), {})
+    config = replace(preset, **{**own, **given})
     if not config.resume:
         return config
     from fastiat.run import Run, default_out
@@ -237,7 +240,7 @@ def number(text: str) -> float:
 
 
 def _default(kind: type[Settings], name: str) -> str:
-    """Write a field's default, and the modern preset's where it differs; "" where there is none.
+    """Write a field's default, and those of presets and data sets that differ; "" without any.
 
     A field whose default is None, "what fits the others", has it told in its docstring.
     """
@@ -251,6 +254,11 @@ def _default(kind: type[Settings], name: str) -> str:
             f"; {preset}: {_write(value)}"
             for preset, value in presets.items()
             if value not in (default, None)
+        )
+        text += "".join(
+            f"; {dataset}: {_write(own[name])}"
+            for dataset, own in DATASET_DEFAULTS.items()
+            if name in own
         )
     return text
 

@@ -172,7 +172,7 @@ def _check_finite(trainer: Trainer) -> None:
 def _diverged(trainer: Trainer) -> NoReturn:
     raise InputError(
         f"the training diverged: its loss or weights are not finite at step {trainer.step}; "
-        f"start again with a lower --lr and another --out"
+        f"start again with another --out and a lower --lr, or --schedule cosine, which warms up"
     )
 
 

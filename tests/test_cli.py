@@ -146,6 +146,19 @@ def test_flags_override_the_preset_and_config_json_gives_the_same_back(preset):
     assert from_json(TrainConfig, json.loads(json.dumps(asdict(given)))) == given
 
 
+@pytest.mark.parametrize(
+    ("argv", "lr"),
+    [
+        ([], 0.1),
+        (["--dataset", "digits"], 0.02),
+        (["--dataset", "digits", "--preset", "modern"], 0.02),
+        (["--dataset", "digits", "--lr", "0.3"], 0.3),
+    ],
+)
+def test_learning_rate_is_the_papers_but_on_digits_where_it_diverges(argv, lr):
+    assert cli.parse(["train", *argv])[1].lr == lr
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_setting_is_documented(command):
     kind = cli.COMMANDS[command].config
