@@ -25,8 +25,8 @@ endif
 
 demo: $(STAMP)
 	rm -rf runs/demo
-	$(BIN)/fastiat train --arch preact18 --mix manifold --dataset digits --width 32 --epochs 10 \
-		--schedule cosine --pad 1 --out runs/demo
+	$(BIN)/fastiat train --arch preact18 --mix manifold --dataset digits --width 32 --epochs 8 \
+		--schedule cosine --lr 0.05 --pad 1 --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
