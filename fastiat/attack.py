@@ -31,16 +31,19 @@ def fgsm(
     *,
     eps: float = 0.03,
     clip: tuple[float, float] = (0.0, 1.0),
+    norm: Norm = "linf",
     loss: Loss = "ce",
     bn: BatchNormMode = "eval",
 ) -> Tensor:
     """Return the fast gradient sign examples of `x`: one step of length `eps` from `x` itself.
 
-    (Goodfellow et al. 2015.) Arguments and errors as for `pgd`.
+    (Goodfellow et al. 2015; with `norm` "l2" the step is along the gradient.) Arguments and errors
+    as for `pgd`.
     """
     return pgd(
-        model, x, y, eps=eps, alpha=eps, steps=1, random_start=False, loss=loss, bn=bn, clip=clip
-    )
+        model, x, y, eps=eps, alpha=eps, steps=1, random_start=False, norm=norm, loss=loss, bn=bn,
+        clip=clip,
+    )  # fmt: skip
 
 
 def pgd(
@@ -113,7 +116,7 @@ def pgd(
 class PGD:
     """`pgd` with its settings fixed: `attack = PGD(model, eps=8 / 255)`, then `attack(x, y)`.
 
-    Takes the keyword arguments of `pgd` and checks them here, once.
+    Takes the keyword arguments of `pgd`; wrong ones are refused here, before there is a batch.
     """
 
     def __init__(self, model: Model, **settings: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastiat import data
-from fastiat.attack import count_errors, pgd
+from fastiat.attack import count_errors, fgsm, pgd
 from fastiat.config import EvaluateConfig, TrainConfig, steps_of
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.errors import InputError
@@ -57,30 +57,28 @@ def error_rate(
     """
     device = pick_device(config.device)
     precision = partial(autocast, device, pick_precision(config.precision, device))
-    generator = torch.Generator(device).manual_seed(config.seed)
-    craft: Callable[[Tensor, Tensor], Tensor] | None = None
-    if attack != "none":
-        single = attack == "fgsm"
+    adversary = partial(fgsm, model, eps=eps, norm=config.norm, loss=config.attack_loss)
+    if attack != "fgsm":
+        adversary = partial(
+            pgd,
+            model,
+            eps=eps,
+            alpha=alpha,
+            steps=steps_of(attack),
+            random_start=config.random_start,
+            norm=config.norm,
+            loss=config.attack_loss,
+            restarts=config.restarts,
+            generator=torch.Generator(device).manual_seed(config.seed),
+        )
 
-        def craft(x: Tensor, y: Tensor) -> Tensor:
-            with precision():
-                return pgd(
-                    model,
-                    x,
-                    y,
-                    eps=eps,
-                    alpha=eps if single else alpha,
-                    steps=steps_of(attack),
-                    random_start=config.random_start and not single,
-                    norm=config.norm,
-                    loss=config.attack_loss,
-                    restarts=1 if single else config.restarts,
-                    generator=generator,
-                )
+    def craft(x: Tensor, y: Tensor) -> Tensor:
+        with precision():
+            return adversary(x, y)
 
     batches = data.ResidentLoader(split, config.batch_size, device=device, train=False)
     with Progress(TITLES.get(attack, attack.upper()), len(split)) as progress:
-        errors = count_errors(model, batches, craft, progress.advance)
+        errors = count_errors(model, batches, None if attack == "none" else craft, progress.advance)
     return Rate(errors, len(split))
 
 

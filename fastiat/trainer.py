@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastiat import data, kernels, models
 from fastiat import mix as mixing
-from fastiat.attack import count_errors, pgd
+from fastiat.attack import BatchNormMode, count_errors, fgsm, pgd
 from fastiat.config import TrainConfig
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.errors import InputError
@@ -238,23 +238,25 @@ class Trainer:
         return update
 
     def craft(
-        self, model: nn.Module, generator: torch.Generator, bn: str = "eval"
+        self, model: nn.Module, generator: torch.Generator, bn: BatchNormMode = "eval"
     ) -> Attack | None:
         """Return the training's attack on `model`, or None where it has none."""
         config = self.config
         if config.adv == "none":
             return None
-        fgsm = config.adv == "fgsm"
-        settings: dict[str, Any] = {
-            "eps": config.eps,
-            "alpha": config.eps if fgsm else config.alpha,
-            "steps": 1 if fgsm else config.steps,
-            "random_start": config.random_start and not fgsm,
-            "loss": config.attack_loss,
-            "bn": bn,
-            "generator": generator,
-        }
-        return partial(pgd, model, **settings)
+        if config.adv == "fgsm":
+            return partial(fgsm, model, eps=config.eps, loss=config.attack_loss, bn=bn)
+        return partial(
+            pgd,
+            model,
+            eps=config.eps,
+            alpha=config.alpha,
+            steps=config.steps,
+            random_start=config.random_start,
+            loss=config.attack_loss,
+            bn=bn,
+            generator=generator,
+        )
 
     def _draw(self) -> Mix | None:
         config = self.config
