@@ -97,7 +97,7 @@ def pgd(
     with crafting(model, bn):
         best = fooled = height = None
         for _ in range(restarts):
-            x_adv = _random_start(x, eps, norm, clip, generator) if random_start else x.clone()
+            x_adv = start_in_ball(x, eps, norm, clip, generator) if random_start else x.clone()
             for _ in range(steps):
                 x_adv = step(x_adv, input_gradient(model, x_adv, y, loss), x, eps, alpha, clip)
             if restarts == 1:
@@ -204,25 +204,27 @@ def input_gradient(model: Model, x: Tensor, y: Tensor, loss: Loss = "ce") -> Ten
     return grad
 
 
-def _random_start(
+def start_in_ball(
     x: Tensor,
     eps: float,
     norm: Norm,
     clip: tuple[float, float],
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return points uniform in the ball around each image, clipped to the pixel range."""
-    noise = torch.empty_like(x)
+    """Return points uniform in the ball around each image, clipped to the pixel range.
+
+    In the L-infinity ball one seed is drawn from `generator`, on the device of `x`, and the rest
+    is `kernels.random_start`, so that a captured graph with the same seed starts at the same points.
+    """
     if norm == "linf":
-        noise.uniform_(-eps, eps, generator=generator)
-    else:
-        # A uniform direction, with a radius whose d-th power is uniform.
-        noise.normal_(generator=generator)
-        radius = torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
-        radius = eps * radius.pow(len(x) / max(x.numel(), 1))
-        length = torch.linalg.vector_norm(noise.flatten(1), dim=1).clamp_min(1e-12)
-        noise *= _per_image(radius / length, x)
-    return (x + noise).clamp_(*clip)
+        seed = torch.empty((), dtype=torch.int64, device=x.device).random_(generator=generator)
+        return kernels.random_start(x, eps, seed, clip)
+    # A uniform direction, with a radius whose d-th power is uniform.
+    noise = torch.empty_like(x).normal_(generator=generator)
+    radius = torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
+    radius = eps * radius.pow(len(x) / max(x.numel(), 1))
+    length = torch.linalg.vector_norm(noise.flatten(1), dim=1).clamp_min(1e-12)
+    return (x + noise * _per_image(radius / length, x)).clamp_(*clip)
 
 
 def _per_image(values: Tensor, x: Tensor) -> Tensor:
