@@ -6,22 +6,45 @@ a gradient, and everything random comes from the generator it is given. Attacks 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterable
+from itertools import chain
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fastiat import engine as engines
 from fastiat import kernels
+from fastiat.ascent import (
+    BatchNormMode,
+    Climb,
+    Loss,
+    Model,
+    Norm,
+    crafting,
+    gradient,
+    input_gradient,
+    objective,
+    per_image,
+    start_in_ball,
+)
+from fastiat.device import autocast
+from fastiat.engine import Engine
 from fastiat.errors import InputError
-from fastiat.models import normalisation_layers, to_pixels
+from fastiat.models import to_pixels
 
-Norm = Literal["linf", "l2"]
-Loss = Literal["ce", "margin"]
-BatchNormMode = Literal["eval", "batch", "update"]
-Model = Callable[[Tensor], Tensor]
+__all__ = [
+    "PGD",
+    "BatchNormMode",
+    "count_errors",
+    "crafting",
+    "fgsm",
+    "gradient",
+    "input_gradient",
+    "objective",
+    "pgd",
+    "start_in_ball",
+]
 
 
 def fgsm(
@@ -94,68 +117,113 @@ def pgd(
     if eps == 0:
         return x.clone()
     step = kernels.pgd_step if norm == "linf" else kernels.pgd_step_l2
+
+    def climb() -> Tensor:
+        x_adv = start_in_ball(x, eps, norm, clip, generator) if random_start else x.clone()
+        for _ in range(steps):
+            x_adv = step(x_adv, input_gradient(model, x_adv, y, loss), x, eps, alpha, clip)
+        return x_adv
+
     with crafting(model, bn):
-        best = fooled = height = None
-        for _ in range(restarts):
-            x_adv = start_in_ball(x, eps, norm, clip, generator) if random_start else x.clone()
-            for _ in range(steps):
-                x_adv = step(x_adv, input_gradient(model, x_adv, y, loss), x, eps, alpha, clip)
-            if restarts == 1:
-                return x_adv
-            now_fooled, now_height = _outcome(model, x_adv, y, loss)
-            if best is None or fooled is None or height is None:
-                best, fooled, height = x_adv, now_fooled, now_height
-                continue
-            worse = (now_fooled & ~fooled) | ((now_fooled == fooled) & (now_height > height))
-            best = torch.where(_per_image(worse, x), x_adv, best)
-            fooled, height = fooled | now_fooled, torch.where(worse, now_height, height)
-    assert best is not None
-    return best
+        return _worst(restarts, climb, lambda x_adv: _outcome(model(x_adv), y, loss))
 
 
 class PGD:
-    """`pgd` with its settings fixed: `attack = PGD(model, eps=8 / 255)`, then `attack(x, y)`.
+    """`pgd` made ready once: `attack = PGD(model, eps=8 / 255)`, then `attack(x, y)` many times.
 
     Takes the keyword arguments of `pgd`; wrong ones are refused here, before there is a batch.
+
+    engine: "eager" is `pgd` itself; "compile" compiles the network for every shape of batch that
+        comes, with no gradient but the input's; "graph" also captures the start and all steps as
+        one CUDA graph, and replays it. "auto" takes "graph" on CUDA, else "compile" where there is
+        a compiler and the model is an `nn.Module`, else "eager".
+    precision: arithmetic of the network, "bf16" or "fp32"; the iterate and the loss stay in the
+        type of `x`. None follows the caller's autocast, as `pgd` does.
+
+    The weights are read anew at every call, so the model may be trained in between. The same
+    generator gives the same random starts under every engine. An attack belongs to one thread.
     """
 
-    def __init__(self, model: Model, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        engine: Engine = "auto",
+        precision: Literal["bf16", "fp32"] | None = None,
+        **settings: Any,
+    ) -> None:
         defaults: dict[str, Any] = pgd.__kwdefaults__ or {}
         unknown = settings.keys() - defaults.keys()
         if unknown:
             raise TypeError(f"PGD has no setting {', '.join(sorted(unknown))}")
-        self.model = model
+        if engine not in get_args(Engine):
+            raise InputError(
+                f"unknown engine {engine!r}: choose from {', '.join(get_args(Engine))}"
+            )
+        if precision not in (None, "bf16", "fp32"):
+            raise InputError(f"unknown precision {precision!r}: choose from bf16, fp32")
+        if engine in ("compile", "graph") and not isinstance(model, nn.Module):
+            raise InputError(f"engine {engine!r} needs an nn.Module, to know the weights by")
+        self.model, self.engine, self.precision = model, engine, precision
         self.settings = {**defaults, **settings}
         _check_settings(**{k: v for k, v in self.settings.items() if k != "generator"})
+        self._climbs: dict[Hashable, Climb] = {}
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the adversarial examples of pixels `x`, (B, ...), with true labels `y`, (B,)."""
-        return pgd(self.model, x, y, **self.settings)
+        engine = self._engine(x.device)
+        if engine == "eager" or self.settings["eps"] == 0:
+            if self.precision is None:
+                return pgd(self.model, x, y, **self.settings)
+            with autocast(x.device, self.precision):
+                return pgd(self.model, x, y, **self.settings)
+        assert isinstance(self.model, nn.Module)
+        _check_batch(x, y)
+        # Buffers that are made in inference mode could not be used outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            climb = self._climb(self.model, x, y, captured=engine == "graph")
+            climb.x.copy_(x)
+            climb.y.copy_(y)
 
+            def outcome(x_adv: Tensor) -> tuple[Tensor, Tensor]:
+                return _outcome(climb.logits(x_adv), climb.y, self.settings["loss"])
 
-@contextmanager
-def crafting(model: Model, bn: BatchNormMode) -> Iterator[None]:
-    """Put `model` in eval mode with its BatchNorm layers in mode `bn`; restore every flag after."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    before = [(module, module.training) for module in model.modules()]
-    layers = normalisation_layers(model)
-    tracking = [layer.track_running_stats for layer in layers]
-    for module, _ in before:
-        module.training = False
-    for layer in layers if bn != "eval" else ():
-        layer.training = True
-        if bn == "batch":
-            # A training BatchNorm that tracks nothing normalises by the batch and keeps its buffers
-            layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-        for layer, tracked in zip(layers, tracking, strict=True):
-            layer.track_running_stats = tracked
+            with crafting(self.model, self.settings["bn"]):
+                return _worst(self.settings["restarts"], lambda: climb().clone(), outcome)
+
+    def _engine(self, device: torch.device) -> str:
+        if self.engine != "auto":
+            return engines.pick_engine(self.engine, device)
+        if not isinstance(self.model, nn.Module):
+            return "eager"
+        if device.type == "cuda":
+            return "graph"
+        return "compile" if engines.has_compiler(device) else "eager"
+
+    def _climb(self, model: nn.Module, x: Tensor, y: Tensor, captured: bool) -> Climb:
+        """Return the climb for batches like this one, made at the first of them."""
+        dtype = {None: _autocast_dtype(x.device), "fp32": None, "bf16": torch.bfloat16}[
+            self.precision
+        ]
+        # A model that was moved or cast since has other tensors than those that were captured.
+        state = chain(model.parameters(), model.buffers())
+        places = tuple(tensor.data_ptr() for tensor in state) if captured else ()
+        key = (x.shape, x.stride(), x.dtype, x.device, dtype, places)
+        if key not in self._climbs:
+            if captured:
+                stale = [old for old in self._climbs if old[:-1] == key[:-1]]  # type: ignore[index]
+                for old in stale:
+                    del self._climbs[old]
+            self._climbs[key] = Climb(
+                model,
+                torch.empty_like(x),
+                torch.empty_like(y),
+                dtype,
+                self.settings,
+                compiled=True,
+                captured=captured,
+            )
+        return self._climbs[key]
 
 
 def count_errors(
@@ -181,62 +249,35 @@ def count_errors(
     return int(wrong)
 
 
-def objective(logits: Tensor, y: Tensor, loss: Loss) -> Tensor:
-    """Return what an attack maximises, one value per image, (B,), in fp32 at least."""
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    if loss == "ce":
-        return F.cross_entropy(logits, y, reduction="none")
-    label = y[:, None]
-    wrong = logits.scatter(1, label, -torch.inf).amax(1)
-    return wrong - logits.gather(1, label).squeeze(1)
-
-
-def input_gradient(model: Model, x: Tensor, y: Tensor, loss: Loss = "ce") -> Tensor:
-    """Return the gradient, shaped like `x`, of the batch's summed objective in the input alone.
-
-    The sum, not the mean, so that an image's gradient does not shrink with the batch.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        # Autograd takes a tensor that was made in inference mode only as a copy.
-        x, y = (t.clone() if t.is_inference() else t for t in (x, y))
-        x = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(objective(model(x), y, loss).sum(), x)
-    return grad
-
-
-def start_in_ball(
-    x: Tensor,
-    eps: float,
-    norm: Norm,
-    clip: tuple[float, float],
-    generator: torch.Generator | None,
+def _worst(
+    restarts: int,
+    climb: Callable[[], Tensor],
+    outcome: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Return points uniform in the ball around each image, clipped to the pixel range.
-
-    In the L-infinity ball one seed is drawn from `generator`, on the device of `x`, and the rest
-    is `kernels.random_start`, so that a captured graph with the same seed starts at the same points.
-    """
-    if norm == "linf":
-        seed = torch.empty((), dtype=torch.int64, device=x.device).random_(generator=generator)
-        return kernels.random_start(x, eps, seed, clip)
-    # A uniform direction, with a radius whose d-th power is uniform.
-    noise = torch.empty_like(x).normal_(generator=generator)
-    radius = torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
-    radius = eps * radius.pow(len(x) / max(x.numel(), 1))
-    length = torch.linalg.vector_norm(noise.flatten(1), dim=1).clamp_min(1e-12)
-    return (x + noise * _per_image(radius / length, x)).clamp_(*clip)
-
-
-def _per_image(values: Tensor, x: Tensor) -> Tensor:
-    """View (B,) values so that they broadcast over the images of `x`."""
-    return values.view(-1, *[1] * (x.dim() - 1))
+    """Climb `restarts` times and return each image's worst: fooled before not, then the higher."""
+    best = climb()
+    if restarts == 1:
+        return best
+    with torch.no_grad():
+        fooled, height = outcome(best)
+        for _ in range(restarts - 1):
+            x_adv = climb()
+            now_fooled, now_height = outcome(x_adv)
+            worse = (now_fooled & ~fooled) | ((now_fooled == fooled) & (now_height > height))
+            best = torch.where(per_image(worse, best), x_adv, best)
+            fooled, height = fooled | now_fooled, torch.where(worse, now_height, height)
+    return best
 
 
-@torch.no_grad()
-def _outcome(model: Model, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Return which images the model gets wrong, (B,) bool, and their objective, (B,)."""
-    logits = model(x)
+def _outcome(logits: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Return which images are predicted wrong, (B,) bool, and their objective, (B,)."""
     return logits.argmax(1) != y, objective(logits, y, loss)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the type that the caller's autocast computes in on `device`, or None."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
 
 
 def _check_settings(

@@ -1,0 +1,183 @@
+"""Ascent: what every attack is made of, and the climb of PGD in buffers that can be captured.
+
+The objective, its gradient in the input alone, the modes of a network while it is attacked, and
+the random start.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastiat import engine as engines
+from fastiat import kernels
+from fastiat.models import normalisation_layers
+
+Norm = Literal["linf", "l2"]
+Loss = Literal["ce", "margin"]
+BatchNormMode = Literal["eval", "batch", "update"]
+Model = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def crafting(model: Model, bn: BatchNormMode) -> Iterator[None]:
+    """Put `model` in eval mode with its BatchNorm layers in mode `bn`; restore every flag after."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    before = [(module, module.training) for module in model.modules()]
+    layers = normalisation_layers(model)
+    tracking = [layer.track_running_stats for layer in layers]
+    for module, _ in before:
+        module.training = False
+    for layer in layers if bn != "eval" else ():
+        layer.training = True
+        if bn == "batch":
+            # A training BatchNorm that tracks nothing normalises by the batch and keeps its buffers
+            layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+        for layer, tracked in zip(layers, tracking, strict=True):
+            layer.track_running_stats = tracked
+
+
+def objective(logits: Tensor, y: Tensor, loss: Loss) -> Tensor:
+    """Return what an attack maximises, one value per image, (B,), in fp32 at least."""
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if loss == "ce":
+        return F.cross_entropy(logits, y, reduction="none")
+    label = y[:, None]
+    wrong = logits.scatter(1, label, -torch.inf).amax(1)
+    return wrong - logits.gather(1, label).squeeze(1)
+
+
+def input_gradient(model: Model, x: Tensor, y: Tensor, loss: Loss = "ce") -> Tensor:
+    """Return the gradient, shaped like `x`, of the batch's summed objective in the input alone.
+
+    The sum, not the mean, so that an image's gradient does not shrink with the batch.
+    """
+    with torch.inference_mode(False):
+        # Autograd takes a tensor that was made in inference mode only as a copy.
+        labels = y.clone() if y.is_inference() else y
+    return gradient(lambda x: objective(model(x), labels, loss).sum(), x)
+
+
+def gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the gradient of the scalar `value(x)` in `x`, whatever the caller's grad mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
+        (grad,) = torch.autograd.grad(value(x), x)
+    return grad
+
+
+def start_in_ball(
+    x: Tensor,
+    eps: float,
+    norm: Norm,
+    clip: tuple[float, float],
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return points uniform in the ball around each image, clipped to the pixel range.
+
+    In the L-infinity ball one seed is drawn from `generator`, on the device of `x`, and the rest
+    is `kernels.random_start`: a captured graph with the same seed starts at the same points.
+    """
+    if norm == "linf":
+        seed = torch.empty((), dtype=torch.int64, device=x.device).random_(generator=generator)
+        return kernels.random_start(x, eps, seed, clip)
+    # A uniform direction, with a radius whose d-th power is uniform.
+    noise = torch.empty_like(x).normal_(generator=generator)
+    radius = torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
+    radius = eps * radius.pow(len(x) / max(x.numel(), 1))
+    length = torch.linalg.vector_norm(noise.flatten(1), dim=1).clamp_min(1e-12)
+    return (x + noise * per_image(radius / length, x)).clamp_(*clip)
+
+
+def per_image(values: Tensor, x: Tensor) -> Tensor:
+    """View (B,) values so that they broadcast over the images of `x`."""
+    return values.view(-1, *[1] * (x.dim() - 1))
+
+
+class Climb:
+    """One random start and all PGD steps, in fixed buffers, so that they can be captured.
+
+    Fill `x` and `y` in place; a call returns `x_adv`, which the next call overwrites.
+
+    x, y: buffers of the batch, (B, ...) pixels and (B,) int64 labels.
+    dtype: type that the network computes in by autocast, or None.
+    settings: the keyword arguments of `pgd`, all of them; `restarts` is the caller's business.
+    weights: returns the network's weights; None takes the parameters as they are at every call.
+    compiled, captured: whether the network is compiled, and all of it a CUDA graph.
+    pool: memory pool that the graph shares with others.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        dtype: torch.dtype | None,
+        settings: dict[str, Any],
+        *,
+        weights: Callable[[], dict[str, Tensor]] | None = None,
+        compiled: bool,
+        captured: bool,
+        pool: Any = None,
+    ) -> None:
+        self.model, self.x, self.y, self.dtype, self.settings = model, x, y, dtype, settings
+        self.x_adv = torch.empty_like(x)
+        self.seed = torch.zeros((), dtype=torch.int64, device=x.device)
+        self.weights = weights or (lambda: engines.frozen(model, dtype))
+        loss: Loss = settings["loss"]
+
+        def height(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return objective(engines.forward(model, weights, dtype, x), y, loss).sum()
+
+        self._height = engines.compile_once(height) if compiled else height
+        self._run: Callable[[], None] = self._ascend
+        if captured:
+            self._run = engines.Captured(self._ascend, self._changed, x.device, pool)
+
+    def __call__(self) -> Tensor:
+        """Draw a start from the generator of the settings, make the steps and return `x_adv`."""
+        s = self.settings
+        if s["random_start"] and s["norm"] == "linf":
+            self.seed.random_(generator=s["generator"])
+        elif s["random_start"]:
+            start = start_in_ball(self.x, s["eps"], s["norm"], s["clip"], s["generator"])
+            self.x_adv.copy_(start)
+        else:
+            self.x_adv.copy_(self.x)
+        self._run()
+        return self.x_adv
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the network's logits, (B, K), as the climb sees them."""
+        return engines.forward(self.model, self.weights(), self.dtype, x)
+
+    def _ascend(self) -> None:
+        s = self.settings
+        weights = self.weights()
+        sizes = s["eps"], s["alpha"], s["clip"]
+        if s["random_start"] and s["norm"] == "linf":
+            self.x_adv.copy_(kernels.random_start(self.x, s["eps"], self.seed, s["clip"]))
+        # Autocast is on within, if at all; a compiled program must not depend on the caller's.
+        with (
+            crafting(self.model, s["bn"]),
+            torch.autocast(self.x.device.type, torch.bfloat16, enabled=False),
+        ):
+            for _ in range(s["steps"]):
+                grad = gradient(lambda x: self._height(weights, x, self.y), self.x_adv)
+                if s["norm"] == "linf":
+                    kernels.pgd_step_(self.x_adv, grad, self.x, *sizes)
+                else:
+                    self.x_adv.copy_(kernels.pgd_step_l2(self.x_adv, grad, self.x, *sizes))
+
+    def _changed(self) -> list[Tensor]:
+        return [self.x_adv, *self.model.buffers()]

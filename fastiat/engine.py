@@ -1,0 +1,201 @@
+"""Engines: how the passes of a network run. Plain PyTorch, compiled, or captured as CUDA graphs.
+
+What the attack and the step share: half-precision weights that are made once for many passes, a
+compiler that keeps one program per function, and the capture of a function of fixed buffers.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastiat.errors import InputError
+
+Engine = Literal["auto", "eager", "compile", "graph"]
+BACKEND = "inductor"
+"""What `torch.compile` hands its graphs to."""
+WARM_UPS = 3
+"""Runs before a capture: the first compiles, and cuDNN and Triton choose their kernels."""
+
+
+def pick_engine(name: Engine, device: torch.device) -> str:
+    """Turn "auto" into the engine a training takes: "graph" on CUDA, else "eager".
+
+    On the CPU "compile" pays only for long trainings of wide networks, as it compiles for minutes.
+    Raises `InputError` where the one asked for cannot run.
+    """
+    if name == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    if name == "graph" and device.type != "cuda":
+        raise InputError(
+            f"--engine graph captures CUDA graphs and the device is {device}: "
+            f"use --engine compile or eager"
+        )
+    if name == "compile" and not has_compiler(device):
+        raise InputError(
+            "--engine compile needs a C++ compiler: install g++, or use --engine eager"
+        )
+    return name
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether `torch.compile` finds the C++ compiler that its CPU code goes through."""
+    candidates = [os.environ.get("CXX"), "g++", "clang++"]
+    return device.type != "cpu" or any(shutil.which(name) for name in candidates if name)
+
+
+def prepare(device: torch.device, deterministic: bool) -> None:
+    """Set what PyTorch keeps per process: the choice of algorithms, fast or repeatable.
+
+    fp32 means fp32: convolutions are kept from rounding their inputs to TF32.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    # Deterministic mode would also fill every new tensor, which finds bugs but costs a pass.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def multiplied(model: nn.Module) -> dict[str, Tensor]:
+    """Return the fp32 parameters of convolutions and linear layers, which autocast would cast."""
+    layers = (nn.modules.conv._ConvNd, nn.Linear)
+    return {
+        f"{prefix}.{name}" if prefix else name: parameter
+        for prefix, module in model.named_modules()
+        if isinstance(module, layers)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dtype == torch.float32
+    }
+
+
+def frozen(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return weights without a gradient: the parameters, those `multiplied` as copies in `dtype`.
+
+    A compiled function of these computes no weight gradients, whereas one of the parameters
+    themselves would, even where only the input's gradient is asked for.
+    """
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if dtype is not None:
+        weights |= {name: weight.detach().to(dtype) for name, weight in multiplied(model).items()}
+    return weights
+
+
+class Weights:
+    """The weights of a training's passes, with copies in `dtype` of the ones `multiplied`.
+
+    `refresh` makes the copies anew, in place; call it after every change of the parameters.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.masters = multiplied(model) if dtype is not None else {}
+        self.copies = {
+            name: torch.empty_like(master, dtype=dtype).requires_grad_()
+            for name, master in self.masters.items()
+        }
+        # One entry for each parameter, in the parameters' order: what a pass is differentiated by.
+        self.leaves = [self.copies.get(name, p) for name, p in self.parameters.items()]
+        self.frozen = {
+            name: leaf.detach() for name, leaf in zip(self.parameters, self.leaves, strict=True)
+        }
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the parameters as they are now."""
+        if self.copies:
+            torch._foreach_copy_(list(self.copies.values()), list(self.masters.values()))
+
+
+def forward(
+    model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None, *inputs: Any
+) -> Tensor:
+    """Return what `model` gives for `inputs` with `weights` in place of its parameters.
+
+    It computes under autocast to `dtype`, which leaves weights that have this type alone; None is
+    the type of the inputs.
+    """
+    device = inputs[0].device.type
+    with torch.autocast(
+        device, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
+    ):
+        return torch.func.functional_call(model, weights, inputs)
+
+
+def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a plain function, for one shape of each argument.
+
+    Dynamo keeps its programs with the code object, eight at the most, and runs the ninth
+    uncompiled. Functions that are made anew from the same source share their code object, so each
+    gets one of its own here.
+    """
+    assert isinstance(function, FunctionType)
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(own, dynamic=False, backend=BACKEND)
+
+
+@torch.no_grad()
+def undone(function: Callable[[], object], state: Iterable[Tensor], times: int) -> None:
+    """Call `function` and put `state`, which it may change, back in place, bit for bit."""
+    state = list(state)
+    before = [tensor.clone() for tensor in state]
+    for _ in range(times):
+        with torch.enable_grad():
+            function()
+    for tensor, kept in zip(state, before, strict=True):
+        tensor.copy_(kept)
+
+
+class Captured:
+    """A function of fixed buffers, captured as a CUDA graph at its first call and replayed after.
+
+    `state` lists every tensor that the function changes and that outlives it, so that the warm-up
+    leaves no trace. Graphs that share a `pool` share the memory of their intermediate results:
+    they must never run at the same time.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], object],
+        state: Callable[[], Sequence[Tensor]],
+        device: torch.device,
+        pool: Any = None,
+    ) -> None:
+        self.function, self.state, self.device, self.pool = function, state, device, pool
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        """Run the function on what the buffers hold now."""
+        with torch.cuda.device(self.device):
+            if self.graph is None:
+                self.graph = self._capture()
+            self.graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        random = torch.cuda.get_rng_state()
+        aside.wait_stream(here)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(aside):
+            undone(self.function, self.state(), WARM_UPS)
+            # Other threads, such as a loader's that pins memory, may go on while this one captures.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"
+            ):
+                self.function()
+        here.wait_stream(aside)
+        torch.cuda.set_rng_state(random)
+        return graph
