@@ -142,10 +142,14 @@ class TrainConfig(Settings):
 
     device: str = "auto"
     """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
-    engine: Literal["auto", "eager"] = "auto"
-    """How the step is run: "eager" is plain PyTorch."""
+    engine: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """How the step is run: plain PyTorch, compiled, or compiled and captured as CUDA graphs;
+    "auto" takes "graph" on CUDA and "eager" on the CPU, where compiling takes minutes."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the network: "bf16" is autocast; "auto" takes it where the device has it."""
+    deterministic: bool = False
+    """Use only algorithms that repeat bit for bit on the same GPU, which are slower; the CPU's
+    always do."""
 
     seed: int = 0
     """Seed of everything random."""

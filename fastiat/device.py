@@ -3,6 +3,7 @@
 import platform
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -39,11 +40,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     return any(flag in words for flag in flags.get(platform.machine(), ()))
 
 
-def pick_precision(name: str, device: torch.device) -> str:
+def pick_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
     """Turn "auto", "bf16" or "fp32" into the arithmetic to use: "bf16" or "fp32"."""
-    if name != "auto":
-        return name
-    return "bf16" if has_fast_bf16(device) else "fp32"
+    if name == "auto":
+        name = "bf16" if has_fast_bf16(device) else "fp32"
+    return "bf16" if name == "bf16" else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

@@ -226,7 +226,7 @@ def _headline(trainer: Trainer) -> str:
     return (
         f"{config.arch} ({models.count_parameters(trainer.model) / 1e6:.2f} M parameters), "
         f"mix {config.mix}, {attack}; {config.dataset}, {len(loader)} steps of "
-        f"{config.batch_size} an epoch; {trainer.device}, {trainer.arithmetic}"
+        f"{config.batch_size} an epoch; {trainer.device}, {trainer.engine}, {trainer.arithmetic}"
     )
 
 
@@ -238,7 +238,7 @@ def _step_row(trainer: Trainer, update: Update) -> dict[str, Any]:
         "adv_loss": float(update.adv_loss) if attacked else 0.0,
         "clean_accuracy_percent": 100 * float(update.clean_correct) / batch,
         "adv_accuracy_percent": 100 * float(update.adv_correct) / batch,
-        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "learning_rate": trainer.lr,
     }
     if not math.isfinite(row["clean_loss"] + row["adv_loss"]):
         _diverged(trainer)
@@ -252,7 +252,7 @@ def _epoch_row(trainer: Trainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "epoch": trainer.epoch,
-        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "learning_rate": trainer.lr,
         "clean_loss": clean_loss,
         "adv_loss": adv_loss,
         "clean_accuracy_percent": 100 * clean / batch,

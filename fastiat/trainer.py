@@ -1,97 +1,27 @@
-"""One training's step and state: Algorithm 1 of the paper, the schedule and what they change."""
+"""One training's state: what its updates change, the schedule, and how it is measured."""
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastiat import data, kernels, models
+from fastiat import data, models
 from fastiat import mix as mixing
-from fastiat.attack import BatchNormMode, count_errors, fgsm, pgd
+from fastiat.attack import PGD, BatchNormMode, count_errors, pgd
 from fastiat.config import TrainConfig
 from fastiat.device import autocast, pick_device, pick_precision
+from fastiat.engine import Engine, pick_engine, prepare
 from fastiat.errors import InputError
-from fastiat.mix import Mix, mixed_correct, mixed_loss
+from fastiat.mix import Mix
 from fastiat.run import ModelCard
+from fastiat.step import Attack, Step, Update, algorithm1
 
 EVAL_BATCH = 500
 """Images evaluated at a time after an epoch."""
-Attack = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one update saw, as tensors on the device, so that nobody waits for them."""
-
-    clean_loss: Tensor
-    adv_loss: Tensor
-    """Zero where the update has no adversarial batch."""
-    clean_correct: Tensor
-    """How much of the clean batch was predicted right, in [0, B]; under mixing, by weight."""
-    adv_correct: Tensor
-
-
-def algorithm1(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    craft: Attack | None,
-    draw: Callable[[], Mix | None],
-    *,
-    clean_weight: float = 0.5,
-    loss: Any = "ce",
-    shared_mix: bool = False,
-    mix_pixels: bool = False,
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Update:
-    """Add the gradient of Algorithm 1's loss to the parameters of `model`.
-
-        L = w Loss(f, Mix, x, y) + (1 - w) Loss(f, Mix, craft(x, y), y),  w = `clean_weight`
-
-    The paper has w = 1/2. `x` is (B, C, H, W) pixels in [0, 1], `y` (B,) int64. `craft` attacks
-    the un-mixed batch with its true labels; None leaves L = Loss(f, Mix, x, y). `draw` is called
-    for each of the two losses, or once with `shared_mix`. `mix_pixels` moves mix point 0 before
-    the standardisation. `precision` gives the context a forward pass runs in; losses are taken
-    outside it. The attack and both losses see the same weights, so the halves are backpropagated
-    as they come and only one half's activations are held at a time.
-    """
-    weight = clean_weight if craft else 1.0
-    mix = draw()
-    clean_loss, clean_correct = _backward(model, x, y, mix, weight, loss, mix_pixels, precision)
-    if craft is None:
-        return Update(clean_loss, clean_loss.new_zeros(()), clean_correct, clean_loss.new_zeros(()))
-    with precision():
-        x_adv = craft(x, y)
-    mix = mix if shared_mix else draw()
-    adv_loss, adv_correct = _backward(model, x_adv, y, mix, 1 - weight, loss, mix_pixels, precision)
-    return Update(clean_loss, adv_loss, clean_correct, adv_correct)
-
-
-def _backward(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    mix: Mix | None,
-    weight: float,
-    loss: Any,
-    mix_pixels: bool,
-    precision: Callable[[], AbstractContextManager[Any]],
-) -> tuple[Tensor, Tensor]:
-    inner = mix
-    if mix is not None and mix.layer == 0 and mix_pixels:
-        x, inner = kernels.mix(x, mix.perm, mix.lam), None
-    with precision():
-        logits = model(x, inner)
-    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-    value = mixed_loss(logits, y, mix, loss)
-    (weight * value).backward()
-    return value.detach(), mixed_correct(logits.detach(), y, mix)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -116,7 +46,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset: data.Dataset) -> None:
         self.config = config
         self.device = pick_device(config.device)
+        self.engine = pick_engine(config.engine, self.device)
         self.arithmetic = pick_precision(config.precision, self.device)
+        prepare(self.device, config.deterministic)
         self.precision = partial(autocast, self.device, self.arithmetic)
         evaluation_loader = partial(
             data.ResidentLoader, batch_size=EVAL_BATCH, device=self.device, train=False
@@ -158,7 +90,7 @@ class Trainer:
             order=self.random["order"],
             augment=self.random["augment"],
         )
-        channels, size, _ = train.shape
+        self.train_shape = channels, size, _ = train.shape
         width = models.DEFAULT_WIDTH[config.arch] if config.width is None else config.width
         self.card = ModelCard(
             config.arch, width, len(dataset.classes), channels, size, dataset.classes
@@ -168,12 +100,19 @@ class Trainer:
             model = self.card.build()
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        # A tensor, as a captured graph would hold on to a number.
+        self.lr_tensor = torch.tensor(config.lr, device=self.device)
         self.optimizer = torch.optim.SGD(
             _parameter_groups(self.model, config),
-            lr=config.lr,
+            lr=self.lr_tensor,
             momentum=config.momentum,
             nesterov=config.nesterov,
+            fused=True,
         )
+        if config.momentum:
+            for parameter in self.model.parameters():
+                velocity = torch.zeros_like(parameter)
+                self.optimizer.state[parameter]["momentum_buffer"] = velocity
         self.fingerprint = dataset.fingerprint()
         self.step = 0
         self.order_before_epoch = self.random["order"].get_state()
@@ -185,6 +124,11 @@ class Trainer:
     def evaluated(self) -> nn.Module:
         """The network that is measured and saved: the average where there is one."""
         return self.model if self.average is None else self.average
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last update."""
+        return learning_rate(self.config, max(self.step - 1, 0), len(self.loader))
 
     @property
     def epoch(self) -> int:
@@ -213,22 +157,26 @@ class Trainer:
     def update(self, images: Tensor, y: Tensor) -> Update:
         """Make one update on a uint8 batch (B, C, H, W) with labels (B,)."""
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step, len(self.loader))
-        self.optimizer.zero_grad()
-        update = algorithm1(
-            self.model,
-            models.to_pixels(images),
-            y,
-            self.craft(self.model, self.random["attack"], config.bn),
-            self._draw,
-            clean_weight=config.clean_weight,
-            loss=config.loss,
-            shared_mix=config.shared_mix,
-            mix_pixels=config.mix_space == "pixel",
-            precision=self.precision,
-        )
-        self.optimizer.step()
+        self.lr_tensor.fill_(learning_rate(config, self.step, len(self.loader)))
+        if self.engine == "eager":
+            self.optimizer.zero_grad()
+            update = algorithm1(
+                self.model,
+                models.to_pixels(images),
+                y,
+                self.craft,
+                self._draw,
+                clean_weight=config.clean_weight,
+                loss=config.loss,
+                shared_mix=config.shared_mix,
+                mix_pixels=config.mix_space == "pixel",
+                precision=self.precision,
+            )
+            self.optimizer.step()
+        else:
+            mix = self._draw()
+            other = mix if config.shared_mix or self.craft is None else self._draw()
+            update = self.fast_step(images, y, (mix, other))
         self.step += 1
         if self.average is not None:
             _average(self.average, self.model, config.ema, self.step)
@@ -237,26 +185,57 @@ class Trainer:
         )
         return update
 
-    def craft(
-        self, model: nn.Module, generator: torch.Generator, bn: BatchNormMode = "eval"
-    ) -> Attack | None:
-        """Return the training's attack on `model`, or None where it has none."""
+    @cached_property
+    def craft(self) -> Attack | None:
+        """The training's attack on the network, or None where it has none."""
+        settings = self.attack_settings(self.config.bn, self.random["attack"])
+        return None if settings is None else partial(pgd, self.model, **settings)
+
+    @cached_property
+    def fast_step(self) -> Step:
+        """The update in fixed buffers, for the engines that compile."""
+        config = self.config
+        return Step(
+            self.model,
+            self.optimizer,
+            torch.Size((config.batch_size, *self.train_shape)),
+            self.attack_settings(config.bn, self.random["attack"]),
+            dtype=torch.bfloat16 if self.arithmetic == "bf16" else None,
+            compiled=True,
+            captured=self.engine == "graph",
+            clean_weight=config.clean_weight,
+            loss=config.loss,
+            mix_pixels=config.mix_space == "pixel",
+            per_sample=config.lam_per_sample,
+        )
+
+    @cached_property
+    def judging_attack(self) -> PGD | None:
+        """The training's attack on the network that is measured, with a generator of its own."""
+        settings = self.attack_settings("eval", torch.Generator(self.device))
+        if settings is None:
+            return None
+        # Compiling for another batch size takes longer than it saves where it is not captured.
+        engine: Engine = "graph" if self.engine == "graph" else "eager"
+        return PGD(self.evaluated, engine=engine, precision=self.arithmetic, **settings)
+
+    def attack_settings(
+        self, bn: BatchNormMode, generator: torch.Generator
+    ) -> dict[str, Any] | None:
+        """Return the keyword arguments of `pgd` that make the training's attack, or None."""
         config = self.config
         if config.adv == "none":
             return None
+        given: dict[str, Any] = {
+            "eps": config.eps,
+            "alpha": config.alpha,
+            "steps": config.steps,
+            "random_start": config.random_start,
+        }
         if config.adv == "fgsm":
-            return partial(fgsm, model, eps=config.eps, loss=config.attack_loss, bn=bn)
-        return partial(
-            pgd,
-            model,
-            eps=config.eps,
-            alpha=config.alpha,
-            steps=config.steps,
-            random_start=config.random_start,
-            loss=config.attack_loss,
-            bn=bn,
-            generator=generator,
-        )
+            given |= {"alpha": config.eps, "steps": 1, "random_start": False}
+        given |= {"loss": config.attack_loss, "bn": bn, "generator": generator}
+        return (pgd.__kwdefaults__ or {}) | given
 
     def _draw(self) -> Mix | None:
         config = self.config
@@ -279,8 +258,9 @@ class Trainer:
         row["test_error_percent"] = 100 * self._errors(self.test, None) / self.test_size
         if self.holdout is None:
             return True
-        generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        attack = self.craft(self.evaluated, generator)
+        attack = self.judging_attack
+        if attack is not None:
+            attack.settings["generator"].manual_seed(self.config.seed)
         errors = self._errors(self.holdout, attack)
         row["holdout_error_percent"] = 100 * errors / len(self.holdout.labels)
         if self.best is not None and errors >= self.best["errors"]:
@@ -289,11 +269,7 @@ class Trainer:
         return True
 
     def _errors(self, batches: data.ResidentLoader, attack: Attack | None) -> int:
-        def craft(x: Tensor, y: Tensor) -> Tensor:
-            with self.precision():
-                return x if attack is None else attack(x, y)
-
-        return count_errors(self.evaluated, batches, craft)
+        return count_errors(self.evaluated, batches, attack)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resume needs, in types that load without running code."""
@@ -318,6 +294,10 @@ class Trainer:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:
+                group.update(lr=self.lr_tensor, fused=True)
+            # It has captured the momentum that was just replaced.
+            self.__dict__.pop("fast_step", None)
             for name, generator in self.random.items():
                 generator.set_state(state["random"][name])
             self.order_before_epoch = state["order_before_epoch"]

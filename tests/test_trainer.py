@@ -15,7 +15,8 @@ from fastiat.attack import count_errors, pgd
 from fastiat.config import TrainConfig, modern, paper
 from fastiat.errors import InputError
 from fastiat.mix import Mix
-from fastiat.trainer import Trainer, algorithm1, learning_rate
+from fastiat.step import algorithm1
+from fastiat.trainer import Trainer, learning_rate
 
 
 def _network():
