@@ -295,6 +295,7 @@ class Trainer:
                 self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             for group in self.optimizer.param_groups:
+                self.lr_tensor.fill_(group["lr"])
                 group.update(lr=self.lr_tensor, fused=True)
             # It has captured the momentum that was just replaced.
             self.__dict__.pop("fast_step", None)
