@@ -9,6 +9,7 @@ import torch
 from fastiat import __version__, data
 from fastiat.config import DoctorConfig
 from fastiat.device import has_fast_bf16, pick_device, pick_precision
+from fastiat.engine import pick_engine
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "torchattacks", "foolbox")
 
@@ -32,7 +33,7 @@ def doctor(config: DoctorConfig) -> None:
         ("data", config.data_dir or str(data.default_dir())),
         ("device", f"a run takes {device} ({fast})"),
         ("precision", f"a run takes {pick_precision('auto', device)}"),
-        ("engine", "a run takes eager"),
+        ("engine", f"a run takes {pick_engine('auto', device)}"),
         ("loader", "a run takes resident"),
     ]
     width = max(len(name) for name, _ in rows)
