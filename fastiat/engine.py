@@ -7,6 +7,7 @@ compiler that keeps one program per function, and the capture of a function of f
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from types import FunctionType
 from typing import Any, Literal
 
@@ -147,16 +148,23 @@ def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(own, dynamic=False, backend=BACKEND)
 
 
-@torch.no_grad()
 def undone(function: Callable[[], object], state: Iterable[Tensor], times: int) -> None:
     """Call `function` and put `state`, which it may change, back in place, bit for bit."""
-    state = list(state)
+    state = [tensor.detach() for tensor in state]
     before = [tensor.clone() for tensor in state]
     for _ in range(times):
-        with torch.enable_grad():
-            function()
+        function()
     for tensor, kept in zip(state, before, strict=True):
         tensor.copy_(kept)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that everything on `device` is captured on.
+
+    Graphs share their pool's memory only where it was allocated on the same stream.
+    """
+    return torch.cuda.Stream(device)
 
 
 class Captured:
@@ -185,7 +193,7 @@ class Captured:
             self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        here, aside = torch.cuda.current_stream(), _capture_stream(self.device)
         random = torch.cuda.get_rng_state()
         aside.wait_stream(here)
         graph = torch.cuda.CUDAGraph()

@@ -223,5 +223,4 @@ class Step:
         """Return all that a piece changes and that outlives it."""
         buffers = [t for s in self.optimizer.state.values() for t in s.values()]
         tensors = [*self.model.state_dict().values(), *buffers, *self.grads, self.figures]
-        copies = [copy.detach() for copy in self.weights.copies.values()]
-        return [*tensors, *copies]
+        return [*tensors, *self.weights.copies.values()]

@@ -165,7 +165,7 @@ class Trainer:
                 models.to_pixels(images),
                 y,
                 self.craft,
-                self._draw,
+                partial(self._draw, self.device),
                 clean_weight=config.clean_weight,
                 loss=config.loss,
                 shared_mix=config.shared_mix,
@@ -174,8 +174,10 @@ class Trainer:
             )
             self.optimizer.step()
         else:
-            mix = self._draw()
-            other = mix if config.shared_mix or self.craft is None else self._draw()
+            # The step copies the draws into its buffers, so they may stay on the CPU.
+            cpu = torch.device("cpu")
+            mix = self._draw(cpu)
+            other = mix if config.shared_mix or self.craft is None else self._draw(cpu)
             update = self.fast_step(images, y, (mix, other))
         self.step += 1
         if self.average is not None:
@@ -237,14 +239,14 @@ class Trainer:
         given |= {"loss": config.attack_loss, "bn": bn, "generator": generator}
         return (pgd.__kwdefaults__ or {}) | given
 
-    def _draw(self) -> Mix | None:
+    def _draw(self, device: torch.device) -> Mix | None:
         config = self.config
         return mixing.draw(
             config.mix,
             config.batch_size,
             config.mix_alpha,
             self.random["mix"],
-            self.device,
+            device,
             layers=config.mix_layers,
             per_sample=config.lam_per_sample,
         )
@@ -326,9 +328,9 @@ def _average(average: nn.Module, model: nn.Module, decay: float, step: int) -> N
     is soon forgotten.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    new, old = model.state_dict(), average.state_dict()
-    for name, value in old.items():
-        if value.is_floating_point():
-            value.lerp_(new[name], 1 - decay)
-        else:
-            value.copy_(new[name])
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    values = [pair for pair in pairs if pair[0].is_floating_point()]
+    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+    torch._foreach_lerp_([old for old, _ in values], [new for _, new in values], 1 - decay)
+    for old, new in counts:
+        old.copy_(new)
