@@ -20,6 +20,7 @@ from fastiat.config import (
     DoctorConfig,
     EvaluateConfig,
     ReportConfig,
+    ReproduceConfig,
     Settings,
     TrainConfig,
     flag_of,
@@ -44,6 +45,9 @@ COMMANDS = {
     "evaluate": Command(
         EvaluateConfig, "fastiat.evaluate:evaluate", "measure trained runs under attack"
     ),
+    "reproduce": Command(
+        ReproduceConfig, "fastiat.reproduce:reproduce", "put a table of the paper beside one's own"
+    ),
     "report": Command(ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
     "doctor": Command(
         DoctorConfig, "fastiat.doctor:doctor", "show what this machine has and what a run takes"
@@ -54,12 +58,21 @@ EXAMPLES = {
     "train": "fastiat train --arch preact18 --mix manifold\n"
     "fastiat train --dataset folder --data-dir my-images --preset modern",
     "evaluate": "fastiat evaluate runs/cifar10-preact18-pgd-manifold-s0 --attacks none pgd-100",
+    "reproduce": "fastiat reproduce table3 --dry-run\n"
+    "fastiat reproduce table3 --epochs 10 --width 16 --limit 1000",
     "report": "fastiat report runs",
     "doctor": "fastiat doctor",
 }
 
 
-METAVARS = {"runs": "RUN", "dir": "DIR", "out": "PATH", "data_dir": "DIR", "attacks": "ATTACK"}
+METAVARS = {
+    "target": "TABLE",
+    "runs": "RUN",
+    "dir": "DIR",
+    "out": "PATH",
+    "data_dir": "DIR",
+    "attacks": "ATTACK",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,7 +155,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
             help=command.summary,
             usage=" ".join(["fastiat", name, *arguments, "[SETTING ...]"]),
             # Argument help is wrapped, the examples are not.
-            description=textwrap.fill(command.config.__doc__ or "", 78)
+            description=textwrap.fill(" ".join((command.config.__doc__ or "").split()), 78)
             + "\n\nFor example:\n"
             + textwrap.indent(EXAMPLES[name], "  "),
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -235,6 +235,72 @@ class EvaluateConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ReproduceConfig(Settings):
+    """Train and measure what a table of the paper needs, and write it beside the paper's.
+
+    What is trained or measured already is kept: after Ctrl-C or a crash the same command goes on.
+    The runs are named as `fastiat train` names them, so that those are taken over too.
+    """
+
+    positional = ("target",)
+    groups: ClassVar[dict[str, str]] = {
+        "out": "run",
+        "epochs": "scale, for machines and times smaller than the paper's",
+        "data_dir": "machine",
+    }
+
+    target: Literal[
+        "table1", "table2", "table3", "table4", "table5", "table6", "table7", "figure1"
+    ] = "table3"
+    """What to reproduce: Tables 1 to 4 are white-box errors, 5 is transfer attacks, 6 errors by
+    eps, 7 by steps; Figure 1 is the norms of the weights."""
+
+    out: str = "runs"
+    """Folder of the runs, DATASET-ARCH-ADV-MIX-sSEED each, and of the table."""
+    dry_run: bool = False
+    """List the runs with the time they would take, measured on a few updates; train and write
+    nothing."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds to train every row with; several are averaged (default: 0; figure1: 0 1 2)."""
+
+    epochs: int | None = None
+    """Passes over the training set (default: 200; figure1: 50)."""
+    width: int | None = None
+    """Base channels (preact18: 64), widening factor (wrn: 10) or hidden units (mlp6: 512)."""
+    limit: int | None = None
+    """Measure on this many images of a split only, a stratified draw."""
+    splits: tuple[str, ...] = ("test", "train")
+    """Images that Tables 1 to 4 are measured on; the paper has train in parentheses."""
+    arch: Arch | None = None
+    """Network (default: the paper's)."""
+    dataset: DatasetName | None = None
+    """Images (default: the paper's)."""
+    lr: float | None = None
+    """Highest learning rate (default: 0.1; digits: 0.02; figure1: 0.01)."""
+
+    data_dir: str | None = None
+    """Where the data set is or goes (default: $FASTIAT_DATA or ~/.cache/fastiat/data)."""
+    device: str = "auto"
+    """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of training and crafting; examples are always judged in fp32."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+        _check_ranges(self, {"epochs", "width", "limit"})
+        for split in self.splits:
+            if split not in ("test", "train"):
+                raise InputError(f"unknown split {split!r}: choose from test, train")
+        for seed in self.seeds or ():
+            if not 0 <= seed <= LARGEST:
+                raise InputError(f"--seeds has {str(seed)[:20]}: give numbers from 0 to {LARGEST}")
+        for name in ("seeds", "splits"):
+            values = getattr(self, name) or ()
+            if len(set(values)) < len(values):
+                raise InputError(f"{flag_of(name)} names one twice: give each once")
+
+
+@dataclass(frozen=True)
 class ReportConfig(Settings):
     """One self-contained HTML page, and a PNG of the curves, for a run or a folder of runs."""
 
@@ -346,19 +412,19 @@ def from_json(kind: type[Any], values: dict[str, Any]) -> Any:
     hints = get_type_hints(kind)
     turned = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, value in turned.items():
-        if not _fits(value, hints[name]):
+        if not fits(value, hints[name]):
             raise InputError(f"setting {name!r} cannot be {repr(value)[:50]}")
     return kind(**turned)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value is one that the annotation allows."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+        return isinstance(value, tuple) and all(fits(item, get_args(hint)[0]) for item in value)
     if get_args(hint):
-        return any(_fits(value, option) for option in get_args(hint))
+        return any(fits(value, option) for option in get_args(hint))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is hint
