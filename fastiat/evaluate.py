@@ -1,6 +1,5 @@
 """Measuring: the error of trained runs on clean images and under white-box attacks."""
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -17,29 +16,12 @@ from fastiat.config import EvaluateConfig, TrainConfig, steps_of
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.errors import InputError
 from fastiat.progress import Progress
+from fastiat.results import Rate, read_results
 from fastiat.run import MODEL, ModelCard, Run, load_with_card
 
+__all__ = ["Rate", "error_rate", "evaluate", "read_results"]
+
 TITLES = {"none": "No attack", "fgsm": "FGSM"}
-
-
-@dataclass(frozen=True)
-class Rate:
-    """An error rate measured on `n` images."""
-
-    errors: int
-    n: int
-
-    @property
-    def percent(self) -> float:
-        """The rate in percent."""
-        return 100 * self.errors / self.n
-
-    def interval(self) -> tuple[float, float]:
-        """Return the 95 % confidence interval in percent (Wilson 1927)."""
-        z, n, p = 1.959964, self.n, self.errors / self.n
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return 100 * max(middle - half, 0), 100 * min(middle + half, 1)
 
 
 def error_rate(
