@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -246,9 +247,15 @@ def command_of(name: str, config: Any, default: Any) -> str:
 
 
 def _flag(name: str, value: Any) -> list[str]:
-    import shlex
-
     if isinstance(value, bool):
         return [flag_of(name) if value else "--no-" + flag_of(name)[2:]]
     values = value if isinstance(value, tuple) else (value,)
-    return [flag_of(name), *(shlex.quote(f"{v:g}" if isinstance(v, float) else str(v)) for v in values)]
+    return [flag_of(name), *(shlex.quote(_word(one)) for one in values)]
+
+
+def _word(value: Any) -> str:
+    """Write a value so that the command line reads the same one back."""
+    if isinstance(value, float):
+        levels = round(255 * value)
+        return f"{levels}/255" if 0 < levels < 255 and value == levels / 255 else repr(value)
+    return str(value)
