@@ -17,8 +17,10 @@ from fastiat import __version__
 from fastiat.config import (
     DATASET_DEFAULTS,
     PRESETS,
+    DiagnoseConfig,
     DoctorConfig,
     EvaluateConfig,
+    NormsConfig,
     ReportConfig,
     Settings,
     TrainConfig,
@@ -44,6 +46,12 @@ COMMANDS = {
     "evaluate": Command(
         EvaluateConfig, "fastiat.evaluate:evaluate", "measure trained runs under attack"
     ),
+    "norms": Command(
+        NormsConfig, "fastiat.analyse:norms", "compare the weight matrices of runs (Figure 1)"
+    ),
+    "diagnose": Command(
+        DiagnoseConfig, "fastiat.diagnose:diagnose", "check whether a run's robustness is real"
+    ),
     "report": Command(ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
     "doctor": Command(
         DoctorConfig, "fastiat.doctor:doctor", "show what this machine has and what a run takes"
@@ -54,12 +62,22 @@ EXAMPLES = {
     "train": "fastiat train --arch preact18 --mix manifold\n"
     "fastiat train --dataset folder --data-dir my-images --preset modern",
     "evaluate": "fastiat evaluate runs/cifar10-preact18-pgd-manifold-s0 --attacks none pgd-100",
+    "norms": "fastiat norms runs/*-mlp6-*",
+    "diagnose": "fastiat diagnose runs/cifar10-preact18-pgd-manifold-s0 --limit 500",
     "report": "fastiat report runs",
     "doctor": "fastiat doctor",
 }
 
 
-METAVARS = {"runs": "RUN", "dir": "DIR", "out": "PATH", "data_dir": "DIR", "attacks": "ATTACK"}
+METAVARS = {
+    "runs": "RUN",
+    "run": "RUN",
+    "partner": "RUN",
+    "dir": "DIR",
+    "out": "PATH",
+    "data_dir": "DIR",
+    "attacks": "ATTACK",
+}
 
 
 class Parser(argparse.ArgumentParser):
