@@ -17,8 +17,10 @@ from fastiat import __version__
 from fastiat.config import (
     DATASET_DEFAULTS,
     PRESETS,
+    DiagnoseConfig,
     DoctorConfig,
     EvaluateConfig,
+    NormsConfig,
     ReportConfig,
     ReproduceConfig,
     Settings,
@@ -48,6 +50,12 @@ COMMANDS = {
     "reproduce": Command(
         ReproduceConfig, "fastiat.reproduce:reproduce", "put a table of the paper beside one's own"
     ),
+    "norms": Command(
+        NormsConfig, "fastiat.analyse:norms", "compare the weight matrices of runs (Figure 1)"
+    ),
+    "diagnose": Command(
+        DiagnoseConfig, "fastiat.diagnose:diagnose", "check whether a run's robustness is real"
+    ),
     "report": Command(ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
     "doctor": Command(
         DoctorConfig, "fastiat.doctor:doctor", "show what this machine has and what a run takes"
@@ -60,6 +68,8 @@ EXAMPLES = {
     "evaluate": "fastiat evaluate runs/cifar10-preact18-pgd-manifold-s0 --attacks none pgd-100",
     "reproduce": "fastiat reproduce table3 --dry-run\n"
     "fastiat reproduce table3 --epochs 10 --width 16 --limit 1000",
+    "norms": "fastiat norms runs/*-mlp6-*",
+    "diagnose": "fastiat diagnose runs/cifar10-preact18-pgd-manifold-s0 --limit 500",
     "report": "fastiat report runs",
     "doctor": "fastiat doctor",
 }
@@ -68,6 +78,8 @@ EXAMPLES = {
 METAVARS = {
     "target": "TABLE",
     "runs": "RUN",
+    "run": "RUN",
+    "partner": "RUN",
     "dir": "DIR",
     "out": "PATH",
     "data_dir": "DIR",

@@ -6,6 +6,7 @@ Nothing here imports torch, so that help is printed at once.
 import ast
 import inspect
 import math
+import os
 import re
 import textwrap
 from dataclasses import dataclass, fields, replace
@@ -301,6 +302,71 @@ class ReproduceConfig(Settings):
 
 
 @dataclass(frozen=True)
+class NormsConfig(Settings):
+    """Frobenius and spectral norm of every weight matrix of trained runs: a table, norms.json in
+    each run, and one chart of all (the paper's Figure 1)."""
+
+    positional = ("runs",)
+
+    runs: tuple[str, ...] = ()
+    """Run directories, or model.safetensors files, of one architecture."""
+    out: str | None = None
+    """Where the chart goes, as PATH.png and PATH.svg (default: "norms" in the run, or for several
+    runs in the folder of the first)."""
+
+    def check(self) -> None:
+        """Raise `InputError` for a run that is named twice."""
+        _check_ranges(self, set())
+        _check_once(self.runs)
+
+
+@dataclass(frozen=True)
+class DiagnoseConfig(Settings):
+    """Is a robustness figure real? Checks a run for masked gradients, which make attacks fail on a
+    network that is not robust (Athalye et al. 2018, Carlini et al. 2019)."""
+
+    positional = ("run",)
+    groups: ClassVar[dict[str, str]] = {
+        "partner": "what is checked",
+        "eps": "attack",
+        "dataset": "data",
+        "device": "machine",
+    }
+
+    run: str = ""
+    """A run directory, or a model.safetensors file."""
+    partner: str | None = None
+    """Another run for the same images, whose adversarial examples are tried on this one."""
+    autoattack: bool = False
+    """Compare with AutoAttack too, which takes minutes to hours; it needs pyautoattack."""
+    limit: int = 1000
+    """Use this many test images, a stratified draw."""
+    seed: int = 0
+    """Seed of the random starts, the noise and --limit's draw."""
+    eps: float | None = None
+    """Radius of the ball, in pixels of 0 to 1 (default: the run's)."""
+    alpha: float | None = None
+    """Length of a PGD step, in pixels of 0 to 1 (default: the run's)."""
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of the ball."""
+    dataset: DatasetName | None = None
+    """Data set (default: the run's)."""
+    data_dir: str | None = None
+    """Where the data set is (default: the run's)."""
+    batch_size: int = 500
+    """Images attacked at a time."""
+    device: str = "auto"
+    """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+        _check_ranges(self, {"limit", "batch_size", "eps", "alpha"})
+        if self.norm == "linf":
+            _check_unit(self)
+        _check_once((self.run, self.partner or ""))
+
+
+@dataclass(frozen=True)
 class ReportConfig(Settings):
     """One self-contained HTML page, and a PNG of the curves, for a run or a folder of runs."""
 
@@ -337,6 +403,14 @@ def _check_ranges(config: Any, positive: set[str]) -> None:
             raise InputError(f"{flag} is {value}: give a number {least}")
         if value > LARGEST:
             raise InputError(f"{flag} is {str(value)[:20]}: give a number of at most {LARGEST}")
+
+
+def _check_once(runs: tuple[str, ...]) -> None:
+    """Raise `InputError` for a run that is named twice, however it is spelled."""
+    places = [os.path.realpath(run) for run in runs]
+    for run, place in zip(runs, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"{run} is named twice: name different runs")
 
 
 def _check_unit(config: Any) -> None:

@@ -271,7 +271,9 @@ def _compare(config: ReproduceConfig, jobs: list[Job], images: Images) -> tables
     for row in of.rows:
         mine = [job for job in jobs if job.row == row]
         for cell in _cells(config, row):
-            lines.append(tables.line(cell, [_result(config, cell, job, jobs, found, images) for job in mine]))
+            lines.append(
+                tables.line(cell, [_result(config, cell, job, jobs, found, images) for job in mine])
+            )
     splits = _splits(config)
     measured = [split for split in splits if split in config.splits or len(splits) == 1]
     limits = {split: (_count(config, images, split), getattr(images, split)) for split in measured}
