@@ -15,10 +15,9 @@ from typing import Any, get_type_hints
 
 from scipy import stats
 
-from fastiat.config import TrainConfig, fits, flag_of
+from fastiat.config import fits, flag_of
 from fastiat.errors import InputError
-from fastiat.models import DEFAULT_WIDTH
-from fastiat.paper import ROWS, SOURCE, Cell, Table
+from fastiat.paper import ROWS, SOURCE, Cell
 from fastiat.results import Rate, fingerprint, read_results
 from fastiat.run import MODEL, Run, write
 
@@ -199,39 +198,6 @@ def line(cell: Cell, found: Sequence[dict[str, Any] | None]) -> Line:
         half = float(stats.t.ppf(0.975, len(rates) - 1)) * spread / math.sqrt(len(rates))
         low, high = max(mean - half, 0.0), min(mean + half, 100.0)
     return Line(title, cell.measure, cell.error_percent, mean, low, high, errors, n)
-
-
-def caption(
-    used: TrainConfig,
-    recipe: TrainConfig,
-    *,
-    seeds: Sequence[int],
-    limits: dict[str, tuple[int, int]],
-    left_out: Sequence[str] = (),
-) -> str:
-    """Say what was scaled down from the paper's `recipe`, and with which seeds.
-
-    `limits` has for every split the images measured and all there are; `left_out` the splits that
-    are not measured.
-    """
-    parts = []
-    if used.dataset != recipe.dataset:
-        parts.append(f"data set {used.dataset} instead of {recipe.dataset}")
-    for name in ("arch", "epochs", "lr"):
-        mine, theirs = getattr(used, name), getattr(recipe, name)
-        if mine != theirs:
-            title = {"arch": "network", "lr": "learning rate"}.get(name, name)
-            parts.append(f"{title} {mine} instead of {theirs}")
-    width = DEFAULT_WIDTH[used.arch]
-    if used.width not in (None, width):
-        parts.append(f"width {used.width} instead of {width}")
-    parts += [
-        f"errors on {n} of the {of} {split} images" for split, (n, of) in limits.items() if n < of
-    ]
-    parts += [f"not measured on the {split} images" for split in left_out]
-    scaled = f"Scaled: {'; '.join(parts)}." if parts else "At the paper's scale."
-    seeded = "one seed" if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
-    return f"Error in %, difference in points, {seeded} ({', '.join(map(str, seeds))}). {scaled}"
 
 
 def command_of(name: str, config: Any, default: Any) -> str:
