@@ -129,7 +129,7 @@ def draw_norms(found: dict[str, list[WeightNorms]]) -> dict[str, bytes]:
     `found` maps labels to norms of the same layers. Returns {"png": bytes, "svg": bytes}.
     """
     layers = next(iter(found.values()))
-    short = [layer.name.removesuffix(".weight").replace("groups.", "") for layer in layers]
+    names = [layer.name.removesuffix(".weight") for layer in layers]
     width = 0.8 / len(found)
     figure = Figure(figsize=(max(8.0, 0.28 * len(layers) * (1 + len(found) / 2)), 6.4))
     figure.set_layout_engine("constrained")
@@ -142,8 +142,13 @@ def draw_norms(found: dict[str, list[WeightNorms]]) -> dict[str, bytes]:
         axis.set_ylabel(f"{norm.capitalize()} norm")
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
-    axes[1].set_xticks(range(len(layers)), short, rotation=45 if len(layers) > 8 else 0)
-    axes[1].set_xlabel("layer")
+    axes[1].set_xticks(range(len(layers)), names)
+    if len(layers) > 8:
+        axes[1].tick_params(axis="x", rotation=45)
+        for name in axes[1].get_xticklabels():
+            name.set(ha="right", rotation_mode="anchor")
+    axes[1].set_xlim(-0.6, len(layers) - 0.4)
+    axes[1].set_xlabel("layer, input first")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     pictures = {}
     for kind in ("png", "svg"):
