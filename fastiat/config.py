@@ -19,6 +19,8 @@ DatasetName = Literal["cifar10", "svhn", "fashion-mnist", "digits", "folder"]
 Preset = Literal["paper", "modern"]
 LARGEST = 2**32
 """No number of ours is larger; what is would overflow further in."""
+MOST_STEPS = 999_999
+"""No attack takes more steps."""
 
 
 class Settings:
@@ -219,6 +221,10 @@ class MeasureConfig(Settings):
         _check_ranges(self, {"limit", "restarts", "batch_size", "steps"})
         if self.norm == "linf":
             _check_unit(self)
+        steps = getattr(self, "steps", ())
+        for count in steps if isinstance(steps, tuple) else (steps,):
+            if count > MOST_STEPS:
+                raise InputError(f"--steps is {count}: give at most {MOST_STEPS}")
         if self.restarts > 1 and not self.random_start:
             raise InputError("--restarts without a random start would all be the same one")
         for split in self.splits:
