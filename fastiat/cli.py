@@ -24,7 +24,9 @@ from fastiat.config import (
     ReportConfig,
     ReproduceConfig,
     Settings,
+    SweepConfig,
     TrainConfig,
+    TransferConfig,
     flag_of,
 )
 from fastiat.errors import InputError, explain_os
@@ -56,6 +58,12 @@ COMMANDS = {
     "diagnose": Command(
         DiagnoseConfig, "fastiat.diagnose:diagnose", "check whether a run's robustness is real"
     ),
+    "sweep": Command(
+        SweepConfig, "fastiat.sweep:sweep", "measure runs over radii or numbers of PGD steps"
+    ),
+    "transfer": Command(
+        TransferConfig, "fastiat.transfer:transfer", "attack every run with every run's examples"
+    ),
     "report": Command(ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
     "doctor": Command(
         DoctorConfig, "fastiat.doctor:doctor", "show what this machine has and what a run takes"
@@ -70,6 +78,8 @@ EXAMPLES = {
     "fastiat reproduce table3 --epochs 10 --width 16 --limit 1000",
     "norms": "fastiat norms runs/*-mlp6-*",
     "diagnose": "fastiat diagnose runs/cifar10-preact18-pgd-manifold-s0 --limit 500",
+    "sweep": "fastiat sweep runs/* --eps 0.005 0.01 0.02 8/255\nfastiat sweep runs/* --steps",
+    "transfer": "fastiat transfer runs/a runs/b runs/c --eps 0.01 0.02 0.04",
     "report": "fastiat report runs",
     "doctor": "fastiat doctor",
 }
@@ -208,10 +218,14 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
     """Add a flag, or for a required setting an argument, for every field of the dataclass."""
     hints, docs = get_type_hints(kind), kind.docs()
     group: Any = parser
-    for field in fields(kind):  # type: ignore[arg-type]
+    # A command's own settings come before those that it shares.
+    own = sorted(fields(kind), key=lambda field: field.name not in kind.__annotations__)  # type: ignore[arg-type]
+    for field in own:
         if field.name in kind.groups:
             group = parser.add_argument_group(kind.groups[field.name])
         options = _parsing(hints[field.name])
+        if field.name in kind.bare:
+            options |= {"nargs": "*", "const": kind.bare[field.name]}
         if field.name in METAVARS:
             options["metavar"] = METAVARS[field.name]
         if field.name in kind.positional:
@@ -251,7 +265,7 @@ class _StoreTuple(argparse.Action):
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
-        setattr(namespace, self.dest, tuple(values))
+        setattr(namespace, self.dest, tuple(values or self.const))
 
 
 def number(text: str) -> float:

@@ -5,8 +5,8 @@ entry's attack is null.
 
     kind                 "evaluation", "sweep", "transfer" or "autoattack": the command's part
     dataset, split       the images: the data set's name, "test" or "train"
-    attack               "none", "fgsm", "pgd-K", "autoattack", or "worst": the worst case of `attacks`
-    attacks              "worst": what it is the worst case of; "autoattack": its four attacks
+    attack               "none", "fgsm", "pgd-K", "autoattack", or "worst", of several
+    attacks              "worst": those, "none" first; "autoattack": its four
     eps, alpha           radius and step, in pixels of 0 to 1
     steps                gradient steps: fgsm 1, pgd-K K
     norm, loss           "linf" or "l2"; "ce" or "margin"
@@ -21,7 +21,7 @@ entry's attack is null.
     errors               how many of them are misclassified
     error_percent        100 * errors / n
     interval_95_percent  [low, high], Wilson's
-    errors_after         "autoattack": errors after each of `attacks`, in their order
+    errors_after         "autoattack": {attack: errors after it and those before it}, "none" first
     warnings             "autoattack": what the library found suspicious
     device               what crafted and judged
     versions             {"fastiat", "torch", "autoattack": "name version", where it was used}
@@ -60,6 +60,13 @@ IDENTITY: tuple[str, ...] = (
     *("source", "source_model", "model", "n"),
 )
 """The fields that tell entries apart."""
+PGD = ("alpha", "steps", "restarts", "random_start")
+MEANINGLESS: dict[str, tuple[str, ...]] = {
+    "none": ("eps", "norm", "loss", "precision", *PGD),
+    "fgsm": ("alpha", "restarts", "random_start"),
+    "autoattack": ("loss", *PGD),
+}
+"""The fields that are null for an attack."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,10 @@ def read_results(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def add_results(run_dir: Path, entries: Iterable[dict[str, Any]]) -> None:
     """Add entries to a run's evaluation.json in place of those with the same identity."""
-    new = [dict.fromkeys(IDENTITY) | entry for entry in entries]
+    new = [
+        dict.fromkeys(IDENTITY) | entry | dict.fromkeys(MEANINGLESS.get(entry["attack"], ()))
+        for entry in entries
+    ]
     with _locked(run_dir):
         kept = {_identity(entry): entry for entry in read_results(run_dir)}
         for entry in new:
