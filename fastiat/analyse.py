@@ -179,6 +179,11 @@ def read_diagnosis(run_dir: str | os.PathLike[str]) -> list[Finding]:
     return _read(Path(run_dir) / DIAGNOSIS, Finding)
 
 
+def write_norms(run_dir: Path, layers: Sequence[WeightNorms]) -> None:
+    """Write norms.json, whole or not at all."""
+    write(run_dir / NORMS, _json(layers))
+
+
 def write_diagnosis(run_dir: Path, findings: Sequence[Finding]) -> None:
     """Write diagnosis.json, whole or not at all."""
     write(run_dir / DIAGNOSIS, _json(findings))

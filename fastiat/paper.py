@@ -37,6 +37,8 @@ ROWS = {
     "iat_mixup": Row("IAT (Mixup)", "pgd", "mixup"),
     "iat_manifold_mixup": Row("IAT (Manifold Mixup)", "pgd", "manifold"),
 }
+TRAINED = tuple(key for key, row in ROWS.items() if row.adv is not None)
+"""The rows that the paper trained itself: the six trainings."""
 
 
 @dataclass(frozen=True)

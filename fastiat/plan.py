@@ -118,19 +118,21 @@ class Plan:
         cells = () if self.figure else self.table.cells
         return [cell for cell in cells if cell.row == row and cell.split in self.splits]
 
-    def source(self, cell: Cell, job: Job) -> Path | None:
-        """Return the run that a job's examples are crafted on, None for its own."""
-        if cell.source == cell.row:
-            return None
+    def source(self, cell: Cell, job: Job) -> Path:
+        """Return the run of a job's seed that a cell's examples are crafted on."""
         wanted = cell.source, job.config.seed
         return next(other.path for other in self.jobs if (other.row, other.config.seed) == wanted)
 
     def result(self, cell: Cell, job: Job, found: list[dict[str, Any]]) -> dict[str, Any] | None:
         """Return the measurement of a cell among those of a job's run, or None."""
-        source = self.source(cell, job)
-        if source is not None and not (source / MODEL).exists():
-            return None
-        return tables.find(cell, found, self.count(cell.split), job.config.alpha, source)
+        return tables.find(
+            cell,
+            found,
+            n=self.count(cell.split),
+            alpha=job.config.alpha,
+            run=job.path,
+            source=self.source(cell, job),
+        )
 
     def missing(self, job: Job) -> list[Cell]:
         """Return the cells that a job's run is still to be measured for."""

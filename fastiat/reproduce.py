@@ -7,17 +7,30 @@ that was trained elsewhere with the same settings counts once it is there under 
 
 import signal
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from fastiat.config import EvaluateConfig, ReportConfig, ReproduceConfig, steps_of
+from fastiat import figure1
+from fastiat.analyse import weight_norms, write_norms
+from fastiat.config import (
+    EvaluateConfig,
+    ReportConfig,
+    ReproduceConfig,
+    SweepConfig,
+    TransferConfig,
+    steps_of,
+)
 from fastiat.errors import InputError
 from fastiat.estimate import Speed, speed
 from fastiat.evaluate import evaluate
-from fastiat.paper import Cell
+from fastiat.paper import ROWS, TRAINED, Cell
 from fastiat.plan import Job, Plan
 from fastiat.progress import duration
 from fastiat.report import report
-from fastiat.run import CONFIG, LOG, METRICS, STATE, Run
+from fastiat.run import CONFIG, LOG, METRICS, STATE, Run, load
+from fastiat.sweep import sweep
 from fastiat.train import Interrupted, train
+from fastiat.transfer import transfer
 
 
 def reproduce(config: ReproduceConfig) -> None:
@@ -47,6 +60,10 @@ def _work(plan: Plan) -> None:
         if not plan.figure:
             _measure(plan, job)
             plan.comparison().write(plan.out)
+    if plan.figure:
+        print(_figure(plan), flush=True)
+        return
+    _transfer(plan)
     comparison = plan.comparison()
     comparison.write(plan.out)
     print(comparison.markdown(), flush=True)
@@ -69,35 +86,69 @@ def _train(job: Job) -> None:
 
 
 def _measure(plan: Plan, job: Job) -> None:
-    """Measure the figures of a run that are missing, those of one split and eps in one go."""
-    for (split, eps), attacks in _groups(plan, job).items():
-        evaluate(
-            EvaluateConfig(
-                runs=(str(job.path),),
-                attacks=attacks,
-                splits=(split,),
-                limit=plan.config.limit,
-                eps=eps,
-                data_dir=plan.config.data_dir,
-                device=plan.config.device,
-                precision=plan.config.precision,
+    """Measure the white-box errors of a run that are missing; Table 5's come with the others."""
+    how: Any = {
+        "runs": (str(job.path),),
+        "limit": plan.config.limit,
+        "data_dir": plan.config.data_dir,
+        "device": plan.config.device,
+        "precision": plan.config.precision,
+    }
+    missing = plan.missing(job)
+    if not missing or plan.config.target == "table5":
+        return
+    if plan.config.target in ("table6", "table7"):
+        eps = tuple(dict.fromkeys(cell.eps for cell in missing))
+        steps = tuple(dict.fromkeys(steps_of(cell.attack) for cell in missing))
+        sweep(SweepConfig(**how, eps=eps, steps=steps))
+    else:
+        for split in plan.splits:
+            attacks = tuple(cell.attack for cell in missing if cell.split == split)
+            if attacks:
+                evaluate(EvaluateConfig(**how, splits=(split,), attacks=attacks))
+    _check_kept(plan, job)
+
+
+def _transfer(plan: Plan) -> None:
+    """Measure what is missing of Table 5, the runs of one seed at a time."""
+    for seed in plan.seeds if plan.config.target == "table5" else ():
+        jobs = [job for job in plan.jobs if job.config.seed == seed]
+        missing = {cell.eps: cell for job in jobs for cell in plan.missing(job)}
+        if missing:
+            transfer(
+                TransferConfig(
+                    runs=tuple(str(job.path) for job in jobs),
+                    eps=tuple(sorted(missing)),
+                    limit=plan.config.limit,
+                    data_dir=plan.config.data_dir,
+                    device=plan.config.device,
+                    precision=plan.config.precision,
+                )
             )
-        )
-    if _groups(plan, job):
+        for job in jobs:
+            _check_kept(plan, job)
+
+
+def _check_kept(plan: Plan, job: Job) -> None:
+    if plan.missing(job):
         raise InputError(f"{job.path} does not keep what is measured: check its permissions")
 
 
-def _groups(plan: Plan, job: Job) -> dict[tuple[str, float], tuple[str, ...]]:
-    """Return the white-box attacks that a run still needs: {(split, eps): attacks}."""
-    groups: dict[tuple[str, float], tuple[str, ...]] = {}
-    for cell in _white_box(plan.missing(job)):
-        key = cell.split, cell.eps or job.config.eps
-        groups[key] = (*groups.get(key, ()), cell.attack)
-    return groups
-
-
-def _white_box(cells: list[Cell]) -> list[Cell]:
-    return [cell for cell in cells if cell.source == cell.row]
+def _figure(plan: Plan) -> str:
+    """Take the norms of every run, keep them, and write Figure 1; return it as Markdown."""
+    found = {str(job.path): weight_norms(load(job.path)) for job in plan.jobs}
+    for path, layers in found.items():
+        write_norms(Path(path), layers)
+    rows = dict.fromkeys(job.row for job in plan.jobs)
+    titles = {row: ROWS[row].title for row in rows}
+    trainings = {
+        title: figure1.over_seeds([found[str(job.path)] for job in plan.jobs if job.row == row])
+        for row, title in titles.items()
+    }
+    colours = {title: TRAINED.index(row) for row, title in titles.items()}
+    drawn = figure1.pictures(trainings, colours, "figure1")
+    caption = f"{plan.caption()} Made by `{plan.command()}`."
+    return figure1.save(plan.out, trainings, drawn, caption)
 
 
 def listing(plan: Plan) -> str:

@@ -138,38 +138,46 @@ def _texts(line: Line) -> tuple[str, ...]:
 def results(run: Run) -> list[dict[str, Any]]:
     """Return the measurements of the weights that a run has now, oldest first.
 
-    Those of evaluation.json, and before them the rows of metrics.jsonl that follow its last epoch:
-    what was measured before belongs to weights that are no more.
+    Those of evaluation.json, and before them what earlier versions wrote to metrics.jsonl alone,
+    after the last epoch: what stands before it belongs to weights that are no more.
     """
     rows: list[dict[str, Any]] = []
     for row in run.rows():
         if row.get("kind") == "epoch":
             rows.clear()
-        elif row.get("kind") == "evaluation":
+        elif row.get("kind") == "evaluation" and "model" not in row:
             rows.append(row)
     return rows + read_results(run.path)
 
 
 def find(
-    cell: Cell, found: list[dict[str, Any]], n: int, alpha: float, source: Path | None = None
+    cell: Cell,
+    found: list[dict[str, Any]],
+    *,
+    n: int,
+    alpha: float,
+    run: Path,
+    source: Path,
 ) -> dict[str, Any] | None:
-    """Return the newest of a run's results that measures a cell on `n` images, or None.
+    """Return the newest of the results of `run` that measures a cell on `n` images, or None.
 
-    `source` is the run that the examples are crafted on, None for the attacked one itself.
+    `source` is the run that the examples are crafted on: `run` itself in a white-box attack.
     """
     wanted = {"split": cell.split, "attack": cell.attack, "n": n}
-    attacked = {"norm": "linf", "loss": "ce", "restarts": 1}
-    steps = {"alpha": alpha, "random_start": True} if cell.attack.startswith("pgd") else {}
     if cell.attack != "none":
-        wanted |= attacked | {"eps": cell.eps} | steps
+        wanted |= {"norm": "linf", "loss": "ce", "restarts": 1, "eps": cell.eps}
+    if cell.attack.startswith("pgd"):
+        wanted |= {"alpha": alpha, "random_start": True}
+    model = source / MODEL
+    if not model.exists():
+        return None
+    origins = {(source.name, fingerprint(model)), *([(None, None)] if source == run else [])}
 
     def fitting(row: dict[str, Any]) -> bool:
-        crafted = (row.get("source"), row.get("source_model"))
-        if source is None:
-            here = crafted[0] is None
-        else:
-            here = crafted == (source.name, fingerprint(source / MODEL))
-        return here and all(_same(row.get(name), value) for name, value in wanted.items())
+        origin = row.get("source"), row.get("source_model")
+        return origin in origins and all(
+            _same(row.get(name), value) for name, value in wanted.items()
+        )
 
     return next(filter(fitting, reversed(found)), None)
 
