@@ -237,8 +237,7 @@ class EvaluateConfig(Settings):
 
 @dataclass(frozen=True)
 class NormsConfig(Settings):
-    """Frobenius and spectral norm of every weight matrix of trained runs: a table, norms.json in
-    each run, and one chart of all (the paper's Figure 1)."""
+    """Print, keep and chart the norms of every weight matrix of runs: the paper's Figure 1."""
 
     positional = ("runs",)
 
@@ -256,8 +255,7 @@ class NormsConfig(Settings):
 
 @dataclass(frozen=True)
 class DiagnoseConfig(Settings):
-    """Is a robustness figure real? Checks a run for masked gradients, which make attacks fail on a
-    network that is not robust (Athalye et al. 2018, Carlini et al. 2019)."""
+    """Check whether a run's robustness is real, or its gradients only lead attacks astray."""
 
     positional = ("run",)
     groups: ClassVar[dict[str, str]] = {
@@ -274,13 +272,13 @@ class DiagnoseConfig(Settings):
     autoattack: bool = False
     """Compare with AutoAttack too, which takes minutes to hours; it needs pyautoattack."""
     limit: int = 1000
-    """Use this many test images, a stratified draw."""
+    """Use this many of the test images only, a stratified draw."""
     seed: int = 0
     """Seed of the random starts, the noise and --limit's draw."""
     eps: float | None = None
     """Radius of the ball, in pixels of 0 to 1 (default: the run's)."""
     alpha: float | None = None
-    """Length of a PGD step, in pixels of 0 to 1 (default: the run's)."""
+    """Length of a PGD step, in pixels of 0 to 1 (default: the run's, or eps/8 if that is more)."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the ball."""
     dataset: DatasetName | None = None
