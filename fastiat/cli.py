@@ -23,7 +23,9 @@ from fastiat.config import (
     NormsConfig,
     ReportConfig,
     Settings,
+    SweepConfig,
     TrainConfig,
+    TransferConfig,
     flag_of,
 )
 from fastiat.errors import InputError, explain_os
@@ -46,6 +48,12 @@ COMMANDS = {
     "evaluate": Command(
         EvaluateConfig, "fastiat.evaluate:evaluate", "measure trained runs under attack"
     ),
+    "sweep": Command(
+        SweepConfig, "fastiat.sweep:sweep", "measure runs over radii or numbers of PGD steps"
+    ),
+    "transfer": Command(
+        TransferConfig, "fastiat.transfer:transfer", "attack every run with every run's examples"
+    ),
     "norms": Command(
         NormsConfig, "fastiat.analyse:norms", "compare the weight matrices of runs (Figure 1)"
     ),
@@ -62,6 +70,8 @@ EXAMPLES = {
     "train": "fastiat train --arch preact18 --mix manifold\n"
     "fastiat train --dataset folder --data-dir my-images --preset modern",
     "evaluate": "fastiat evaluate runs/cifar10-preact18-pgd-manifold-s0 --attacks none pgd-100",
+    "sweep": "fastiat sweep runs/* --eps 0.005 0.01 0.02 8/255\nfastiat sweep runs/* --steps",
+    "transfer": "fastiat transfer runs/a runs/b runs/c --eps 0.01 0.02 0.04",
     "norms": "fastiat norms runs/*-mlp6-*",
     "diagnose": "fastiat diagnose runs/cifar10-preact18-pgd-manifold-s0 --limit 500",
     "report": "fastiat report runs",
@@ -201,10 +211,14 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
     """Add a flag, or for a required setting an argument, for every field of the dataclass."""
     hints, docs = get_type_hints(kind), kind.docs()
     group: Any = parser
-    for field in fields(kind):  # type: ignore[arg-type]
+    # A command's own settings come before those that it shares.
+    own = sorted(fields(kind), key=lambda field: field.name not in kind.__annotations__)  # type: ignore[arg-type]
+    for field in own:
         if field.name in kind.groups:
             group = parser.add_argument_group(kind.groups[field.name])
         options = _parsing(hints[field.name])
+        if field.name in kind.bare:
+            options |= {"nargs": "*", "const": kind.bare[field.name]}
         if field.name in METAVARS:
             options["metavar"] = METAVARS[field.name]
         if field.name in kind.positional:
@@ -244,7 +258,7 @@ class _StoreTuple(argparse.Action):
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
-        setattr(namespace, self.dest, tuple(values))
+        setattr(namespace, self.dest, tuple(values or self.const))
 
 
 def number(text: str) -> float:

@@ -261,7 +261,8 @@ def test_the_run_keeps_the_findings_and_the_terminal_shows_them(good, run, tmp_p
     assert len(list(Run.open(run).rows())) == rows + 1
     assert row["kind"] == "diagnosis"
     assert row["verdicts"] == {finding.check: finding.verdict for finding in findings}
-    assert (row["n"], row["seed"], row["eps"], row["device"]) == (40, 3, 0.03, "cpu")
+    assert (row["n"], row["seed"], row["eps"]) == (40, 3, 0.03)
+    assert row["device"].startswith("cpu")
     before = (run / DIAGNOSIS).read_bytes()
     assert cli.main(["diagnose", str(run), *flags]) == 0
     assert (run / DIAGNOSIS).read_bytes() == before  # the same seed, the same figures
