@@ -49,8 +49,11 @@ COMMANDS = {
     "evaluate": Command(
         EvaluateConfig, "fastiat.evaluate:evaluate", "measure trained runs under attack"
     ),
-    "reproduce": Command(
-        ReproduceConfig, "fastiat.reproduce:reproduce", "put a table of the paper beside one's own"
+    "sweep": Command(
+        SweepConfig, "fastiat.sweep:sweep", "measure runs over radii or numbers of PGD steps"
+    ),
+    "transfer": Command(
+        TransferConfig, "fastiat.transfer:transfer", "attack every run with every run's examples"
     ),
     "norms": Command(
         NormsConfig, "fastiat.analyse:norms", "compare the weight matrices of runs (Figure 1)"
@@ -58,11 +61,8 @@ COMMANDS = {
     "diagnose": Command(
         DiagnoseConfig, "fastiat.diagnose:diagnose", "check whether a run's robustness is real"
     ),
-    "sweep": Command(
-        SweepConfig, "fastiat.sweep:sweep", "measure runs over radii or numbers of PGD steps"
-    ),
-    "transfer": Command(
-        TransferConfig, "fastiat.transfer:transfer", "attack every run with every run's examples"
+    "reproduce": Command(
+        ReproduceConfig, "fastiat.reproduce:reproduce", "put a table of the paper beside one's own"
     ),
     "report": Command(ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
     "doctor": Command(
@@ -74,12 +74,12 @@ EXAMPLES = {
     "train": "fastiat train --arch preact18 --mix manifold\n"
     "fastiat train --dataset folder --data-dir my-images --preset modern",
     "evaluate": "fastiat evaluate runs/cifar10-preact18-pgd-manifold-s0 --attacks none pgd-100",
-    "reproduce": "fastiat reproduce table3 --dry-run\n"
-    "fastiat reproduce table3 --epochs 10 --width 16 --limit 1000",
-    "norms": "fastiat norms runs/*-mlp6-*",
-    "diagnose": "fastiat diagnose runs/cifar10-preact18-pgd-manifold-s0 --limit 500",
     "sweep": "fastiat sweep runs/* --eps 0.005 0.01 0.02 8/255\nfastiat sweep runs/* --steps",
     "transfer": "fastiat transfer runs/a runs/b runs/c --eps 0.01 0.02 0.04",
+    "norms": "fastiat norms runs/*-mlp6-*",
+    "diagnose": "fastiat diagnose runs/cifar10-preact18-pgd-manifold-s0 --limit 500",
+    "reproduce": "fastiat reproduce table3 --dry-run\n"
+    "fastiat reproduce table3 --epochs 10 --width 16 --limit 1000",
     "report": "fastiat report runs",
     "doctor": "fastiat doctor",
 }

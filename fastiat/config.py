@@ -261,6 +261,110 @@ class EvaluateConfig(MeasureConfig):
 
 
 @dataclass(frozen=True)
+class SweepConfig(MeasureConfig):
+    """Print the PGD error of trained runs over --eps, over --steps, or over both.
+
+    A flag without values takes the paper's: Table 6 or Table 7.
+    """
+
+    groups: ClassVar[dict[str, str]] = {"eps": "what is measured", **MeasureConfig.groups}
+    bare: ClassVar[dict[str, Any]] = {
+        "eps": (0.005, 0.01, 0.04, 0.05, 0.06, 0.08, 0.1, 0.2),
+        "steps": (5, 10, 20, 50, 100, 1000),
+    }
+
+    eps: tuple[float, ...] = (0.02,)
+    """Radii of the ball, in pixels of 0 to 1; --eps alone: 0.005 to 0.2 as in Table 6."""
+    steps: tuple[int, ...] = (20,)
+    """Numbers of PGD steps; --steps alone: 5 to 1000 as in Table 7."""
+
+
+@dataclass(frozen=True)
+class TransferConfig(MeasureConfig):
+    """Attack every run with the PGD examples of every other one: Table 5 of the paper.
+
+    A row is a target, a column the run on which the examples are crafted.
+    """
+
+    groups: ClassVar[dict[str, str]] = {"eps": "what is measured", **MeasureConfig.groups}
+
+    eps: tuple[float, ...] = (0.01, 0.02, 0.04)
+    """Radii of the ball, in pixels of 0 to 1: a matrix for each."""
+    steps: int = 20
+    """PGD steps."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+        super().check()
+        if len(set(self.runs)) < 2:
+            raise InputError("transfer needs at least two runs: name the runs to attack each other")
+
+
+@dataclass(frozen=True)
+class NormsConfig(Settings):
+    """Print, keep and chart the norms of every weight matrix of runs: the paper's Figure 1."""
+
+    positional = ("runs",)
+
+    runs: tuple[str, ...] = ()
+    """Run directories, or model.safetensors files, of one architecture."""
+    out: str | None = None
+    """Where the chart goes, as PATH.png and PATH.svg (default: "norms" in the run, or for several
+    runs in the folder of the first)."""
+
+    def check(self) -> None:
+        """Raise `InputError` for a run that is named twice."""
+        _check_ranges(self, set())
+        _check_once(self.runs)
+
+
+@dataclass(frozen=True)
+class DiagnoseConfig(Settings):
+    """Check whether a run's robustness is real, or its gradients only lead attacks astray."""
+
+    positional = ("run",)
+    groups: ClassVar[dict[str, str]] = {
+        "partner": "what is checked",
+        "eps": "attack",
+        "dataset": "data",
+        "device": "machine",
+    }
+
+    run: str = ""
+    """A run directory, or a model.safetensors file."""
+    partner: str | None = None
+    """Another run for the same images, whose adversarial examples are tried on this one."""
+    autoattack: bool = False
+    """Compare with AutoAttack too, which takes minutes to hours (Croce & Hein 2020; `pip install
+    fastiat[autoattack]`)."""
+    limit: int = 1000
+    """Use this many of the test images only, a stratified draw."""
+    seed: int = 0
+    """Seed of the random starts, the noise and --limit's draw."""
+    eps: float | None = None
+    """Radius of the ball, in pixels of 0 to 1 (default: the run's)."""
+    alpha: float | None = None
+    """Length of a PGD step, in pixels of 0 to 1 (default: the run's, or eps/8 if that is more)."""
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of the ball."""
+    dataset: DatasetName | None = None
+    """Data set (default: the run's)."""
+    data_dir: str | None = None
+    """Where the data set is (default: the run's)."""
+    batch_size: int = 500
+    """Images attacked at a time."""
+    device: str = "auto"
+    """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+        _check_ranges(self, {"limit", "batch_size", "eps", "alpha"})
+        if self.norm == "linf":
+            _check_unit(self)
+        _check_once((self.run, self.partner or ""))
+
+
+@dataclass(frozen=True)
 class ReproduceConfig(Settings):
     """Train and measure what a table of the paper needs, and write it beside the paper's.
 
@@ -324,111 +428,6 @@ class ReproduceConfig(Settings):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):
                 raise InputError(f"{flag_of(name)} names one twice: give each once")
-
-
-@dataclass(frozen=True)
-class NormsConfig(Settings):
-    """Frobenius and spectral norm of every weight matrix of trained runs: a table, norms.json in
-    each run, and one chart of all (the paper's Figure 1)."""
-
-    positional = ("runs",)
-
-    runs: tuple[str, ...] = ()
-    """Run directories, or model.safetensors files, of one architecture."""
-    out: str | None = None
-    """Where the chart goes, as PATH.png and PATH.svg (default: "norms" in the run, or for several
-    runs in the folder of the first)."""
-
-    def check(self) -> None:
-        """Raise `InputError` for a run that is named twice."""
-        _check_ranges(self, set())
-        _check_once(self.runs)
-
-
-@dataclass(frozen=True)
-class DiagnoseConfig(Settings):
-    """Is a robustness figure real? Checks a run for masked gradients, which make attacks fail on a
-    network that is not robust (Athalye et al. 2018, Carlini et al. 2019)."""
-
-    positional = ("run",)
-    groups: ClassVar[dict[str, str]] = {
-        "partner": "what is checked",
-        "eps": "attack",
-        "dataset": "data",
-        "device": "machine",
-    }
-
-    run: str = ""
-    """A run directory, or a model.safetensors file."""
-    partner: str | None = None
-    """Another run for the same images, whose adversarial examples are tried on this one."""
-    autoattack: bool = False
-    """Compare with AutoAttack too, which takes minutes to hours; it needs pyautoattack."""
-    limit: int = 1000
-    """Use this many test images, a stratified draw."""
-    seed: int = 0
-    """Seed of the random starts, the noise and --limit's draw."""
-    eps: float | None = None
-    """Radius of the ball, in pixels of 0 to 1 (default: the run's)."""
-    alpha: float | None = None
-    """Length of a PGD step, in pixels of 0 to 1 (default: the run's)."""
-    norm: Literal["linf", "l2"] = "linf"
-    """Norm of the ball."""
-    dataset: DatasetName | None = None
-    """Data set (default: the run's)."""
-    data_dir: str | None = None
-    """Where the data set is (default: the run's)."""
-    batch_size: int = 500
-    """Images attacked at a time."""
-    device: str = "auto"
-    """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
-
-    def check(self) -> None:
-        """Raise `InputError`, naming the flag, for a value outside its range."""
-        _check_ranges(self, {"limit", "batch_size", "eps", "alpha"})
-        if self.norm == "linf":
-            _check_unit(self)
-        _check_once((self.run, self.partner or ""))
-
-
-@dataclass(frozen=True)
-class SweepConfig(MeasureConfig):
-    """Print the PGD error of trained runs over --eps, over --steps, or over both.
-
-    A flag without values takes the paper's: Table 6 or Table 7.
-    """
-
-    groups: ClassVar[dict[str, str]] = {"eps": "what is measured", **MeasureConfig.groups}
-    bare: ClassVar[dict[str, Any]] = {
-        "eps": (0.005, 0.01, 0.04, 0.05, 0.06, 0.08, 0.1, 0.2),
-        "steps": (5, 10, 20, 50, 100, 1000),
-    }
-
-    eps: tuple[float, ...] = (0.02,)
-    """Radii of the ball, in pixels of 0 to 1; --eps alone: 0.005 to 0.2 as in Table 6."""
-    steps: tuple[int, ...] = (20,)
-    """Numbers of PGD steps; --steps alone: 5 to 1000 as in Table 7."""
-
-
-@dataclass(frozen=True)
-class TransferConfig(MeasureConfig):
-    """Attack every run with the PGD examples of every other one: Table 5 of the paper.
-
-    A row is a target, a column the run on which the examples are crafted.
-    """
-
-    groups: ClassVar[dict[str, str]] = {"eps": "what is measured", **MeasureConfig.groups}
-
-    eps: tuple[float, ...] = (0.01, 0.02, 0.04)
-    """Radii of the ball, in pixels of 0 to 1: a matrix for each."""
-    steps: int = 20
-    """PGD steps."""
-
-    def check(self) -> None:
-        """Raise `InputError`, naming the flag, for a value outside its range."""
-        super().check()
-        if len(set(self.runs)) < 2:
-            raise InputError("transfer needs at least two runs: name the runs to attack each other")
 
 
 @dataclass(frozen=True)

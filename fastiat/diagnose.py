@@ -5,34 +5,40 @@ fail, though adversarial examples are near. The checks are those of Athalye et a
 3.1, and Carlini et al. 2019 (On Evaluating Adversarial Robustness).
 """
 
+import math
 import os
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastiat import __version__, data, kernels, verdicts
+from fastiat import data, verdicts
 from fastiat.analyse import Finding, write_diagnosis
-from fastiat.attack import Loss, Norm, crafting, fgsm, input_gradient, pgd, start_in_ball
-from fastiat.config import DiagnoseConfig, EvaluateConfig, TrainConfig
+from fastiat.attack import Loss, Norm, crafting, input_gradient, pgd, start_in_ball
+from fastiat.autoattack import autoattack as run_autoattack
+from fastiat.autoattack import check_classes, library_version
+from fastiat.config import DiagnoseConfig, EvaluateConfig
+from fastiat.device import pick_device
 from fastiat.errors import InputError
-from fastiat.evaluate import _prepare
+from fastiat.evaluate import Job, open_runs, prepare
+from fastiat.measure import fooled
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
+from fastiat.results import provenance
 
 CLIP = (0.0, 1.0)
 
 STEPS = (1, 5, 20, 100)
 """Step counts compared; the paper's own Table 7 moves by half a point after 20."""
-USUAL = 20
+USUAL_STEPS = 20
 """Steps of the attack that every other one is compared with: what tables usually quote."""
+USUAL = f"pgd-{USUAL_STEPS}"
 CROSSING = 2.5
 """Steps are so long that together they cross the radius this often (Madry et al. 2018, app.)."""
 GROWTH = (2, 4, 8)
@@ -54,72 +60,44 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
     """
     config.check()
     started = time.monotonic()
-    load = cache(data.load)
-    measured = EvaluateConfig(
-        limit=config.limit,
-        seed=config.seed,
-        dataset=config.dataset,
-        data_dir=config.data_dir,
-        device=config.device,
-        eps=config.eps,
-        alpha=config.alpha,
-    )
-    job = _prepare(config.run, measured, load)
-    partner = None
-    if config.partner:
-        # On the run's own images: a partner that they do not fit is told so.
-        own = job.run.config if job.run else TrainConfig()
-        same = replace(
-            measured,
-            dataset=config.dataset or own.dataset,
-            data_dir=config.data_dir or own.data_dir,
-        )
-        partner = _prepare(config.partner, same, load).model
-    alpha = job.alpha
-    if not job.eps:
-        raise InputError(f"{config.run} was trained with eps 0: say with --eps which to check")
-    if config.alpha is None:
-        alpha = max(alpha, CROSSING * job.eps / USUAL)
-    elif USUAL * alpha < job.eps:
-        raise InputError(
-            f"--alpha is {alpha:g}: {USUAL} such steps do not reach eps {job.eps:g}, "
-            f"give at least {CROSSING * job.eps / USUAL:g}"
-        )
+    if config.autoattack:
+        library_version()
+    job, *partners = _prepare(config)
+    if config.autoattack:
+        check_classes(job.name, job.card.num_classes)
+    images = job.splits["test"]
+    eps, alpha = _radius_and_step(job, config)
     findings = examine(
         job.model,
-        job.splits["test"],
-        eps=job.eps,
+        images,
+        eps=eps,
         alpha=alpha,
         norm=config.norm,
         seed=config.seed,
         batch_size=config.batch_size,
-        partner=partner,
+        partner=partners[0].model if partners else None,
+        autoattack=config.autoattack,
     )
-    n = len(job.splits["test"])
-    text = (
-        f"{config.run}: masking checks on {n} test images of {job.dataset}, "
-        f"{config.norm} eps {job.eps:.4g}, alpha {alpha:.4g}\n{_page(findings)}"
+    if job.run and os.access(job.run.path, os.W_OK):
+        write_diagnosis(job.run.path, findings)
+        job.run.log(
+            "diagnosis",
+            verdicts={finding.check: finding.verdict for finding in findings},
+            dataset=job.dataset.name,
+            n=len(images),
+            eps=eps,
+            alpha=alpha,
+            norm=config.norm,
+            partner=partners[0].fingerprint if partners else None,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            model=job.fingerprint,
+            **provenance(pick_device(config.device), time.monotonic() - started),
+        )
+    job.say(
+        f"{job.name}: masking checks on {len(images)} test images of {job.dataset.name}, "
+        f"{config.norm} eps {eps:.4g}, alpha {alpha:.4g}\n{_page(findings)}"
     )
-    if job.run is None or not os.access(job.run.path, os.W_OK):
-        print(text, flush=True)
-        return findings
-    write_diagnosis(job.run.path, findings)
-    job.run.log(
-        "diagnosis",
-        verdicts={finding.check: finding.verdict for finding in findings},
-        dataset=job.dataset,
-        n=n,
-        eps=job.eps,
-        alpha=alpha,
-        norm=config.norm,
-        partner=config.partner and str(Path(config.partner).absolute()),
-        seed=config.seed,
-        device=str(next(job.model.parameters()).device),
-        fastiat=__version__,
-        torch=torch.__version__,
-        seconds=round(time.monotonic() - started, 3),
-    )
-    job.run.say(text)
     return findings
 
 
@@ -133,30 +111,33 @@ def examine(
     seed: int = 0,
     batch_size: int = 500,
     partner: nn.Module | None = None,
+    autoattack: bool = False,
 ) -> list[Finding]:
     """Return what every check finds about `model`, which takes pixels and returns logits.
 
-    `split` holds the images; `eps` and `alpha` are the attack's radius and step, in pixels of 0 to
-    1; `partner` is another network for the same images, on the device of `model`. Everything is
-    computed in fp32, as what rounds to zero is part of the question. Steps longer than `alpha` are
-    taken where the ball is too large for it.
+    split: images to attack, on the device of `model`.
+    eps, alpha: radius and PGD step, in pixels of 0 to 1; where the ball is too large for `alpha`,
+        longer steps are taken.
+    partner: another network for the same images, on the same device.
+    autoattack: run AutoAttack too, which needs pyautoattack and at least 4 classes.
+
+    Everything is computed in fp32, as what rounds to zero is part of the question. Raises
+    `InputError` for settings that no attack takes.
     """
-    device = next(model.parameters()).device
-    images = data.ResidentLoader(split, batch_size, device=device, train=False)
-    probe = _Probe(model, images, len(split), eps, alpha, norm, seed)
-    clean = probe.fooled("No attack", lambda x, y: x)
-    single = probe.fooled("FGSM", lambda x, y: fgsm(model, x, y, eps=eps, norm=norm))
-    by_steps = probe.climb(f"PGD-{max(STEPS)}", STEPS, eps)
-    usual = by_steps[USUAL]
+    probe = _Probe(model, split, eps, alpha, norm, seed, batch_size)
+    names = [f"pgd-{steps}" for steps in STEPS]
+    found = probe.fooled(["none", "fgsm", *names], eps)
+    clean, usual = found["none"], found[USUAL]
     by_eps = {eps: usual}
     for larger in probe.larger():
-        title = f"PGD-{USUAL}, eps {larger:.3g}"
-        by_eps[larger] = probe.climb(title, (USUAL,), larger)[USUAL]
-    margin = probe.climb(f"PGD-{USUAL}, margin", (USUAL,), eps, "margin")[USUAL]
+        by_eps[larger] = probe.fooled([USUAL], larger)[USUAL]
     noise_eps = telling_eps(clean, by_eps)
+    auto = None
+    if autoattack:
+        auto = run_autoattack(model, split, eps=eps, config=probe.config).fooled
     return [
-        verdicts.fgsm_weaker(single, usual),
-        verdicts.more_steps(by_steps),
+        verdicts.fgsm_weaker(found["fgsm"], usual),
+        verdicts.more_steps({steps: found[f"pgd-{steps}"] for steps in STEPS}),
         verdicts.larger_eps(by_eps),
         verdicts.white_box(None if partner is None else probe.transfer(partner), usual),
         verdicts.noise_weaker(
@@ -164,8 +145,8 @@ def examine(
         ),
         verdicts.gradients(probe.gradient_norms()),
         verdicts.surface(*probe.surface(), list(FRACTIONS)),
-        verdicts.cross_entropy(usual, margin),
-        verdicts.autoattack_gap(None, usual),
+        verdicts.cross_entropy(usual, probe.fooled([USUAL], eps, "margin")[USUAL]),
+        verdicts.autoattack_gap(auto, usual),
     ]
 
 
@@ -174,81 +155,73 @@ class _Probe:
     """A network, the images it is attacked on, and the attack's budget."""
 
     model: nn.Module
-    images: data.ResidentLoader
-    n: int
+    split: data.Split
     eps: float
     alpha: float
     norm: Norm
     seed: int
+    batch_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def config(self) -> EvaluateConfig:
+        """The settings of the attacks, as `fastiat evaluate` has them."""
+        return EvaluateConfig(
+            norm=self.norm,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            device=str(self.device),
+            precision="fp32",
+        )
+
+    def fooled(self, attacks: list[str], eps: float, loss: Loss = "ce") -> dict[str, Tensor]:
+        """Return which images the attacks fool, {attack: (N,) bool}; PGDs share one run."""
+        alpha = max(self.alpha, CROSSING * eps / USUAL_STEPS)
+        config = replace(self.config, attack_loss=loss)
+        return fooled(self.model, self.split, attacks, eps=eps, alpha=alpha, config=config)
+
+    def larger(self) -> list[float]:
+        """Return the radii beyond eps to try; in the last one's ball lies every image."""
+        whole = 1.0 if self.norm == "linf" else math.prod(self.split.shape) ** 0.5
+        return [*(k * self.eps for k in GROWTH if k * self.eps < whole), whole]
 
     def batches(self, title: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels and labels with the network in eval mode, and show the progress."""
-        with Progress(title, self.n) as progress, crafting(self.model, "eval"):
-            for images, y in self.images:
+        loader = data.ResidentLoader(self.split, self.batch_size, device=self.device, train=False)
+        with Progress(title, len(self.split)) as progress, crafting(self.model, "eval"):
+            for images, y in loader:
                 yield to_pixels(images), y
                 progress.advance(len(y))
 
-    def fooled(self, title: str, craft: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return which images the network gets wrong after `craft`, (N,) bool."""
-        return torch.cat([self.wrong(craft(x, y), y) for x, y in self.batches(title)])
+    def generator(self) -> torch.Generator:
+        """Return a fresh generator, so that every attack starts from the same points."""
+        return torch.Generator(self.device).manual_seed(self.seed)
 
     @torch.no_grad()
     def wrong(self, x: Tensor, y: Tensor) -> Tensor:
         """Return which images the network gets wrong, (B,) bool on the CPU."""
         return (self.model(x).argmax(1) != y).cpu()
 
-    def generator(self) -> torch.Generator:
-        """Return a fresh generator, so that every attack starts from the same points."""
-        return torch.Generator(self.images.device).manual_seed(self.seed)
-
-    def larger(self) -> list[float]:
-        """Return the radii beyond eps to try; in the last one's ball lies every image."""
-        _, height, width, channels = self.images.images.shape
-        whole = 1.0 if self.norm == "linf" else (height * width * channels) ** 0.5
-        return [*(k * self.eps for k in GROWTH if k * self.eps < whole), whole]
-
-    def climb(
-        self, title: str, steps: Sequence[int], eps: float, loss: Loss = "ce"
-    ) -> dict[int, Tensor]:
-        """Return which images one run of PGD has fooled after so many steps, {steps: (N,) bool}."""
-        step = kernels.pgd_step if self.norm == "linf" else kernels.pgd_step_l2
-        alpha = max(self.alpha, CROSSING * eps / USUAL)
-        generator = self.generator()
-        fooled: dict[int, list[Tensor]] = {count: [] for count in steps}
-        for x, y in self.batches(title):
-            x_adv = start_in_ball(x, eps, self.norm, CLIP, generator)
-            for taken in range(1, max(steps) + 1):
-                grad = input_gradient(self.model, x_adv, y, loss)
-                x_adv = step(x_adv, grad, x, eps, alpha, CLIP)
-                if taken in fooled:
-                    fooled[taken].append(self.wrong(x_adv, y))
-        return {count: torch.cat(parts) for count, parts in fooled.items()}
-
     def noise(self, eps: float) -> Tensor:
         """Return which images one of `NOISES` random points in the ball fools, (N,) bool."""
         generator = self.generator()
-        fooled = []
+        found = []
         for x, y in self.batches("Noise"):
             tries = [start_in_ball(x, eps, self.norm, CLIP, generator) for _ in range(NOISES)]
-            fooled.append(torch.stack([self.wrong(at, y) for at in tries]).any(0))
-        return torch.cat(fooled)
+            found.append(torch.stack([self.wrong(at, y) for at in tries]).any(0))
+        return torch.cat(found)
 
     def transfer(self, partner: nn.Module) -> Tensor:
         """Return which images the examples made for `partner` fool, (N,) bool."""
-        generator = self.generator()
-        return self.fooled(
-            "Transfer",
-            lambda x, y: pgd(
-                partner,
-                x,
-                y,
-                eps=self.eps,
-                alpha=self.alpha,
-                steps=USUAL,
-                norm=self.norm,
-                generator=generator,
-            ),
-        )
+        craft = partial(
+            pgd, partner, eps=self.eps, alpha=self.alpha, steps=USUAL_STEPS, norm=self.norm,
+            generator=self.generator(),
+        )  # fmt: skip
+        return torch.cat([self.wrong(craft(x, y), y) for x, y in self.batches("Transfer")])
 
     def gradient_norms(self) -> Tensor:
         """Return the L2 norm of the loss's gradient at every image, (N,) float64."""
@@ -300,10 +273,48 @@ def precise_loss(logits: Tensor, y: Tensor) -> Tensor:
     return F.softplus(wrong - logits.gather(1, label).squeeze(1))
 
 
+def _prepare(config: DiagnoseConfig) -> list[Job]:
+    """Return the run and, where there is one, its partner, with the run's images for both."""
+    names = (config.run, config.partner) if config.partner else (config.run,)
+    measured = EvaluateConfig(
+        runs=names,
+        limit=config.limit,
+        seed=config.seed,
+        dataset=config.dataset,
+        data_dir=config.data_dir,
+        device=config.device,
+    )
+    runs = open_runs(measured)
+    if runs[0].run:
+        own = runs[0].settings
+        measured = replace(
+            measured,
+            dataset=config.dataset or own.dataset,
+            data_dir=config.data_dir or own.data_dir,
+        )
+    return prepare(runs, measured)
+
+
+def _radius_and_step(job: Job, config: DiagnoseConfig) -> tuple[float, float]:
+    """Return the configuration's eps and alpha, else the run's, or raise `InputError`."""
+    eps = job.settings.eps if config.eps is None else config.eps
+    if not eps:
+        raise InputError(f"{job.name} was trained with eps 0: say with --eps which to check")
+    least = CROSSING * eps / USUAL_STEPS
+    if config.alpha is None:
+        return eps, max(job.settings.alpha, least)
+    if USUAL_STEPS * config.alpha < eps:
+        raise InputError(
+            f"--alpha is {config.alpha:g}: {USUAL_STEPS} such steps do not reach eps {eps:g}, "
+            f"give at least {least:g}"
+        )
+    return eps, config.alpha
+
+
 def telling_eps(clean: Tensor, by_eps: dict[float, Tensor]) -> float:
     """Return the smallest eps at which PGD adds `NOISE_POINTS` of error, else the largest."""
-    for eps, fooled in by_eps.items():
-        if verdicts.percent(fooled) - verdicts.percent(clean) >= NOISE_POINTS:
+    for eps, found in by_eps.items():
+        if verdicts.percent(found) - verdicts.percent(clean) >= NOISE_POINTS:
             return eps
     return max(by_eps)
 
