@@ -19,7 +19,7 @@ from fastiat.errors import InputError
 from fastiat.models import to_pixels
 from fastiat.run import MODEL, Run, load_with_card
 
-COUNT = 6
+COUNT = 8
 STEPS = 20
 # A file that is there once torchvision has fetched the data set.
 _FETCHED = {

@@ -76,9 +76,9 @@ def findings(trainings: Mapping[str, Norms]) -> str:
             for kind in KINDS:
                 both = list(zip(trainings[upper][kind], trainings[lower][kind], strict=True))
                 higher = sum(one.mean > other.mean for one, other in both)
-                counts.append(f"{higher} of {len(both)} {kind}")
-            said.append(f"those of {upper} are above those of {lower} in {' and '.join(counts)}")
-    return f"{PAPER}. Here {'; '.join(said)} norms." if said else f"{PAPER}."
+                counts.append(f"the {kind} norms of {higher} of {len(both)} matrices")
+            said.append(f"{upper} is above {lower} in {' and '.join(counts)}")
+    return f"{PAPER}. Here {'; '.join(said)}." if said else f"{PAPER}."
 
 
 def save(
@@ -95,14 +95,20 @@ def save(
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("row", "layer", "norm", "mean", "lowest", "highest"))
     writer.writerows([*row[:3], *(f"{value:.6g}" for value in row[3:])] for row in rows)
-    head = ("row", "layer", "norm", "mean", "lowest to highest")
-    cells = [(*row[:3], f"{row[3]:.4g}", f"{row[4]:.4g} to {row[5]:.4g}") for row in rows]
-    page = (
-        f"**Figure 1: norms of the weight matrices.** {caption} {findings(trainings)}\n\n"
-        f"{markdown(head, cells, left=3)}"
+    cells = {row[:3]: _cell(*row[3:]) for row in rows}
+    lines = dict.fromkeys((layer, kind) for _, layer, kind, *_ in rows)
+    text = markdown(
+        ("matrix", "norm", *trainings),
+        [[*line, *(cells[title, *line] for title in trainings)] for line in lines],
+        left=2,
     )
+    page = f"**Figure 1: norms of the weight matrices.** {caption} {findings(trainings)}\n\n{text}"
     write(folder / "figure1.csv", out.getvalue().encode())
     write(folder / "figure1.md", page.encode())
     for picture in drawn:
         picture.save(folder)
     return page
+
+
+def _cell(mean: float, low: float, high: float) -> str:
+    return f"{mean:.4g}" if low == high else f"{mean:.4g} ({low:.4g} to {high:.4g})"

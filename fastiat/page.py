@@ -30,9 +30,7 @@ def element(name: str, *content: Any, **attributes: str) -> Safe:
     return Safe(f"<{name}{written}>{join(content, '')}</{name}>")
 
 
-def table(
-    head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: Any = None, kind: str = ""
-) -> Safe:
+def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], kind: str = "numbers") -> Safe:
     """Return a table that scrolls sideways where it is too wide; first cells head their rows."""
     top = element("tr", *(element("th", cell, scope="col") for cell in head))
     body = [
@@ -43,9 +41,8 @@ def table(
         )
         for first, *rest in rows
     ]
-    parts = [element("caption", caption)] if caption else []
-    parts += [element("thead", top), element("tbody", *body)]
-    return element("div", element("table", *parts, kind=kind), kind="wide", tabindex="0")
+    shown = element("table", element("thead", top), element("tbody", *body), kind=kind)
+    return element("div", shown, kind="wide", tabindex="0")
 
 
 def section(title: str, name: str, *content: Any) -> Safe:
@@ -90,21 +87,22 @@ h2 {{ font-size: 1.3rem; margin: 3rem 0 .8rem; padding-top: .8rem;
   border-top: 1px solid var(--rule) }}
 h3 {{ font-size: 1.05rem; margin: 1.8rem 0 .4rem; overflow-wrap: anywhere }}
 p {{ max-width: 46rem; margin: .5rem 0 }}
-.lead, .note, figcaption, caption, footer {{ color: var(--soft) }}
-.note, figcaption, caption, footer {{ font-size: .875rem }}
+.lead, .note, figcaption, footer {{ color: var(--soft) }}
+.note, figcaption, footer {{ font-size: .875rem }}
 nav {{ display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0 }}
 a {{ color: var(--link) }}
 .wide {{ overflow-x: auto; margin: .8rem 0 1.2rem }}
 table {{ border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }}
-caption {{ text-align: left; padding-bottom: .5rem; max-width: 46rem }}
 th, td {{ padding: .4rem .7rem; border-bottom: 1px solid var(--rule); text-align: right;
   vertical-align: top }}
 thead th {{ border-bottom: 2px solid var(--soft); vertical-align: bottom; font-weight: 600 }}
 th:first-child {{ text-align: left; position: sticky; left: 0; background: var(--page);
   min-width: 8rem; max-width: 16rem; overflow-wrap: anywhere }}
 tbody th {{ font-weight: 500 }}
-td small {{ display: block; color: var(--soft); white-space: nowrap }}
-table.text td {{ text-align: left; min-width: 9rem }}
+small {{ display: block; color: var(--soft); font-weight: 400 }}
+td small {{ white-space: nowrap }}
+table.text td, table.text thead th {{ text-align: left }}
+table.text td {{ min-width: 5rem; max-width: 26rem; overflow-wrap: anywhere }}
 code, pre {{ font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
   background: var(--band); border-radius: 4px }}
 code {{ padding: .1rem .3rem; overflow-wrap: anywhere }}
@@ -114,7 +112,7 @@ figure {{ margin: 0 }}
 .figures {{ display: grid; gap: 1.2rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }}
 svg {{ display: block; width: 100%; height: auto; stroke-linejoin: round; overflow: visible }}
-.norms svg {{ min-width: 20rem }}
+.norms svg {{ min-width: 38rem; margin: 0 }}
 .cards {{ display: grid; gap: .9rem;
   grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)) }}
 .cards figure {{ display: grid; grid-template-columns: repeat(3, 1fr); gap: .3rem }}
@@ -131,7 +129,11 @@ footer {{ margin-top: 3rem; border-top: 1px solid var(--rule); padding-top: 1rem
 @media (max-width: 40rem) {{
   body {{ padding: 1.2rem .9rem 3rem }}
   th, td {{ padding: .35rem .5rem }}
-  th:first-child {{ min-width: 6.5rem; max-width: 7.5rem }}
+  th:first-child {{ min-width: 6.5rem; max-width: 8rem }}
+  table.text, .text tbody, .text tr, .text th, .text td {{ display: block; position: static;
+    max-width: none; border: 0; padding: .1rem 0 }}
+  table.text thead {{ display: none }}
+  .text tr {{ border-bottom: 1px solid var(--rule); padding: .6rem 0 }}
 }}
 @media print {{ nav {{ display: none }} section {{ break-inside: avoid-page }} }}
 """

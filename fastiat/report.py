@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from fastiat import __version__, data, figures, paper, tables
-from fastiat.analyse import WeightNorms, read_diagnosis, read_norms
+from fastiat import __version__, data, figure1, figures, tables
+from fastiat.analyse import read_diagnosis
+from fastiat.charts import Label, Measured, label, norm_pictures, sweeps, tradeoff
 from fastiat.cli import resolve
-from fastiat.config import ReportConfig, TrainConfig, steps_of
+from fastiat.config import ReportConfig, TrainConfig
 from fastiat.errors import InputError
 from fastiat.examples import STEPS, data_uri, examples, grid
-from fastiat.figures import Picture, Series
+from fastiat.figures import Picture
 from fastiat.page import Safe, element, join, page, section, table, text
 from fastiat.run import CONFIG, METRICS, MODEL, Run, write
 
@@ -38,21 +39,22 @@ def report(config: ReportConfig) -> Path:
     folder = Path(config.dir)
     runs = find(folder)
     out = Path(config.out) if config.out else folder / "report.html"
-    measured = {}
+    measured: Measured = {}
     for run in runs:
         with _readable(run):
             measured[run.path] = [_measurement(row) for row in tables.results(run)]
     files = sorted(folder.glob("table[1-7].json"))
     comparisons = [tables.read(file) for file in files]
     labels = label(runs)
+    runs.sort(key=lambda run: (labels[run.path].colour, run.path.name))
     pictures = [
-        *_tradeoff(runs, measured, labels, comparisons),
-        *_sweeps(runs, measured, labels, comparisons),
+        *tradeoff(runs, measured, labels, comparisons),
+        *sweeps(runs, measured, labels, comparisons),
     ]
-    norms = _norm_pictures(runs, labels)
+    norms = norm_pictures(runs, labels)
     load = cache(data.load)
     parts = [
-        ("Errors", "errors", _errors(runs, measured)),
+        ("Errors", "errors", _errors(runs, measured, labels)),
         ("Beside the paper", "paper", join(map(_comparison, comparisons))),
         ("Robustness", "robustness", _show(pictures)),
         ("Norms of the weights", "norms", _norms(norms)),
@@ -84,18 +86,6 @@ def find(folder: Path) -> list[Run]:
     return [Run.open(path) for path in found]
 
 
-def label(runs: Sequence[Run]) -> dict[Path, tuple[str, int]]:
-    """Return every run's label and colour: those of its row in the paper's tables.
-
-    Where several runs are of one row, labels are the directories' names and colours go round.
-    """
-    keys = {run.path: paper.row_of(run.config.adv, run.config.mix) for run in runs}
-    if None in keys.values() or len(set(keys.values())) < len(keys):
-        return {run.path: (run.path.name, number) for number, run in enumerate(runs)}
-    trained = [key for key, row in paper.ROWS.items() if row.adv is not None]
-    return {path: (paper.ROWS[key].title, trained.index(key)) for path, key in keys.items() if key}
-
-
 @contextmanager
 def _readable(run: Run) -> Iterator[None]:
     """Turn what rows without the usual figures make this file stumble on into `InputError`."""
@@ -124,19 +114,30 @@ def _measurement(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _errors(runs: Sequence[Run], measured: dict[Path, list[dict[str, Any]]]) -> Safe:
+def _errors(
+    runs: Sequence[Run],
+    measured: Measured,
+    labels: dict[Path, Label],
+) -> Safe:
     """Return the newest error of every run under every attack, sweeps and transfers apart."""
     newest = {
-        run.path.name: {_column(row): _cell(row) for row in measured[run.path] if _direct(row)}
+        run.path: {_column(row): _cell(row) for row in measured[run.path] if _direct(row)}
         for run in runs
     }
     columns = list(dict.fromkeys(column for cells in newest.values() for column in cells))
     if not columns:
         return element("p", "Nothing is evaluated yet: ", element("code", "fastiat evaluate RUN"))
     rows = [
-        [name, *(cells.get(column, "") for column in columns)] for name, cells in newest.items()
+        [_named(path, labels), *(cells.get(column, "") for column in columns)]
+        for path, cells in newest.items()
     ]
     return table(["error in %", *columns], rows)
+
+
+def _named(path: Path, labels: dict[Path, Label]) -> Safe:
+    """Return a run's name, and below it its directory where that is another."""
+    name = labels[path].name
+    return join([name, *([element("small", path.name)] if name != path.name else [])], "")
 
 
 def _direct(row: dict[str, Any]) -> bool:
@@ -172,7 +173,8 @@ def _comparison(of: tables.Comparison) -> Safe:
     return join(
         [
             element("h3", of.title),
-            table(["ours, the paper's below", *columns], cells, of.caption),
+            element("p", of.caption, kind="note"),
+            table(["ours, the paper's below", *columns], cells),
             element("pre", of.command),
         ]
     )
@@ -192,162 +194,24 @@ def _beside(line: tables.Line) -> Safe:
     )
 
 
-def _plain(row: dict[str, Any], attack: str | None = None) -> bool:
-    """Whether a row is of the attack that figures show: white-box, L-infinity, on test images."""
-    return (
-        row["split"] == "test"
-        and row.get("source") is None
-        and row["norm"] in ("linf", None)
-        and row["loss"] in ("ce", None)
-        and row["restarts"] in (1, None)
-        and attack in (None, row["attack"])
-    )
-
-
-def _tradeoff(
-    runs: Sequence[Run],
-    measured: dict[Path, list[dict[str, Any]]],
-    labels: dict[Path, tuple[str, int]],
-    comparisons: Sequence[tables.Comparison],
-) -> list[Picture]:
-    """Draw clean against robust error, under the strongest attack that most runs share."""
-    attacks: Counter[tuple[str, float]] = Counter()
-    for rows in measured.values():
-        seen = {(row["attack"], row["eps"]) for row in rows if _plain(row)}
-        attacks.update((name, eps) for name, eps in seen if name.startswith("pgd-") and eps)
-    if not attacks:
-        return []
-    attack, eps = max(attacks, key=lambda key: (attacks[key], steps_of(key[0])))
-    series = []
-    for run in runs:
-        rows = measured[run.path]
-        clean = [row for row in rows if _plain(row, "none")]
-        robust = [row for row in rows if _plain(row, attack) and row["eps"] == eps]
-        if clean and robust:
-            point = clean[-1]["error_percent"], robust[-1]["error_percent"]
-            name, colour = labels[run.path]
-            series.append(Series(name, [point], colour, [robust[-1]["interval_95_percent"]]))
-    if not series:
-        return []
-    trained = [row.title for row in paper.ROWS.values() if row.adv is not None]
-    for of in comparisons:
-        found = {(line.row, line.measure): line.paper for line in of.lines}
-        for number, row in enumerate(trained):
-            at = (row, "No attack, test"), (row, f"{attack.upper()} eps {eps:g}, test")
-            if all(key in found for key in at):
-                name = f"paper, {of.name}: {row}"
-                series.append(Series(name, [(found[at[0]], found[at[1]])], number, paper=True))
-    title = "Clean and robust error"
-    return [figures.tradeoff("tradeoff", title, series, f"error in %, {attack} eps {eps:.4g}")]
-
-
-def _sweeps(
-    runs: Sequence[Run],
-    measured: dict[Path, list[dict[str, Any]]],
-    labels: dict[Path, tuple[str, int]],
-    comparisons: Sequence[tables.Comparison],
-) -> list[Picture]:
-    """Draw the error over eps at one number of steps, and over steps at one eps."""
-    pictures = []
-    tabled = {of.name for of in comparisons}
-    kinds: tuple[tuple[str, str, str, str, str], ...] = (
-        ("by-eps", "eps", "attack", "table6", "eps (L-infinity, pixels of 0 to 1)"),
-        ("by-steps", "attack", "eps", "table7", "PGD steps"),
-    )
-    for file, along, fixed, name, xlabel in kinds:
-        curves = _best_curves(runs, measured, along, fixed)
-        if curves is None:
-            continue
-        at, points = curves
-        series = [
-            Series(*labels[path][:1], list(of), labels[path][1], list(of.values()))
-            for path, of in points.items()
-        ]
-        if name in tabled:
-            trained = [key for key, row in paper.ROWS.items() if row.adv is not None]
-            for key in paper.table(name).rows:
-                title = f"paper: {paper.ROWS[key].title}"
-                curve = paper.curve(name, key)
-                series.append(Series(title, curve, trained.index(key), paper=True))
-        what = f"{at}, by eps" if along == "eps" else f"eps {at:.4g}, by PGD steps"
-        title = f"Error under attack: {what}"
-        log = along == "attack"
-        pictures.append(figures.lines(file, title, series, xlabel, log=log))
-    return pictures
-
-
-def _best_curves(
-    runs: Sequence[Run], measured: dict[Path, list[dict[str, Any]]], along: str, fixed: str
-) -> tuple[Any, dict[Path, dict[tuple[float, float], tuple[float, float]]]] | None:
-    """Return the fixed setting under which most points of three or more lie, and its curves.
-
-    A curve is {(x, error in %): interval}, in the order of x.
-    """
-    curves: dict[Any, dict[Path, dict[float, dict[str, Any]]]] = {}
-    for run in runs:
-        for row in measured[run.path]:
-            if _plain(row) and row["attack"].startswith("pgd-") and row["eps"]:
-                x = row["eps"] if along == "eps" else float(steps_of(row["attack"]))
-                curves.setdefault(row[fixed], {}).setdefault(run.path, {})[x] = row
-    full = {
-        at: {path: points for path, points in of.items() if len(points) >= 3}
-        for at, of in curves.items()
-    }
-    counts = {at: sum(map(len, of.values())) for at, of in full.items()}
-    if not any(counts.values()):
-        return None
-    best = max(counts, key=lambda at: counts[at])
-    return best, {
-        path: {
-            (x, points[x]["error_percent"]): points[x]["interval_95_percent"]
-            for x in sorted(points)
-        }
-        for path, points in full[best].items()
-    }
-
-
 def _show(pictures: Sequence[Picture], kind: str = "figures") -> Safe:
     drawn = [element("figure", Safe(picture.inline(picture.name))) for picture in pictures]
     return element("div", *drawn, kind=kind) if drawn else Safe("")
-
-
-def _norm_pictures(runs: Sequence[Run], labels: dict[Path, tuple[str, int]]) -> list[Picture]:
-    """Draw both norms of every weight; runs with the same layers share a figure."""
-    groups: dict[tuple[Any, ...], dict[Path, list[WeightNorms]]] = {}
-    for run in runs:
-        layers = read_norms(run.path)
-        if layers:
-            key = tuple((layer.name, layer.shape) for layer in layers)
-            groups.setdefault(key, {})[run.path] = layers
-    pictures = []
-    for number, (key, of) in enumerate(groups.items(), 1):
-        names = [str(name).removesuffix(".weight").replace("groups.", "") for name, _ in key]
-        for norm in ("frobenius", "spectral"):
-            series = [
-                Series(
-                    labels[path][0],
-                    [(at, getattr(layer, norm)) for at, layer in enumerate(layers)],
-                    labels[path][1],
-                )
-                for path, layers in of.items()
-            ]
-            name = f"norms-{norm}" + (f"-{number}" if number > 1 else "")
-            title = f"{norm.capitalize()} norm of every weight matrix"
-            pictures.append(figures.bars(name, title, names, series, f"{norm} norm"))
-    return pictures
 
 
 def _norms(pictures: Sequence[Picture]) -> Safe:
     if not pictures:
         return Safe("")
     note = (
-        "Convolutions count as matrices of (out, in x kernel height x kernel width). In the "
-        "paper's Figure 1, adversarial training raises the Frobenius norm of all layers and the "
-        "spectral norm of most, which the authors read as a more complex classifier."
+        "Convolutions count as matrices of (out, in x kernel height x kernel width). "
+        f"{figure1.PAPER}. Bars are means over seeds, their lines reach from the lowest to the "
+        "highest."
     )
-    return join(
-        [element("p", note, kind="note"), element("div", _show(pictures), kind="wide norms")]
-    )
+    shown = [
+        element("div", element("figure", Safe(one.inline(one.name))), kind="wide norms")
+        for one in pictures
+    ]
+    return join([element("p", note, kind="note"), *shown])
 
 
 def _diagnosis(run: Run) -> Safe:
@@ -357,7 +221,13 @@ def _diagnosis(run: Run) -> Safe:
             finding.check,
             element("span", finding.verdict, kind=finding.verdict.split()[0]),
             finding.sentence,
-            join([f"{name}: {_figure(value)}" for name, value in finding.figures.items()], "<br>"),
+            join(
+                [
+                    f"{name.replace('_', ' ')}: {_figure(value)}"
+                    for name, value in finding.figures.items()
+                ],
+                "<br>",
+            ),
         ]
         for finding in read_diagnosis(run.path)
     ]
@@ -392,12 +262,16 @@ def _examples(run: Run, load: Any) -> Safe:
             ),
             element(
                 "figcaption",
-                f"{example.truth}: seen as {example.clean}, attacked as {example.attacked}",
+                element("b", example.truth),
+                f": {example.clean} \u2192 {example.attacked}",
             ),
         )
         for example in found
     ]
-    note = f"Image, attacked image ({attack}) and their difference enlarged {0.5 / eps:.3g} times."
+    note = (
+        f"Image, attacked image ({attack}) and their difference enlarged {0.5 / eps:.3g} times; "
+        f"the true class: what the network says without \u2192 with the attack."
+    )
     return join(
         [
             element("h3", run.path.name),
@@ -455,7 +329,7 @@ def _settings(run: Run) -> Safe:
     )
 
 
-def _environment(measured: dict[Path, list[dict[str, Any]]]) -> Safe:
+def _environment(measured: Measured) -> Safe:
     """Return what made the page, and what made the measurements where they say so."""
     used: Counter[str] = Counter()
     for row in (row for rows in measured.values() for row in rows):
