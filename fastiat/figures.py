@@ -258,9 +258,15 @@ def _curve(
         axis.plot(*zip(*points, strict=True), label=label, **look)
     axis.set(xlabel="epoch", ylabel=unit)
     axis.set_title(title, loc="left")
-    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axis.set_xlim(rows[0]["epoch"] - 0.5, rows[-1]["epoch"] + 0.5)
     if unit == "learning rate":
         axis.set_yscale("log")
+        rates = sorted({row["learning_rate"] for row in rows if row["learning_rate"] > 0})
+        if len(rates) <= 4:
+            axis.set_yticks(rates)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        axis.yaxis.set_minor_formatter(lambda *_: "")
     else:
         axis.set_ylim(0, 100 if "%" in unit else None)
         axis.legend()

@@ -111,6 +111,7 @@ pre {{ padding: .7rem .9rem; overflow-x: auto; white-space: pre-wrap; overflow-w
 figure {{ margin: 0 }}
 .figures {{ display: grid; gap: 1.2rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }}
+.large {{ grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }}
 svg {{ display: block; width: 100%; height: auto; stroke-linejoin: round; overflow: visible }}
 .norms svg {{ min-width: 38rem; margin: 0 }}
 .cards {{ display: grid; gap: .9rem;

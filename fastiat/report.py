@@ -58,13 +58,15 @@ def report(config: ReportConfig) -> Path:
         ("Beside the paper", "paper", join(map(_comparison, comparisons))),
         ("Robustness", "robustness", _show(pictures)),
         ("Norms of the weights", "norms", _norms(norms)),
-        ("Diagnosis", "diagnosis", join(map(_diagnosis, runs))),
-        ("Examples", "examples", join(_examples(run, load) for run in runs)),
-        ("Runs", "runs", join(_section(run) for run in runs)),
+        ("Diagnosis", "diagnosis", join(_diagnosis(run, labels) for run in runs)),
+        ("Examples", "examples", join(_examples(run, load, labels) for run in runs)),
+        ("Runs", "runs", join(_section(run, labels) for run in runs)),
         ("Environment", "environment", _environment(measured)),
     ]
     sections = [
-        (title, name, section(title, name, content)) for title, name, content in parts if content
+        (title, name, section(title, name, content))
+        for title, name, content in parts
+        if content.strip()
     ]
     lead = f"{len(runs)} run{'s' * (len(runs) != 1)}, errors in % with their 95 % intervals."
     document = page(f"fastiat: {folder.resolve().name}", lead, sections, f"fastiat {__version__}")
@@ -194,7 +196,7 @@ def _beside(line: tables.Line) -> Safe:
     )
 
 
-def _show(pictures: Sequence[Picture], kind: str = "figures") -> Safe:
+def _show(pictures: Sequence[Picture], kind: str = "figures large") -> Safe:
     drawn = [element("figure", Safe(picture.inline(picture.name))) for picture in pictures]
     return element("div", *drawn, kind=kind) if drawn else Safe("")
 
@@ -214,7 +216,7 @@ def _norms(pictures: Sequence[Picture]) -> Safe:
     return join([element("p", note, kind="note"), *shown])
 
 
-def _diagnosis(run: Run) -> Safe:
+def _diagnosis(run: Run, labels: dict[Path, Label]) -> Safe:
     """Return what `fastiat diagnose` found for a run."""
     rows = [
         [
@@ -234,7 +236,7 @@ def _diagnosis(run: Run) -> Safe:
     if not rows:
         return Safe("")
     head = ["check for masked gradients", "", "what it means", "figures"]
-    return join([element("h3", run.path.name), table(head, rows, kind="text")])
+    return join([element("h3", _named(run.path, labels)), table(head, rows, kind="text")])
 
 
 def _figure(value: Any) -> str:
@@ -243,7 +245,7 @@ def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _examples(run: Run, load: Any) -> Safe:
+def _examples(run: Run, load: Any, labels: dict[Path, Label]) -> Safe:
     """Return a grid of images, attacked and not, and write RUN/examples.png and .svg."""
     found = examples(run, load)
     if not found:
@@ -274,14 +276,14 @@ def _examples(run: Run, load: Any) -> Safe:
     )
     return join(
         [
-            element("h3", run.path.name),
+            element("h3", _named(run.path, labels)),
             element("p", note, kind="note"),
             element("div", *cards, kind="cards"),
         ]
     )
 
 
-def _section(run: Run) -> Safe:
+def _section(run: Run, labels: dict[Path, Label]) -> Safe:
     """Return a run's settings, command and curves, and write RUN/curves.png and .svg."""
     config = run.config
     start = resolve(TrainConfig, {"preset": config.preset, "dataset": config.dataset})
@@ -291,7 +293,7 @@ def _section(run: Run) -> Safe:
     if config.dataset != TrainConfig.dataset:
         command += f" --dataset {config.dataset}"
     parts = [
-        element("h3", run.path.name),
+        element("h3", _named(run.path, labels)),
         element("p", _settings(run)),
         element("pre", f"{command} --out {run.path}"),
     ]
