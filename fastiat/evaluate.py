@@ -53,10 +53,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
     if config.autoattack:
         library_version()
     # All is loaded and checked before anything is measured, so that a run is not measured in vain.
-    jobs = prepare(open_runs(config), config)
-    for job in jobs if config.autoattack else ():
-        check_classes(job.name, job.card.num_classes)
-    return {job.name: _measure(job, config) for job in jobs}
+    runs = open_runs(config)
+    for trained in runs if config.autoattack else ():
+        check_classes(trained.name, trained.card.num_classes)
+    return {job.name: _measure(job, config) for job in prepare(runs, config)}
 
 
 @dataclass(frozen=True)
