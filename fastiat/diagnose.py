@@ -60,8 +60,7 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
     """
     config.check()
     started = time.monotonic()
-    if config.autoattack:
-        library_version()
+    library = {"autoattack": library_version()} if config.autoattack else {}
     job, *partners = _prepare(config)
     if config.autoattack:
         check_classes(job.name, job.card.num_classes)
@@ -92,7 +91,7 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
             seed=config.seed,
             batch_size=config.batch_size,
             model=job.fingerprint,
-            **provenance(pick_device(config.device), time.monotonic() - started),
+            **provenance(pick_device(config.device), time.monotonic() - started, **library),
         )
     job.say(
         f"{job.name}: masking checks on {len(images)} test images of {job.dataset.name}, "

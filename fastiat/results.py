@@ -26,7 +26,7 @@ entry's attack is null.
     device               what crafted and judged
     versions             {"fastiat", "torch", "autoattack": "name version", where it was used}
     seconds              of the pass that gave this figure, and others of the same pass
-    time                 when it ended, ISO 8601 in UTC
+    time                 when it was written, ISO 8601 in UTC
 
 Entries with the same settings replace each other, the newest last: those fields down to `n` are
 an entry's identity. Entries of weights that the run no longer has are dropped.
@@ -107,9 +107,13 @@ def read_results(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def add_results(run_dir: Path, entries: Iterable[dict[str, Any]]) -> None:
-    """Add entries to a run's evaluation.json in place of those with the same identity."""
+    """Add entries to a run's evaluation.json, in place of those with the same identity.
+
+    The fields that have no meaning for an entry's attack become null, and "time" is set.
+    """
+    now = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
     new = [
-        dict.fromkeys(IDENTITY) | entry | dict.fromkeys(MEANINGLESS.get(entry["attack"], ()))
+        dict.fromkeys(IDENTITY) | entry | dict.fromkeys(MEANINGLESS.get(entry["attack"], ())) | now
         for entry in entries
     ]
     with _locked(run_dir):
@@ -133,13 +137,12 @@ def figures(rate: Rate) -> dict[str, Any]:
 
 
 def provenance(device: torch.device, seconds: float, **versions: str) -> dict[str, Any]:
-    """Return when, where and with what a figure was measured, as the fields of an entry."""
+    """Return where, with what and in what time a figure was measured, as the fields of an entry."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {
         "device": f"{device.type} ({name})",
         "versions": {"fastiat": __version__, "torch": torch.__version__, **versions},
         "seconds": round(seconds, 3),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_an_entry_has_its_figures_settings_and_origin(run):
         assert entry["interval_95_percent"] == [round(end, 4) for end in rate.interval()]
         assert (entry["kind"], entry["dataset"], entry["split"]) == ("evaluation", "digits", "test")
         assert entry["versions"] == {"fastiat": __version__, "torch": torch.__version__}
+        assert datetime.fromisoformat(entry["time"]).tzinfo == UTC
         assert entry["device"].startswith("cpu (") and entry["seconds"] > 0
         assert entry["model"] == fingerprint(run / MODEL) and entry["seed"] == 4
         assert set(IDENTITY) <= entry.keys()
@@ -71,7 +73,17 @@ def test_rows_of_metrics_carry_the_same_figures(run):
     results = measure(run, "--attacks", "none", "pgd-2")
     rows = list(Run.open(run).rows())[before:]
     for row, entry in zip(rows, results, strict=True):
+        del entry["time"]
         assert row == row | {name: value for name, value in entry.items() if value is not None}
+
+
+def test_resuming_a_finished_run_keeps_every_measurement(run):
+    assert cli.main(["sweep", str(run), *CPU, "--steps", "1", "2"]) == 0
+    results, rows = read_results(run), list(Run.open(run).rows())
+    assert cli.main(["train", "--resume", "--out", str(run)]) == 0
+    assert [entry["kind"] for entry in results] == ["sweep", "sweep"]
+    assert read_results(run)[:2] == results
+    assert list(Run.open(run).rows())[: len(rows)] == rows
 
 
 def test_results_of_other_weights_are_no_results(run):
