@@ -101,7 +101,8 @@ def grid(found: Sequence[Example], title: str) -> figures.Picture:
             for row, picture in enumerate(example.pictures):
                 axis = axes[row, column]
                 grey = picture.shape[2] == 1
-                axis.imshow(picture.squeeze(2) if grey else picture, cmap="gray", vmin=0, vmax=255)
+                pixels = (picture.squeeze(2) if grey else picture).numpy()
+                axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
                 axis.grid(visible=False)

@@ -123,10 +123,10 @@ class Picture:
         return text.replace("<svg", f"<svg {label}", 1)
 
 
-def draw(name: str, title: str, figure: Figure) -> Picture:
-    """Render a figure that was made within `style()`."""
-    files = {}
-    for kind in ("png", "svg"):
+def draw(name: str, title: str, figure: Figure, *, png: bool = True) -> Picture:
+    """Render a figure that was made within `style()`, without `png` for a page alone."""
+    files = {"png": b""}
+    for kind in ("png", "svg") if png else ("svg",):
         buffer = io.BytesIO()
         undated: dict[str, Any] = {"Date": None} if kind == "svg" else {}
         with style():
@@ -241,7 +241,7 @@ def curves(epochs: Sequence[dict[str, Any]], title: str) -> tuple[Picture, list[
         with style():
             figure = Figure(figsize=(4.2, 2.9), layout="constrained")
             _curve(figure.subplots(), rows, panel)
-        alone.append(draw(panel[0], f"{title}: {panel[1]}", figure))
+        alone.append(draw(panel[0], f"{title}: {panel[1]}", figure, png=False))
     return draw("curves", title, together), alone
 
 

@@ -130,6 +130,7 @@ class Plan:
             found,
             n=self.count(cell.split),
             alpha=job.config.alpha,
+            dataset=job.config.dataset,
             run=job.path,
             source=self.source(cell, job),
         )

@@ -156,6 +156,7 @@ def find(
     *,
     n: int,
     alpha: float,
+    dataset: str,
     run: Path,
     source: Path,
 ) -> dict[str, Any] | None:
@@ -165,9 +166,9 @@ def find(
     """
     wanted = {"split": cell.split, "attack": cell.attack, "n": n}
     if cell.attack != "none":
-        wanted |= {"norm": "linf", "loss": "ce", "restarts": 1, "eps": cell.eps}
+        wanted |= {"norm": "linf", "loss": "ce", "eps": cell.eps}
     if cell.attack.startswith("pgd"):
-        wanted |= {"alpha": alpha, "random_start": True}
+        wanted |= {"alpha": alpha, "random_start": True, "restarts": 1}
     model = source / MODEL
     if not model.exists():
         return None
@@ -175,8 +176,11 @@ def find(
 
     def fitting(row: dict[str, Any]) -> bool:
         origin = row.get("source"), row.get("source_model")
-        return origin in origins and all(
-            _same(row.get(name), value) for name, value in wanted.items()
+        # Earlier versions did not say which images, and measured on the run's own.
+        return (
+            origin in origins
+            and row.get("dataset", dataset) == dataset
+            and all(_same(row.get(name), value) for name, value in wanted.items())
         )
 
     return next(filter(fitting, reversed(found)), None)
