@@ -136,7 +136,9 @@ def test_an_interrupted_row_is_resumed_by_the_same_command(
     assert _reproduce("table3", out) == 128 + signal.SIGTERM
     assert f"go on with: fastiat reproduce table3 --out {out}" in capsys.readouterr().err
     assert len(tables.read(out / "table3.json").lines) == 48
+    monkeypatch.setattr(training.Trainer, "update", update)
     assert _reproduce("table3", out, "--dry-run") == 0
+    monkeypatch.setattr(training.Trainer, "update", interrupted)
     listed = capsys.readouterr().out.splitlines()
     assert "done" in listed[0] and "resume" in listed[1] and "to train" in listed[2]
     assert _reproduce("table3", out) == 0
