@@ -178,6 +178,7 @@ def test_estimates_count_updates_tests_and_passes():
     assert speed.measuring([("none", 10), ("pgd-20", 5)]) == pytest.approx(0.1 + 5 * (0.01 + 2))
 
 
+@pytest.mark.slow
 def test_tables_5_to_7_use_the_runs_of_table_3(done, capsys):
     for name, cells in (("table5", 27), ("table6", 24), ("table7", 18)):
         scale = tuple("4" if word == "20" else word for word in SCALE)
