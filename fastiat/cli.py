@@ -17,11 +17,16 @@ from fastiat import __version__
 from fastiat.config import (
     DATASET_DEFAULTS,
     PRESETS,
+    DiagnoseConfig,
     DoctorConfig,
     EvaluateConfig,
+    NormsConfig,
     ReportConfig,
+    ReproduceConfig,
     Settings,
+    SweepConfig,
     TrainConfig,
+    TransferConfig,
     flag_of,
 )
 from fastiat.errors import InputError, explain_os
@@ -44,6 +49,21 @@ COMMANDS = {
     "evaluate": Command(
         EvaluateConfig, "fastiat.evaluate:evaluate", "measure trained runs under attack"
     ),
+    "sweep": Command(
+        SweepConfig, "fastiat.sweep:sweep", "measure runs over radii or numbers of PGD steps"
+    ),
+    "transfer": Command(
+        TransferConfig, "fastiat.transfer:transfer", "attack every run with every run's examples"
+    ),
+    "norms": Command(
+        NormsConfig, "fastiat.analyse:norms", "compare the weight matrices of runs (Figure 1)"
+    ),
+    "diagnose": Command(
+        DiagnoseConfig, "fastiat.diagnose:diagnose", "check whether a run's robustness is real"
+    ),
+    "reproduce": Command(
+        ReproduceConfig, "fastiat.reproduce:reproduce", "put a table of the paper beside one's own"
+    ),
     "report": Command(ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
     "doctor": Command(
         DoctorConfig, "fastiat.doctor:doctor", "show what this machine has and what a run takes"
@@ -54,12 +74,27 @@ EXAMPLES = {
     "train": "fastiat train --arch preact18 --mix manifold\n"
     "fastiat train --dataset folder --data-dir my-images --preset modern",
     "evaluate": "fastiat evaluate runs/cifar10-preact18-pgd-manifold-s0 --attacks none pgd-100",
+    "sweep": "fastiat sweep runs/* --eps 0.005 0.01 0.02 8/255\nfastiat sweep runs/* --steps",
+    "transfer": "fastiat transfer runs/a runs/b runs/c --eps 0.01 0.02 0.04",
+    "norms": "fastiat norms runs/*-mlp6-*",
+    "diagnose": "fastiat diagnose runs/cifar10-preact18-pgd-manifold-s0 --limit 500",
+    "reproduce": "fastiat reproduce table3 --dry-run\n"
+    "fastiat reproduce table3 --epochs 10 --width 16 --limit 1000",
     "report": "fastiat report runs",
     "doctor": "fastiat doctor",
 }
 
 
-METAVARS = {"runs": "RUN", "dir": "DIR", "out": "PATH", "data_dir": "DIR", "attacks": "ATTACK"}
+METAVARS = {
+    "target": "TABLE",
+    "runs": "RUN",
+    "run": "RUN",
+    "partner": "RUN",
+    "dir": "DIR",
+    "out": "PATH",
+    "data_dir": "DIR",
+    "attacks": "ATTACK",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,7 +177,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
             help=command.summary,
             usage=" ".join(["fastiat", name, *arguments, "[SETTING ...]"]),
             # Argument help is wrapped, the examples are not.
-            description=textwrap.fill(command.config.__doc__ or "", 78)
+            description=textwrap.fill(" ".join((command.config.__doc__ or "").split()), 78)
             + "\n\nFor example:\n"
             + textwrap.indent(EXAMPLES[name], "  "),
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -183,10 +218,14 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
     """Add a flag, or for a required setting an argument, for every field of the dataclass."""
     hints, docs = get_type_hints(kind), kind.docs()
     group: Any = parser
-    for field in fields(kind):  # type: ignore[arg-type]
+    # A command's own settings come before those that it shares.
+    own = sorted(fields(kind), key=lambda field: field.name not in kind.__annotations__)  # type: ignore[arg-type]
+    for field in own:
         if field.name in kind.groups:
             group = parser.add_argument_group(kind.groups[field.name])
         options = _parsing(hints[field.name])
+        if field.name in kind.bare:
+            options |= {"nargs": "*", "const": kind.bare[field.name]}
         if field.name in METAVARS:
             options["metavar"] = METAVARS[field.name]
         if field.name in kind.positional:
@@ -226,7 +265,7 @@ class _StoreTuple(argparse.Action):
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
-        setattr(namespace, self.dest, tuple(values))
+        setattr(namespace, self.dest, tuple(values or self.const))
 
 
 def number(text: str) -> float:

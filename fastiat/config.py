@@ -6,6 +6,7 @@ Nothing here imports torch, so that help is printed at once.
 import ast
 import inspect
 import math
+import os
 import re
 import textwrap
 from dataclasses import dataclass, fields, replace
@@ -19,6 +20,8 @@ DatasetName = Literal["cifar10", "svhn", "fashion-mnist", "digits", "folder"]
 Preset = Literal["paper", "modern"]
 LARGEST = 2**32
 """No number of ours is larger; what is would overflow further in."""
+MOST_STEPS = 999_999
+"""No attack takes more steps."""
 
 
 class Settings:
@@ -28,6 +31,8 @@ class Settings:
     """Fields that are arguments of the command line, not flags."""
     groups: ClassVar[dict[str, str]] = {}
     """The headings of `--help`, each keyed by the first field under it."""
+    bare: ClassVar[dict[str, Any]] = {}
+    """Values of the fields whose flag can stand without any."""
 
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""
@@ -38,7 +43,8 @@ class Settings:
         """Map every field to the docstring written under it."""
         (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
         assert isinstance(body, ast.ClassDef)
-        found = {}
+        shared = cls.__bases__[0]
+        found = dict(shared.docs()) if issubclass(shared, Settings) else {}
         for field, text in zip(body.body, body.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 assert isinstance(field.target, ast.Name) and isinstance(text.value, ast.Constant)
@@ -180,29 +186,20 @@ class TrainConfig(Settings):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Settings):
-    """Print the error rates of trained runs under white-box attacks."""
+class MeasureConfig(Settings):
+    """What all commands that attack trained runs share."""
 
     positional = ("runs",)
-    groups: ClassVar[dict[str, str]] = {
-        "attacks": "what is measured",
-        "eps": "attack",
-        "dataset": "data",
-        "device": "machine",
-    }
+    groups: ClassVar[dict[str, str]] = {"alpha": "attack", "dataset": "data", "device": "machine"}
 
     runs: tuple[str, ...] = ()
     """Run directories, or model.safetensors files."""
-    attacks: tuple[str, ...] = ("none", "fgsm", "pgd-7", "pgd-20")
-    """Attacks to measure: none, fgsm, pgd-K with K steps."""
     splits: tuple[str, ...] = ("test",)
     """Images to measure on: test, train (un-augmented)."""
     limit: int | None = None
     """Use this many images of a split only, a stratified draw."""
     seed: int = 0
     """Seed of the random starts and of --limit's draw."""
-    eps: float | None = None
-    """Radius of the ball, in pixels of 0 to 1 (default: the run's)."""
     alpha: float | None = None
     """Length of a PGD step, in pixels of 0 to 1 (default: the run's)."""
     norm: Literal["linf", "l2"] = "linf"
@@ -226,16 +223,212 @@ class EvaluateConfig(Settings):
 
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""
-        _check_ranges(self, {"limit", "restarts", "batch_size"})
+        _check_ranges(self, {"limit", "restarts", "batch_size", "steps"})
         if self.norm == "linf":
             _check_unit(self)
+        steps = getattr(self, "steps", ())
+        for count in steps if isinstance(steps, tuple) else (steps,):
+            if count > MOST_STEPS:
+                raise InputError(f"--steps is {count}: give at most {MOST_STEPS}")
         if self.restarts > 1 and not self.random_start:
             raise InputError("--restarts without a random start would all be the same one")
         for split in self.splits:
             if split not in ("test", "train"):
                 raise InputError(f"unknown split {split!r}: choose from test, train")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(MeasureConfig):
+    """Print the error rates of trained runs under white-box attacks.
+
+    One pass crafts all numbers of PGD steps that are asked for.
+    """
+
+    groups: ClassVar[dict[str, str]] = {"attacks": "what is measured", **MeasureConfig.groups}
+
+    attacks: tuple[str, ...] = ("none", "fgsm", "pgd-7", "pgd-20")
+    """Attacks to measure: none, fgsm, pgd-K with K steps."""
+    worst: bool = False
+    """Only the worst case: an image counts as fooled if it is clean or by any attack or restart,
+    and is attacked no more then, which is faster."""
+    autoattack: bool = False
+    """Add AutoAttack's four standard attacks (Croce & Hein 2020; `pip install
+    fastiat[autoattack]`)."""
+    eps: float | None = None
+    """Radius of the ball, in pixels of 0 to 1 (default: the run's)."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+        super().check()
         for name in self.attacks:
             steps_of(name)
+
+
+@dataclass(frozen=True)
+class SweepConfig(MeasureConfig):
+    """Print the PGD error of trained runs over --eps, over --steps, or over both.
+
+    A flag without values takes the paper's: Table 6 or Table 7.
+    """
+
+    groups: ClassVar[dict[str, str]] = {"eps": "what is measured", **MeasureConfig.groups}
+    bare: ClassVar[dict[str, Any]] = {
+        "eps": (0.005, 0.01, 0.04, 0.05, 0.06, 0.08, 0.1, 0.2),
+        "steps": (5, 10, 20, 50, 100, 1000),
+    }
+
+    eps: tuple[float, ...] = (0.02,)
+    """Radii of the ball, in pixels of 0 to 1; --eps alone: 0.005 to 0.2 as in Table 6."""
+    steps: tuple[int, ...] = (20,)
+    """Numbers of PGD steps; --steps alone: 5 to 1000 as in Table 7."""
+
+
+@dataclass(frozen=True)
+class TransferConfig(MeasureConfig):
+    """Attack every run with the PGD examples of every other one: Table 5 of the paper.
+
+    A row is a target, a column the run on which the examples are crafted.
+    """
+
+    groups: ClassVar[dict[str, str]] = {"eps": "what is measured", **MeasureConfig.groups}
+
+    eps: tuple[float, ...] = (0.01, 0.02, 0.04)
+    """Radii of the ball, in pixels of 0 to 1: a matrix for each."""
+    steps: int = 20
+    """PGD steps."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+        super().check()
+        if len(set(self.runs)) < 2:
+            raise InputError("transfer needs at least two runs: name the runs to attack each other")
+
+
+@dataclass(frozen=True)
+class NormsConfig(Settings):
+    """Print, keep and chart the norms of every weight matrix of runs: the paper's Figure 1."""
+
+    positional = ("runs",)
+
+    runs: tuple[str, ...] = ()
+    """Run directories, or model.safetensors files, of one architecture."""
+    out: str | None = None
+    """Where the chart goes, as PATH.png and PATH.svg (default: "norms" in the run, or for several
+    runs in the folder of the first)."""
+
+    def check(self) -> None:
+        """Raise `InputError` for a run that is named twice."""
+        _check_ranges(self, set())
+        _check_once(self.runs)
+
+
+@dataclass(frozen=True)
+class DiagnoseConfig(Settings):
+    """Check whether a run's robustness is real, or its gradients only lead attacks astray."""
+
+    positional = ("run",)
+    groups: ClassVar[dict[str, str]] = {
+        "partner": "what is checked",
+        "eps": "attack",
+        "dataset": "data",
+        "device": "machine",
+    }
+
+    run: str = ""
+    """A run directory, or a model.safetensors file."""
+    partner: str | None = None
+    """Another run for the same images, whose adversarial examples are tried on this one."""
+    autoattack: bool = False
+    """Compare with AutoAttack too, which takes minutes to hours (Croce & Hein 2020; `pip install
+    fastiat[autoattack]`)."""
+    limit: int = 1000
+    """Use this many of the test images only, a stratified draw."""
+    seed: int = 0
+    """Seed of the random starts, the noise and --limit's draw."""
+    eps: float | None = None
+    """Radius of the ball, in pixels of 0 to 1 (default: the run's)."""
+    alpha: float | None = None
+    """Length of a PGD step, in pixels of 0 to 1 (default: the run's, or eps/8 if that is more)."""
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of the ball."""
+    dataset: DatasetName | None = None
+    """Data set (default: the run's)."""
+    data_dir: str | None = None
+    """Where the data set is (default: the run's)."""
+    batch_size: int = 500
+    """Images attacked at a time."""
+    device: str = "auto"
+    """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+        _check_ranges(self, {"limit", "batch_size", "eps", "alpha"})
+        if self.norm == "linf":
+            _check_unit(self)
+        _check_once((self.run, self.partner or ""))
+
+
+@dataclass(frozen=True)
+class ReproduceConfig(Settings):
+    """Train and measure what a table of the paper needs, and write it beside the paper's.
+
+    What is trained or measured already is kept: after Ctrl-C or a crash the same command goes on.
+    The runs are named as `fastiat train` names them, so that those are taken over too.
+    """
+
+    positional = ("target",)
+    groups: ClassVar[dict[str, str]] = {
+        "out": "run",
+        "epochs": "scale, for machines and times smaller than the paper's",
+        "data_dir": "machine",
+    }
+
+    target: Literal[
+        "table1", "table2", "table3", "table4", "table5", "table6", "table7", "figure1"
+    ] = "table3"
+    """What to reproduce: Tables 1 to 4 are white-box errors, 5 is transfer attacks, 6 errors by
+    eps, 7 by steps; Figure 1 is the norms of the weights."""
+
+    out: str = "runs"
+    """Folder of the runs, DATASET-ARCH-ADV-MIX-sSEED each, and of the table."""
+    dry_run: bool = False
+    """List the runs with the time they would take, measured on a few updates; train and write
+    nothing."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds to train every row with; several are averaged (default: 0; figure1: 0 1 2)."""
+
+    epochs: int | None = None
+    """Passes over the training set (default: 200; figure1: 50)."""
+    width: int | None = None
+    """Base channels (preact18: 64), widening factor (wrn: 10) or hidden units (mlp6: 512)."""
+    limit: int | None = None
+    """Measure on this many images of a split only, a stratified draw."""
+    splits: tuple[str, ...] = ("test", "train")
+    """Images that Tables 1 to 4 are measured on; the paper has train in parentheses."""
+    arch: Arch | None = None
+    """Network (default: the paper's)."""
+    dataset: DatasetName | None = None
+    """Images (default: the paper's)."""
+    lr: float | None = None
+    """Highest learning rate (default: 0.1; digits: 0.02; figure1: 0.01)."""
+
+    data_dir: str | None = None
+    """Where the data set is or goes (default: $FASTIAT_DATA or ~/.cache/fastiat/data)."""
+    device: str = "auto"
+    """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of training and crafting; examples are always judged in fp32."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+        _check_ranges(self, {"epochs", "width", "limit"})
+        for split in self.splits:
+            if split not in ("test", "train"):
+                raise InputError(f"unknown split {split!r}: choose from test, train")
+        for name in ("seeds", "splits"):
+            values = getattr(self, name) or ()
+            if len(set(values)) < len(values):
+                raise InputError(f"{flag_of(name)} names one twice: give each once")
 
 
 @dataclass(frozen=True)
@@ -263,28 +456,38 @@ class DoctorConfig(Settings):
 def _check_ranges(config: Any, positive: set[str]) -> None:
     """Raise `InputError` unless every number is finite, sane and at least 0, or above it."""
     for field in fields(config):
-        value, flag = getattr(config, field.name), flag_of(field.name)
-        if value == "":
+        given, flag = getattr(config, field.name), flag_of(field.name)
+        if given == "":
             raise InputError(f"{flag} is empty: give it a value, or leave it out")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{flag} is {value}: give a finite number")
-        if value < 0 or (value == 0 and field.name in positive):
-            least = "above 0" if field.name in positive else "of at least 0"
-            raise InputError(f"{flag} is {value}: give a number {least}")
-        if value > LARGEST:
-            raise InputError(f"{flag} is {str(value)[:20]}: give a number of at most {LARGEST}")
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{flag} is {value}: give a finite number")
+            if value < 0 or (value == 0 and field.name in positive):
+                least = "above 0" if field.name in positive else "of at least 0"
+                raise InputError(f"{flag} is {value}: give a number {least}")
+            if value > LARGEST:
+                raise InputError(f"{flag} is {str(value)[:20]}: give a number of at most {LARGEST}")
+
+
+def _check_once(runs: tuple[str, ...]) -> None:
+    """Raise `InputError` for a run that is named twice, however it is spelled."""
+    places = [os.path.realpath(run) for run in runs]
+    for run, place in zip(runs, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"{run} is named twice: name different runs")
 
 
 def _check_unit(config: Any) -> None:
     """Raise `InputError` for an eps or alpha that looks like one for pixels of 0 to 255."""
     for name in ("eps", "alpha"):
-        value = getattr(config, name)
-        if value is not None and value > 1:
-            raise InputError(
-                f"--{name} is {value:g}, but pixels are in 0 to 1: give, say, {value:g}/255"
-            )
+        given = getattr(config, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and value > 1:
+                raise InputError(
+                    f"--{name} is {value:g}, but pixels are in 0 to 1: give, say, {value:g}/255"
+                )
 
 
 def steps_of(attack: str) -> int:
@@ -350,19 +553,19 @@ def from_json(kind: type[Any], values: dict[str, Any]) -> Any:
     hints = get_type_hints(kind)
     turned = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, value in turned.items():
-        if not _fits(value, hints[name]):
+        if not fits(value, hints[name]):
             raise InputError(f"setting {name!r} cannot be {repr(value)[:50]}")
     return kind(**turned)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value is one that the annotation allows."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+        return isinstance(value, tuple) and all(fits(item, get_args(hint)[0]) for item in value)
     if get_args(hint):
-        return any(_fits(value, option) for option in get_args(hint))
+        return any(fits(value, option) for option in get_args(hint))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is hint

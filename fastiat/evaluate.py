@@ -1,45 +1,28 @@
 """Measuring: the error of trained runs on clean images and under white-box attacks."""
 
-import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastiat import data
-from fastiat.attack import count_errors, fgsm, pgd
-from fastiat.config import EvaluateConfig, TrainConfig, steps_of
-from fastiat.device import autocast, pick_device, pick_precision
+from fastiat.autoattack import ATTACKS, autoattack, check_classes, library_version
+from fastiat.config import EvaluateConfig, MeasureConfig, TrainConfig, steps_of
+from fastiat.device import pick_device, pick_precision
 from fastiat.errors import InputError
-from fastiat.progress import Progress
+from fastiat.measure import error_rates, fooled, title
+from fastiat.results import Rate, add_results, figures, fingerprint, provenance, read_results
 from fastiat.run import MODEL, ModelCard, Run, load_with_card
 
-TITLES = {"none": "No attack", "fgsm": "FGSM"}
+__all__ = ["Rate", "error_rate", "error_rates", "evaluate", "read_results"]
 
-
-@dataclass(frozen=True)
-class Rate:
-    """An error rate measured on `n` images."""
-
-    errors: int
-    n: int
-
-    @property
-    def percent(self) -> float:
-        """The rate in percent."""
-        return 100 * self.errors / self.n
-
-    def interval(self) -> tuple[float, float]:
-        """Return the 95 % confidence interval in percent (Wilson 1927)."""
-        z, n, p = 1.959964, self.n, self.errors / self.n
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return 100 * max(middle - half, 0), 100 * min(middle + half, 1)
+UNITS = "error in %, ± 95 % interval"
 
 
 def error_rate(
@@ -49,140 +32,157 @@ def error_rate(
     *,
     eps: float,
     alpha: float,
-    config: EvaluateConfig,
+    config: MeasureConfig,
 ) -> Rate:
     """Return the error of `model` on `split` under "none", "fgsm" or "pgd-K".
 
     Examples are crafted in the configuration's precision and judged in fp32.
     """
-    device = pick_device(config.device)
-    precision = partial(autocast, device, pick_precision(config.precision, device))
-    adversary = partial(fgsm, model, eps=eps, norm=config.norm, loss=config.attack_loss)
-    if attack != "fgsm":
-        adversary = partial(
-            pgd,
-            model,
-            eps=eps,
-            alpha=alpha,
-            steps=steps_of(attack),
-            random_start=config.random_start,
-            norm=config.norm,
-            loss=config.attack_loss,
-            restarts=config.restarts,
-            generator=torch.Generator(device).manual_seed(config.seed),
-        )
-
-    def craft(x: Tensor, y: Tensor) -> Tensor:
-        with precision():
-            return adversary(x, y)
-
-    batches = data.ResidentLoader(split, config.batch_size, device=device, train=False)
-    with Progress(TITLES.get(attack, attack.upper()), len(split)) as progress:
-        errors = count_errors(model, batches, None if attack == "none" else craft, progress.advance)
-    return Rate(errors, len(split))
+    return error_rates(model, split, (attack,), eps=eps, alpha=alpha, config=config)[attack]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
     """Measure every run of `config` and print a table.
 
-    Returns the rates as {run: {"split/attack": rate}}; a run directory's metrics.jsonl gets a row
-    for each. Raises `InputError` for runs or data that are missing or do not fit each other.
+    Returns the rates as {run: {"split/attack": rate}}, where an attack is one of the configuration,
+    "autoattack" or, with `worst`, "none" and "worst". A run directory keeps them in metrics.jsonl
+    and evaluation.json. Raises `InputError` for runs or data that are missing or do not fit each
+    other.
     """
     config.check()
+    if config.autoattack:
+        library_version()
     # All is loaded and checked before anything is measured, so that a run is not measured in vain.
-    load = cache(data.load)
-    jobs = [_prepare(name, config, load) for name in config.runs]
-    return {job.name: _measure(job, config) for job in jobs}
+    runs = open_runs(config)
+    for trained in runs if config.autoattack else ():
+        check_classes(trained.name, trained.card.num_classes)
+    return {job.name: _measure(job, config) for job in prepare(runs, config)}
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A network to measure, and the images, eps and alpha to measure it with."""
+class Trained:
+    """A network that was asked for by `name`, and its run where that is a run directory."""
 
     name: str
     model: nn.Module
+    card: ModelCard
+    fingerprint: str
     run: Run | None
-    dataset: str
+
+    @property
+    def settings(self) -> TrainConfig:
+        """How it was trained, or the defaults where nothing says."""
+        return self.run.config if self.run else TrainConfig()
+
+
+@dataclass(frozen=True)
+class Job(Trained):
+    """A network to measure and the images to do it with."""
+
+    dataset: data.Dataset
     splits: dict[str, data.Split]
-    eps: float
-    alpha: float
+
+    def alpha(self, config: MeasureConfig) -> float:
+        """Return the PGD step: the configuration's, else that of the run's training."""
+        return self.settings.alpha if config.alpha is None else config.alpha
+
+    def keep(self, entry: dict[str, Any]) -> None:
+        """Write a result to the run's metrics.jsonl and evaluation.json.
+
+        A model without its run has no place for it, and somebody else's run is only read.
+        """
+        if self._writable:
+            assert self.run is not None
+            self.run.log(**entry)
+            add_results(self.run.path, [entry])
+
+    def say(self, text: str) -> None:
+        """Print a text, and add it to stdout.log where results are kept."""
+        if self._writable:
+            assert self.run is not None
+            self.run.say(text)
+        else:
+            print(text, flush=True)
+
+    @property
+    def _writable(self) -> bool:
+        return self.run is not None and os.access(self.run.path, os.W_OK)
+
+    def entry(
+        self,
+        kind: str,
+        split: str,
+        attack: str,
+        rate: Rate,
+        config: MeasureConfig,
+        eps: float,
+        alpha: float,
+    ) -> dict[str, Any]:
+        """Return a figure with its settings as `fastiat.results` has them."""
+        return {
+            "kind": kind,
+            "dataset": self.dataset.name,
+            "split": split,
+            "attack": attack,
+            "eps": eps,
+            "alpha": alpha,
+            "steps": None if attack in ("worst", "autoattack") else steps_of(attack),
+            "norm": config.norm,
+            "loss": config.attack_loss,
+            "restarts": config.restarts,
+            "random_start": config.random_start,
+            "precision": pick_precision(config.precision, pick_device(config.device)),
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "model": self.fingerprint,
+            **figures(rate),
+        }
 
 
-def _prepare(name: str, config: EvaluateConfig, load: Callable[..., data.Dataset]) -> _Job:
-    model, card = load_with_card(name, pick_device(config.device))
-    run = Run.open(Path(name)) if Path(name).is_dir() else None
-    if run and (card.arch, run.config.width or card.width) != (run.config.arch, card.width):
+def open_runs(config: MeasureConfig) -> list[Trained]:
+    """Load the networks of `config.runs`; raise `InputError` for one that is missing or damaged."""
+    return [_open(name, pick_device(config.device)) for name in dict.fromkeys(config.runs)]
+
+
+def _open(name: str, device: torch.device) -> Trained:
+    model, card = load_with_card(name, device)
+    path = Path(name)
+    if not path.is_dir():
+        return Trained(name, model, card, fingerprint(path), None)
+    run = Run.open(path)
+    if (card.arch, run.config.width or card.width) != (run.config.arch, card.width):
         raise InputError(
             f"{name} holds the model of another run, {card.arch} of width {card.width}: "
             f"put its own {MODEL} back, or evaluate that file by its name"
         )
-    dataset = _data_for(name, card, run.config if run else None, config, load)
+    read_results(path)  # refuses a damaged file before anything is measured for it
+    return Trained(name, model, card, fingerprint(path / MODEL), run)
+
+
+def prepare(runs: Iterable[Trained], config: MeasureConfig) -> list[Job]:
+    """Give every network its images; raise `InputError` where there are none or they do not fit."""
+    load = cache(data.load)
+    return [_prepare(trained, config, load) for trained in runs]
+
+
+def _prepare(trained: Trained, config: MeasureConfig, load: Callable[..., data.Dataset]) -> Job:
+    dataset = _data_for(trained, config, load)
     splits = {split: getattr(dataset, split) for split in config.splits}
     for split, images in splits.items():
         if config.limit is not None and config.limit < len(images):
             splits[split] = data.holdout(images, config.limit, config.seed)[1]
-    settings = run.config if run else TrainConfig()
-    return _Job(
-        name,
-        model,
-        run,
-        dataset.name,
-        splits,
-        eps=settings.eps if config.eps is None else config.eps,
-        alpha=settings.alpha if config.alpha is None else config.alpha,
-    )
-
-
-def _measure(job: _Job, config: EvaluateConfig) -> dict[str, Rate]:
-    rates = {}
-    # Somebody else's run can be measured too, but not written to.
-    run = job.run if job.run and os.access(job.run.path, os.W_OK) else None
-    for split_name, split in job.splits.items():
-        for attack in config.attacks:
-            started = time.monotonic()
-            rate = error_rate(job.model, split, attack, eps=job.eps, alpha=job.alpha, config=config)
-            rates[f"{split_name}/{attack}"] = rate
-            if run:
-                low, high = rate.interval()
-                run.log(
-                    "evaluation",
-                    dataset=job.dataset,
-                    split=split_name,
-                    attack=attack,
-                    error_percent=round(rate.percent, 4),
-                    interval_95_percent=[round(low, 4), round(high, 4)],
-                    errors=rate.errors,
-                    n=rate.n,
-                    eps=job.eps,
-                    alpha=job.alpha,
-                    norm=config.norm,
-                    loss=config.attack_loss,
-                    restarts=config.restarts,
-                    random_start=config.random_start,
-                    precision=pick_precision(config.precision, pick_device(config.device)),
-                    seed=config.seed,
-                    seconds=round(time.monotonic() - started, 3),
-                )
-    table = _table(job.name, rates, config, job.eps, job.alpha)
-    if run:
-        run.say(table)
-    else:
-        print(table, flush=True)
-    return rates
+    return Job(**vars(trained), dataset=dataset, splits=splits)
 
 
 def _data_for(
-    name: str,
-    card: ModelCard,
-    trained: TrainConfig | None,
-    config: EvaluateConfig,
-    load: Callable[..., data.Dataset],
+    trained: Trained, config: MeasureConfig, load: Callable[..., data.Dataset]
 ) -> data.Dataset:
     """Load the data set to measure on, and check that the network fits its images and classes."""
-    dataset_name = config.dataset or (trained.dataset if trained else None)
+    name, card, own = trained.name, trained.card, trained.run.config if trained.run else None
+    dataset_name = config.dataset or (own.dataset if own else None)
     if dataset_name is None:
         raise InputError(f"{name} is a model without its run: say which images with --dataset")
-    data_dir = config.data_dir or (trained.data_dir if trained else None)
+    data_dir = config.data_dir or (own.data_dir if own else None)
     dataset = load(dataset_name, data_dir)
     wanted = (card.in_channels, card.image_size, card.image_size)
     if dataset.test.shape != wanted:
@@ -193,29 +193,84 @@ def _data_for(
         )
     if dataset.classes != card.classes:
         raise InputError(
-            f"{name} tells {_some(card.classes)} apart, "
-            f"but {dataset_name} has {_some(dataset.classes)}: "
+            f"{name} tells {some(card.classes)} apart, "
+            f"but {dataset_name} has {some(dataset.classes)}: "
             f"choose images of its classes with --dataset and --data-dir"
         )
     return dataset
 
 
-def _some(classes: tuple[str, ...]) -> str:
+def some(classes: tuple[str, ...]) -> str:
+    """Write how many classes these are, and the first few."""
     return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})"
 
 
-def _table(
-    name: str, rates: dict[str, Rate], config: EvaluateConfig, eps: float, alpha: float
-) -> str:
+def _measure(job: Job, config: EvaluateConfig) -> dict[str, Rate]:
+    rates: dict[str, Rate] = {}
+    for name, split in job.splits.items():
+        found = _measure_split(job, name, split, config)
+        rates |= {f"{name}/{attack}": rate for attack, rate in found.items()}
+    job.say(_table(job, rates, config))
+    return rates
+
+
+def _measure_split(
+    job: Job, name: str, split: data.Split, config: EvaluateConfig
+) -> dict[str, Rate]:
+    """Measure one split, keep the results as they come, and return {attack: rate}."""
+    device, (eps, alpha) = pick_device(config.device), _radius_and_step(job, config)
+    library = {"autoattack": library_version()} if config.autoattack else {}
+    rates: dict[str, Rate] = {}
+    started = time.monotonic()
+
+    def keep(attack: str, wrong: Tensor, kind: str = "evaluation", **more: Any) -> None:
+        rates[attack] = Rate(int(wrong.sum()), len(split))
+        entry = job.entry(kind, name, attack, rates[attack], config, eps, alpha)
+        versions = library if attack in ("worst", "autoattack") else {}
+        job.keep(entry | more | provenance(device, time.monotonic() - started, **versions))
+
+    found = fooled(
+        job.model, split, config.attacks, eps=eps, alpha=alpha, config=config, worst=config.worst
+    )
+    for attack in ("none",) if config.worst else found:
+        keep(attack, found[attack])
+    union = torch.stack(list(found.values())).any(0)
+    if library:
+        outcome = autoattack(
+            job.model, split, eps=eps, config=config, skip=union if config.worst else None
+        )
+        union |= outcome.fooled
+        if not config.worst:
+            keep(
+                "autoattack", outcome.fooled, "autoattack", precision="fp32", attacks=ATTACKS,
+                errors_after=outcome.errors_after, warnings=outcome.warnings,
+            )  # fmt: skip
+    if config.worst:
+        keep("worst", union, attacks=(*found, *library))
+    return rates
+
+
+def _radius_and_step(job: Job, config: EvaluateConfig) -> tuple[float, float]:
+    return job.settings.eps if config.eps is None else config.eps, job.alpha(config)
+
+
+def _table(job: Job, rates: dict[str, Rate], config: EvaluateConfig) -> str:
     """Write a run's rates as text, a row per split and a column per attack."""
-    titles = [TITLES.get(attack, attack.upper()) for attack in config.attacks]
-    first = max(len(split) for split in config.splits) + 2
-    lines = [
-        f"{name}: error in %, {config.norm} eps {eps:.4g}, alpha {alpha:.4g}",
-        " " * first + "".join(f"{title:>12}" for title in titles) + f"{'images':>10}",
-    ]
-    for split in config.splits:
-        row = [rates[f"{split}/{attack}"] for attack in config.attacks]
-        cells = "".join(f"{rate.percent:12.2f}" for rate in row)
-        lines.append(f"{split:<{first}}{cells}{row[0].n:>10}")
+    attacks = list(dict.fromkeys(key.partition("/")[2] for key in rates))
+    rows = {
+        split: [*(str(rates[f"{split}/{attack}"]) for attack in attacks), str(len(images))]
+        for split, images in job.splits.items()
+    }
+    eps, alpha = _radius_and_step(job, config)
+    heading = f"{job.name}: {UNITS}, {config.norm} eps {eps:.4g}, alpha {alpha:.4g}"
+    return table(heading, [*map(title, attacks), "images"], rows)
+
+
+def table(heading: str, columns: list[str], rows: dict[str, list[str]]) -> str:
+    """Write rows of cells as text under a heading and the columns' titles."""
+    first = max(map(len, rows)) + 2
+    width = max(12, *(len(cell) + 2 for cells in (columns, *rows.values()) for cell in cells))
+    lines = [heading, " " * first + "".join(f"{column:>{width}}" for column in columns)]
+    for row, cells in rows.items():
+        lines.append(f"{row:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)

@@ -1,80 +1,91 @@
-"""Showing: one self-contained HTML page, and a PNG of the curves, for a run or a folder of runs."""
+"""Showing: one self-contained HTML page for a run or a folder of runs, and its figures as files.
 
-import base64
-import html
-import io
-from collections.abc import Iterator
+A section without data is left out. Nothing is loaded from a network, neither by the page nor to
+make it.
+"""
+
+import platform
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+import torch
 
-from fastiat.config import ReportConfig
+from fastiat import __version__, data, figure1, figures, tables
+from fastiat.analyse import read_diagnosis
+from fastiat.charts import Label, Measured, label, norm_pictures, sweeps, tradeoff
+from fastiat.cli import resolve
+from fastiat.config import ReportConfig, TrainConfig
 from fastiat.errors import InputError
-from fastiat.run import CONFIG, METRICS, Run, write
+from fastiat.examples import STEPS, data_uri, examples, grid
+from fastiat.figures import Picture
+from fastiat.page import Safe, element, join, page, section, table, text
+from fastiat.run import CONFIG, METRICS, MODEL, Run, write
 
-PANELS = (
-    (
-        "loss",
-        {"clean_loss": "clean batch", "adv_loss": "adversarial batch"},
-        "training loss (mixed labels)",
-    ),
-    (
-        "error in %",
-        {
-            "train_clean": "training, clean",
-            "train_adv": "training, adversarial",
-            "holdout_error_percent": "held out, attacked",
-            "test_error_percent": "test, clean",
-        },
-        "error (training: mixed and augmented)",
-    ),
-    ("learning rate", {"learning_rate": ""}, "learning rate"),
-)
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 }
-th, td { border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: right }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100% }
-code { background: #f3f3f3; padding: .1rem .3rem }
-"""
+FIGURES = "figures"
+"""Folder of the figures' files, beside the page."""
 
 
 def report(config: ReportConfig) -> Path:
-    """Write the page and, for every run in it, RUN/curves.png; print and return the page's path.
+    """Write the page, figures/*.png and *.svg beside it, and curves and examples in every run.
 
-    Raises `InputError` where there is no run.
+    Prints and returns the page's path. Raises `InputError` where there is no run, or a file that
+    fastiat did not write.
     """
     folder = Path(config.dir)
-    runs = _find(folder)
-    page = Path(config.out) if config.out else folder / "report.html"
-    body = "\n".join([_table(runs), *map(_section, runs)])
-    text = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fastiat: '
-        f"{html.escape(folder.name)}</title><style>{STYLE}</style><h1>fastiat runs</h1>\n"
-        f"{body}\n</html>\n"
-    )
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write(page, text.encode())
-    print(page)
-    return page
+    runs = find(folder)
+    out = Path(config.out) if config.out else folder / "report.html"
+    measured: Measured = {}
+    for run in runs:
+        with _readable(run):
+            measured[run.path] = [_measurement(row) for row in tables.results(run)]
+    files = sorted(folder.glob("table[1-7].json"))
+    comparisons = [tables.read(file) for file in files]
+    labels = label(runs)
+    runs.sort(key=lambda run: (labels[run.path].colour, run.path.name))
+    pictures = [
+        *tradeoff(runs, measured, labels, comparisons),
+        *sweeps(runs, measured, labels, comparisons),
+    ]
+    norms = norm_pictures(runs, labels)
+    load = cache(data.load)
+    parts = [
+        ("Errors", "errors", _errors(runs, measured, labels)),
+        ("Beside the paper", "paper", join(map(_comparison, comparisons))),
+        ("Robustness", "robustness", _show(pictures)),
+        ("Norms of the weights", "norms", _norms(norms)),
+        ("Diagnosis", "diagnosis", join(_diagnosis(run, labels) for run in runs)),
+        ("Examples", "examples", join(_examples(run, load, labels) for run in runs)),
+        ("Runs", "runs", join(_section(run, labels) for run in runs)),
+        ("Environment", "environment", _environment(measured)),
+    ]
+    sections = [
+        (title, name, section(title, name, content))
+        for title, name, content in parts
+        if content.strip()
+    ]
+    lead = f"{len(runs)} run{'s' * (len(runs) != 1)}, errors in % with their 95 % intervals."
+    document = page(f"fastiat: {folder.resolve().name}", lead, sections, f"fastiat {__version__}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for picture in [*pictures, *norms]:
+        picture.save(out.parent / FIGURES)
+    write(out, document.encode())
+    print(out)
+    return out
 
 
-def _section(run: Run) -> str:
-    """Return a run's settings and curves as HTML, and write RUN/curves.png."""
-    parts = [f"<h2>{html.escape(run.path.name)}</h2>", f"<p>{_settings(run)}</p>"]
-    with _readable(run):
-        epochs = [row for row in run.rows() if row.get("kind") == "epoch"]
-        picture = curves(epochs, run.path.name) if epochs else None
-    if picture is None:
-        return "\n".join([*parts, "<p>No epoch is finished yet.</p>"])
-    write(run.path / "curves.png", picture)
-    data = base64.b64encode(picture).decode()
-    parts.append(f'<img alt="curves of the run" src="data:image/png;base64,{data}">')
-    return "\n".join(parts)
+def find(folder: Path) -> list[Run]:
+    """Return the run that a folder is, or those in it; raise `InputError` if there is none."""
+    if (folder / CONFIG).exists():
+        return [Run.open(folder)]
+    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if not found:
+        raise InputError(f"{folder} holds no run: name a run directory or a folder of them")
+    return [Run.open(path) for path in found]
 
 
 @contextmanager
@@ -90,90 +101,246 @@ def _readable(run: Run) -> Iterator[None]:
         ) from None
 
 
-def curves(epochs: list[dict[str, Any]], title: str) -> bytes:
-    """Draw losses, errors and learning rate over the epochs of a run; return a PNG."""
-    rows = [
-        row
-        | {
-            "train_clean": 100 - row["clean_accuracy_percent"],
-            "train_adv": 100 - row["adv_accuracy_percent"],
-        }
-        for row in epochs
-    ]
-    attacked = any(row["adv_loss"] for row in rows)
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    axes = figure.subplots(1, len(PANELS))
-    for axis, (unit, series, name) in zip(axes, PANELS, strict=True):
-        for key, label in series.items():
-            if key not in rows[0] or ("adv" in key and not attacked):
-                continue
-            points = [(row["epoch"], row[key]) for row in rows if key in row]
-            axis.plot(*zip(*points, strict=True), marker=".", label=label)
-        axis.set(xlabel="epoch", ylabel=unit, title=name)
-        axis.grid(alpha=0.3)
-        if any(series.values()):
-            axis.legend()
-    axes[0].set_ylim(bottom=0)
-    axes[1].set_ylim(0, 100)
-    axes[2].set_yscale("log")
-    figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+def _measurement(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of results whose figures are there and are numbers; raise what `_readable`
+    names if they are not."""
+    low, high = map(float, row["interval_95_percent"])
+    eps = row.get("eps")
+    return row | {
+        "n": int(row["n"]),
+        "error_percent": float(row["error_percent"]),
+        "interval_95_percent": (low, high),
+        "split": str(row["split"]),
+        "attack": str(row["attack"]),
+        "eps": None if eps is None else float(eps),
+    }
 
 
-def _find(folder: Path) -> list[Run]:
-    if (folder / CONFIG).exists():
-        return [Run.open(folder)]
-    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-    if not found:
-        raise InputError(f"{folder} holds no run: name a run directory or a folder of them")
-    return [Run.open(path) for path in found]
-
-
-def _settings(run: Run) -> str:
-    config = run.config
-    names = ("dataset", "arch", "width", "adv", "mix", "epochs", "batch_size", "eps", "seed")
-    return ", ".join(
-        f"{name} <code>{html.escape(str(getattr(config, name)))}</code>"
-        for name in names
-        if getattr(config, name) is not None
-    )
-
-
-def _table(runs: list[Run]) -> str:
-    """Return the newest error of every run under every attack, with its 95 % interval."""
-    newest: dict[str, dict[str, str]] = {}
-    for run in runs:
-        with _readable(run):
-            newest[run.path.name] = {
-                _column(row): _cell(row) for row in run.rows() if row.get("kind") == "evaluation"
-            }
+def _errors(
+    runs: Sequence[Run],
+    measured: Measured,
+    labels: dict[Path, Label],
+) -> Safe:
+    """Return the newest error of every run under every attack, sweeps and transfers apart."""
+    newest = {
+        run.path: {_column(row): _cell(row) for row in measured[run.path] if _direct(row)}
+        for run in runs
+    }
     columns = list(dict.fromkeys(column for cells in newest.values() for column in cells))
     if not columns:
-        return "<p>Nothing is evaluated yet: <code>fastiat evaluate RUN</code>.</p>"
-    head = "".join(f"<th>{column}</th>" for column in columns)
-    lines = [f"<table><tr><th>error in % (95 % interval)</th>{head}</tr>"]
-    for name, cells in newest.items():
-        line = "".join(f"<td>{cells.get(column, '')}</td>" for column in columns)
-        lines.append(f"<tr><td>{html.escape(name)}</td>{line}</tr>")
-    return "\n".join([*lines, "</table>"])
+        return element("p", "Nothing is evaluated yet: ", element("code", "fastiat evaluate RUN"))
+    rows = [
+        [_named(path, labels), *(cells.get(column, "") for column in columns)]
+        for path, cells in newest.items()
+    ]
+    return table(["error in %", *columns], rows)
 
 
-def _column(row: dict[str, Any]) -> str:
-    """Name the attack of an evaluation row, whatever is not its default included."""
-    details = f"{row['norm']} eps {row['eps']:.4g}"
-    if row["loss"] != "ce":
-        details += f", {row['loss']} loss"
-    if row["restarts"] != 1:
-        details += f", {row['restarts']} restarts"
-    return f"{html.escape(str(row['split']))}, {html.escape(str(row['attack']))}<br>" + html.escape(
-        details
-    )
+def _named(path: Path, labels: dict[Path, Label]) -> Safe:
+    """Return a run's name, and below it its directory where that is another."""
+    name = labels[path].name
+    return join([name, *([element("small", path.name)] if name != path.name else [])], "")
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _direct(row: dict[str, Any]) -> bool:
+    return row["kind"] not in ("sweep", "transfer")
+
+
+def _column(row: dict[str, Any]) -> Safe:
+    """Name the attack of a row, whatever is not its default included."""
+    details = []
+    if row["eps"] is not None and row["attack"] != "none":
+        details.append(f"{row['norm']} eps {row['eps']:.4g}")
+        if row["loss"] not in ("ce", None):
+            details.append(f"{row['loss']} loss")
+        if row["restarts"] not in (1, None):
+            details.append(f"{row['restarts']} restarts")
+    title = "no attack" if row["attack"] == "none" else row["attack"]
+    return join([f"{row['split']}, {title}", *details], "<br>")
+
+
+def _cell(row: dict[str, Any]) -> Safe:
     low, high = row["interval_95_percent"]
-    return (
-        f"{row['error_percent']:.2f}<br><small>{low:.1f} to {high:.1f}, n {int(row['n'])}</small>"
+    span = element("small", f"{low:.1f} to {high:.1f}, n {row['n']}")
+    return join([f"{row['error_percent']:.2f}", span], "")
+
+
+def _comparison(of: tables.Comparison) -> Safe:
+    """Return a table as the paper has it: a row for each training, a column for each attack."""
+    columns = list(dict.fromkeys(line.measure for line in of.lines))
+    rows: dict[str, dict[str, Safe]] = {}
+    for line in of.lines:
+        rows.setdefault(line.row, {})[line.measure] = _beside(line)
+    cells = [[row, *(of_row.get(column, "") for column in columns)] for row, of_row in rows.items()]
+    return join(
+        [
+            element("h3", of.title),
+            element("p", of.caption, kind="note"),
+            table(["ours, the paper's below", *columns], cells),
+            element("pre", of.command),
+        ]
     )
+
+
+def _beside(line: tables.Line) -> Safe:
+    theirs = f"paper {line.paper:.2f}"
+    if line.difference is None:
+        return join(["not measured", element("small", theirs)], "")
+    return join(
+        [
+            f"{line.ours:.2f}",
+            element("small", f"{line.low:.2f} to {line.high:.2f}"),
+            element("small", f"{theirs} ({line.difference:+.2f})"),
+        ],
+        "",
+    )
+
+
+def _show(pictures: Sequence[Picture], kind: str = "figures large") -> Safe:
+    drawn = [element("figure", Safe(picture.inline(picture.name))) for picture in pictures]
+    return element("div", *drawn, kind=kind) if drawn else Safe("")
+
+
+def _norms(pictures: Sequence[Picture]) -> Safe:
+    if not pictures:
+        return Safe("")
+    note = (
+        "Convolutions count as matrices of (out, in x kernel height x kernel width). "
+        f"{figure1.PAPER}. Bars are means over seeds, their lines reach from the lowest to the "
+        "highest."
+    )
+    shown = [
+        element("div", element("figure", Safe(one.inline(one.name))), kind="wide norms")
+        for one in pictures
+    ]
+    return join([element("p", note, kind="note"), *shown])
+
+
+def _diagnosis(run: Run, labels: dict[Path, Label]) -> Safe:
+    """Return what `fastiat diagnose` found for a run."""
+    rows = [
+        [
+            finding.check,
+            element("span", finding.verdict, kind=finding.verdict.split()[0]),
+            finding.sentence,
+            join(
+                [
+                    f"{name.replace('_', ' ')}: {_figure(value)}"
+                    for name, value in finding.figures.items()
+                ],
+                "<br>",
+            ),
+        ]
+        for finding in read_diagnosis(run.path)
+    ]
+    if not rows:
+        return Safe("")
+    head = ["check for masked gradients", "", "what it means", "figures"]
+    return join([element("h3", _named(run.path, labels)), table(head, rows, kind="text")])
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_figure, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _examples(run: Run, load: Any, labels: dict[Path, Label]) -> Safe:
+    """Return a grid of images, attacked and not, and write RUN/examples.png and .svg."""
+    found = examples(run, load)
+    if not found:
+        return Safe("")
+    eps = run.config.eps
+    attack = f"PGD-{STEPS}, eps {eps:.4g}"
+    grid(found, f"{run.path.name}: {attack}, difference x {0.5 / eps:.3g}").save(run.path)
+    cards = [
+        element(
+            "figure",
+            *(
+                Safe(f'<img alt="{text(title)}" src="{data_uri(picture)}">')
+                for title, picture in zip(
+                    ("image", "attacked image", "difference"), example.pictures, strict=True
+                )
+            ),
+            element(
+                "figcaption",
+                element("b", example.truth),
+                f": {example.clean} \u2192 {example.attacked}",
+            ),
+        )
+        for example in found
+    ]
+    note = (
+        f"Image, attacked image ({attack}) and their difference enlarged {0.5 / eps:.3g} times; "
+        f"the true class: what the network says without \u2192 with the attack."
+    )
+    return join(
+        [
+            element("h3", _named(run.path, labels)),
+            element("p", note, kind="note"),
+            element("div", *cards, kind="cards"),
+        ]
+    )
+
+
+def _section(run: Run, labels: dict[Path, Label]) -> Safe:
+    """Return a run's settings, command and curves, and write RUN/curves.png and .svg."""
+    config = run.config
+    start = resolve(TrainConfig, {"preset": config.preset, "dataset": config.dataset})
+    command = tables.command_of("train", config, start)
+    if config.preset != "paper":
+        command += f" --preset {config.preset}"
+    if config.dataset != TrainConfig.dataset:
+        command += f" --dataset {config.dataset}"
+    parts = [
+        element("h3", _named(run.path, labels)),
+        element("p", _settings(run)),
+        element("pre", f"{command} --out {run.path}"),
+    ]
+    with _readable(run):
+        epochs = [row for row in run.rows() if row.get("kind") == "epoch"]
+        drawn = figures.curves(epochs, run.path.name) if epochs else None
+    if drawn is None:
+        return join([*parts, element("p", "No epoch is finished yet.")])
+    together, alone = drawn
+    together.save(run.path)
+    last = epochs[-1]
+    if (run.path / MODEL).exists() and "images_per_second" in last:
+        speed = f"{last['epoch']} epochs, {last['images_per_second']} images a second in the last."
+        parts.append(element("p", speed, kind="note"))
+    prefix = f"{run.path.name}-"
+    shown = [element("figure", Safe(one.inline(_identifier(prefix + one.name)))) for one in alone]
+    return join([*parts, element("div", *shown, kind="figures")])
+
+
+def _identifier(name: str) -> str:
+    """Return a name as characters that an id may have; different names stay different."""
+    return "".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}_" for c in name)
+
+
+def _settings(run: Run) -> Safe:
+    names = ("dataset", "arch", "width", "adv", "mix", "epochs", "batch_size", "eps", "seed")
+    values = {name: getattr(run.config, name) for name in names}
+    return join(
+        (
+            join([name, element("code", value)], " ")
+            for name, value in values.items()
+            if value is not None
+        ),
+        ", ",
+    )
+
+
+def _environment(measured: Measured) -> Safe:
+    """Return what made the page, and what made the measurements where they say so."""
+    used: Counter[str] = Counter()
+    for row in (row for rows in measured.values() for row in rows):
+        versions, device = row.get("versions"), row.get("device")
+        if isinstance(versions, dict):
+            names = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+            used[f"{names}; {device}"] += 1
+    rows = [[f"{count} measurements", how] for how, count in used.most_common()]
+    here = f"fastiat {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
+    rows.append(["this page", f"{here}; {platform.platform()}"])
+    rows.append(["written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")])
+    return table(["", ""], rows, kind="text")

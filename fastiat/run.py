@@ -139,7 +139,7 @@ class Run:
         """
 
         def before(row: dict[str, Any]) -> bool:
-            if row.get("kind") == "evaluation":
+            if row.get("kind") not in ("step", "epoch"):
                 return True
             name, last = ("epoch", epoch) if row.get("kind") == "epoch" else ("step", step)
             return isinstance(row.get(name), int) and row[name] <= last

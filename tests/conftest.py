@@ -103,6 +103,16 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that tells digits apart, most of the time; not to be written to."""
+    out = tmp_path_factory.mktemp("runs") / "good"
+    network = ("--arch", "preact18", "--width", "6", "--adv", "none", "--mix", "none")
+    flags = (*network, "--lr", "0.1", "--schedule", "cosine", "--pad", "0", "--epochs", "4")
+    assert cli.main(["train", *SMALL, *flags, "--out", str(out)]) == 0
+    return out
+
+
 @pytest.fixture
 def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run the command, check that it ends with status 2 and one line on stderr; return that."""

@@ -22,16 +22,6 @@ CPU = ("--device", "cpu", "--precision", "fp32")
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory, small) -> Path:
-    """A run that tells digits apart, most of the time."""
-    out = tmp_path_factory.mktemp("runs") / "good"
-    network = ("--arch", "preact18", "--width", "6", "--adv", "none", "--mix", "none")
-    flags = (*network, "--lr", "0.1", "--schedule", "cosine", "--pad", "0", "--epochs", "4")
-    assert cli.main(["train", *small, *flags, "--out", str(out)]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
 def test_set() -> tuple[torch.Tensor, torch.Tensor]:
     split = data.load("digits").test
     return split.images.permute(0, 3, 1, 2) / 255, split.labels
@@ -97,7 +87,7 @@ def test_several_runs_splits_and_a_limit_make_a_table_and_rows_with_units(
             assert (row["kind"], row["n"], row["eps"]) == ("evaluation", 50, 8 / 255)
             assert row["error_percent"] == 100 * row["errors"] / 50
             assert (row["alpha"], row["norm"], row["restarts"]) == (0.0075, "linf", 1)
-        shown = [f"{row['error_percent']:.2f}" for row in new[:2]]
+        shown = [str(Rate(row["errors"], 50)) for row in new[:2]]
         assert lines[index].split()[1:] == [*shown, "50"]
 
 

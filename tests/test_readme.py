@@ -41,7 +41,10 @@ def test_every_command_line_parses():
     lines = "\n".join(_blocks("console")).splitlines()
     commands = [line.removeprefix("$ ").split("#")[0].split() for line in lines]
     commands = [words[1:] for words in commands if words and words[0] == "fastiat"]
-    assert {words[0] for words in commands} == {"train", "evaluate", "report"}
+    assert {words[0] for words in commands} == {
+        *("train", "evaluate", "sweep", "transfer", "diagnose", "norms"),
+        *("reproduce", "report"),
+    }
     for words in commands:
         if "--resume" in words:
             with pytest.raises(InputError, match="holds no run"):

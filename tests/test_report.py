@@ -1,60 +1,117 @@
-"""The page about runs: what it shows, and what it refuses to read."""
+"""The page about runs: what it shows, what it leaves out, and what it refuses to read."""
 
-import base64
 import html.parser
 import io
 import json
 import re
 import shutil
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from fastiat import cli
+from fastiat import cli, figures, page, tables
+from fastiat.analyse import Finding, write_diagnosis
+from fastiat.figures import COLOURS, Series
 from fastiat.run import METRICS, Run
 
+VOID = {"meta", "img", "br"}
 
-class Links(html.parser.HTMLParser):
-    """Collects what a page would load."""
 
-    def __init__(self) -> None:
+class Page(html.parser.HTMLParser):
+    """Checks that elements nest, and collects what a page would load, its ids and its text."""
+
+    def __init__(self, file: Path) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.source = file.read_text()
+        self.feed(self.source)
+        self.close()
+        assert not self.open
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attributes):
-        self.found += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+        self._note(attributes)
+
+    def handle_startendtag(self, tag, attributes):
+        self._note(attributes)
+
+    def _note(self, attributes):
+        assert len(dict(attributes)) == len(attributes)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+        self.ids += [value for name, value in attributes if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+
+@pytest.fixture
+def folder(run, tmp_path) -> Path:
+    """A folder with names that need escaping, holding two runs and a table."""
+    folder = tmp_path / "<runs>"
+    for name in ("one", "two & <b>more $x$"):
+        shutil.copytree(run, folder / name)
+    line = tables.Line("Row <i>", "No attack, test", 5.0, 7.5, 6.0, 9.0, 3, 40)
+    cited = tables.Line("Cited", "No attack, test", 4.8)
+    tables.Comparison("table3", "A & B", "Scaled: <all>.", "fastiat x", (line, cited)).write(folder)
+    return folder
 
 
 def test_the_page_shows_errors_settings_and_curves_and_loads_nothing(run, capsys):
     assert cli.main(["report", str(run)]) == 0
-    page = run / "report.html"
-    assert capsys.readouterr().out == f"{page}\n"
-    text = page.read_text()
-    links = Links()
-    links.feed(text)
-    (picture,) = links.found
-    content = base64.b64decode(picture.removeprefix("data:image/png;base64,"))
-    assert content == (run / "curves.png").read_bytes()
-    assert Image.open(io.BytesIO(content)).size[0] > 600
+    file = run / "report.html"
+    assert capsys.readouterr().out == f"{file}\n"
+    shown = Page(file)
     for row in Run.open(run).rows():
         if row["kind"] == "evaluation":
             low, high = row["interval_95_percent"]
-            figure = f"{row['error_percent']:.2f}<br><small>{low:.1f} to {high:.1f}, n 40"
-            assert figure in text and f"test, {row['attack']}" in text
-    assert "arch <code>mlp6</code>" in text
+            name = "no attack" if row["attack"] == "none" else row["attack"]
+            assert f"test, {name}" in shown.text
+            assert f"{row['error_percent']:.2f} {low:.1f} to {high:.1f}, n 40" in shown.text
+    assert "arch mlp6" in shown.text and "fastiat train --arch mlp6 --width 16" in shown.text
+    assert "training loss" in shown.text and "Examples" in shown.text
+    picture = Image.open(io.BytesIO((run / "curves.png").read_bytes()))
+    assert picture.size[0] > 600
+    assert {file.name for file in (run / "figures").iterdir()} == {"tradeoff.png", "tradeoff.svg"}
 
 
-def test_a_folder_of_runs_makes_one_table(run, tmp_path):
-    folder = tmp_path / "<runs>"
-    for name in ("one", "two & more"):
-        shutil.copytree(run, folder / name)
+def test_the_page_is_well_formed_escaped_and_refers_to_nothing_outside(folder):
+    assert cli.main(["report", str(folder)]) == 0
+    shown = Page(folder / "report.html")
+    assert "http" not in shown.source and "//" not in re.sub(r"data:[^\"]*", "", shown.source)
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in shown.links)
+    assert {link[1:] for link in shown.links if link.startswith("#")} <= set(shown.ids)
+    assert len(set(shown.ids)) == len(shown.ids)
+    assert "<b>more" not in shown.source and "<i>" not in shown.source
+    assert "two & <b>more $x$" in shown.text and "fastiat: <runs>" in shown.text
+    assert "Row <i>" in shown.text and "Scaled: <all>." in shown.text
+
+
+def test_a_comparison_shows_ours_the_papers_and_the_difference(folder):
+    assert cli.main(["report", str(folder)]) == 0
+    text = Page(folder / "report.html").text
+    assert "7.50 6.00 to 9.00 paper 5.00 (+2.50)" in text
+    assert "Cited not measured paper 4.80" in text and "fastiat x" in text
+
+
+def test_the_page_goes_where_it_is_sent_with_its_figures(folder, tmp_path):
     out = tmp_path / "new" / "page.html"
     assert cli.main(["report", str(folder), "--out", str(out)]) == 0
-    text = out.read_text()
-    assert re.findall("<h2>(.*)</h2>", text) == ["one", "two &amp; more"]
-    assert "<title>fastiat: &lt;runs&gt;" in text
-    assert len(re.findall("<tr>", text)) == 3
+    assert (out.parent / "figures" / "tradeoff.png").exists()
+    assert not (folder / "report.html").exists()
 
 
 def test_measurements_that_differ_in_the_attack_do_not_hide_each_other(run):
@@ -70,11 +127,67 @@ def test_measurements_that_differ_in_the_attack_do_not_hide_each_other(run):
     assert "l2 eps 0.03" in text and "margin loss" in text and "9 restarts" in text
 
 
-def test_a_run_without_an_epoch_or_an_evaluation_says_so(run):
-    (run / METRICS).unlink()
+def test_sections_without_data_are_left_out(run):
+    for name in (METRICS, "evaluation.json", "model.safetensors"):
+        (run / name).unlink()
     assert cli.main(["report", str(run)]) == 0
-    text = (run / "report.html").read_text()
-    assert "No epoch is finished yet" in text and "Nothing is evaluated yet" in text
+    shown = Page(run / "report.html")
+    assert "No epoch is finished yet" in shown.text and "Nothing is evaluated yet" in shown.text
+    assert [name for name in shown.ids if len(name) > 2] == ["errors", "runs", "environment"]
+
+
+def test_sweeps_norms_and_a_diagnosis_have_their_sections(run):
+    common = {"split": "test", "n": 100, "errors": 50, "norm": "linf", "loss": "ce", "restarts": 1}
+    opened = Run.open(run)
+    for eps in (0.01, 0.02, 0.05):
+        span = {"error_percent": 1000 * eps, "interval_95_percent": [0.0, 100.0]}
+        opened.log("evaluation", attack="pgd-20", eps=eps, **common, **span)
+    for steps in (5, 50):
+        span = {"error_percent": 20.0, "interval_95_percent": [0.0, 100.0]}
+        opened.log("evaluation", attack=f"pgd-{steps}", eps=0.02, **common, **span)
+    assert cli.main(["norms", str(run)]) == 0
+    finding = Finding("more steps", "fail", {"error_percent": [1.5, 2.0]}, "It <breaks>.")
+    write_diagnosis(run, [finding])
+    assert cli.main(["report", str(run)]) == 0
+    shown = Page(run / "report.html")
+    assert {"robustness", "norms", "diagnosis", "examples"} <= set(shown.ids)
+    assert "more steps fail It <breaks>. error percent: 1.5, 2" in shown.text
+    names = {file.stem for file in (run / "figures").glob("*.svg")}
+    assert names == {"tradeoff", "by-eps", "by-steps", "norms-frobenius", "norms-spectral"}
+    # In the order of steps: 5, 20 and 50 at eps 0.02.
+    assert "eps 0.02, by PGD steps" in shown.text
+
+
+def test_a_figure_of_the_page_takes_its_colours_from_the_theme():
+    series = [
+        Series("a & b", [(1.0, 2.0), (2.0, 3.0)], 1),
+        Series("c", [(1.0, 5.0)], 2, paper=True),
+    ]
+    picture = figures.lines("name", "a <title>", series, "x")
+    root = ET.fromstring(picture.svg)
+    assert root.tag.endswith("svg") and Image.open(io.BytesIO(picture.png)).size[0] > 500
+    inline = picture.inline("p")
+    assert not re.search(r"#[0-9a-f]{6}\b", inline)
+    assert "var(--c1)" in inline and "var(--ink)" in inline and "a &lt;title&gt;" in inline
+    assert "fill: #ff" not in inline and "http" not in inline
+    for theme in range(2):
+        for name, colours in COLOURS.items():
+            assert f"--{name}: {colours[theme]}" in page.STYLE
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_every_colour_stands_out_from_the_page(theme):
+    def luminance(colour):
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+        return sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    paper = luminance(COLOURS["page"][theme])
+    for name, colours in COLOURS.items():
+        if name not in ("page", "rule"):
+            dark, light = sorted((paper, luminance(colours[theme])))
+            # WCAG 2's contrast ratio for text.
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, name
 
 
 @pytest.mark.parametrize(
@@ -91,3 +204,10 @@ def test_a_row_of_another_program_is_refused_by_name(complaint, run: Path, row):
         file.write(json.dumps(row) + "\n")
     assert str(run / METRICS) in complaint("report", run)
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"lines": [{"row": 1}]}', "[" * 5000])
+def test_a_table_of_another_program_is_refused_by_name(complaint, run, content):
+    file = run / "table1.json"
+    file.write_text(content)
+    assert f"{file} is not a table of fastiat" in complaint("report", run)

@@ -1,0 +1,123 @@
+"""How long trainings and measurements would take here, told from a few of their steps."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastiat import data
+from fastiat.attack import pgd
+from fastiat.config import TrainConfig, steps_of
+from fastiat.models import to_pixels
+from fastiat.trainer import Trainer
+
+LONG_ENOUGH = 0.5
+"""Seconds that a measurement must take to be trusted."""
+
+# So that a dry run asks for no download.
+_KNOWN = {
+    "cifar10": (50_000, 10_000, 32, 3),
+    "svhn": (73_257, 26_032, 32, 3),
+    "fashion-mnist": (60_000, 10_000, 28, 1),
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a time depends on in a data set: how many images of what size, in how many classes."""
+
+    train: int
+    test: int
+    size: int
+    channels: int
+    classes: int
+
+    def noise(self, n: int) -> data.Dataset:
+        """Return a data set of this kind, two splits of `n` images of noise."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (n, self.size, self.size, self.channels)
+        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        labels = torch.arange(n) % self.classes
+        split = data.Split(images, labels)
+        names = tuple(map(str, range(self.classes)))
+        return data.Dataset("noise", names, split, split, flip=True)
+
+
+def images_of(name: str, data_dir: str | None) -> Images:
+    """Return what a data set holds; only "digits" and "folder" are read for that.
+
+    Raises `InputError` as `fastiat.data.load` does.
+    """
+    if name in _KNOWN:
+        return Images(*_KNOWN[name], classes=10)
+    dataset = data.load(name, data_dir)
+    channels, size, _ = dataset.train.shape
+    return Images(len(dataset.train), len(dataset.test), size, channels, len(dataset.classes))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds for one image of a kind of training."""
+
+    update: float
+    """Of an update: the clean pass, the attack, the adversarial pass."""
+    forward: float
+    """Of a pass that judges."""
+    step: float
+    """Of a PGD step that measures."""
+
+    def training(self, config: TrainConfig, images: Images, done: int) -> float:
+        """Return the seconds of the updates after the first `done`, and of the tests between."""
+        per_epoch = images.train // config.batch_size
+        tested = min(images.test, config.eval_limit or images.test)
+        updates = max(config.epochs * per_epoch - done, 0)
+        tests = config.epochs - done // per_epoch
+        return updates * config.batch_size * self.update + tests * tested * self.forward
+
+    def measuring(self, measurements: Iterable[tuple[str, int]]) -> float:
+        """Return the seconds of measurements (attack, images)."""
+        return sum(n * (self.forward + steps_of(attack) * self.step) for attack, n in measurements)
+
+
+def speed(config: TrainConfig, images: Images) -> Speed:
+    """Measure a kind of training on a batch, or on as much of one as takes long enough."""
+    for n in _sizes(config.batch_size):
+        trainer = Trainer(replace(config, batch_size=n, holdout=0), images.noise(n))
+        ((pixels, y),) = trainer.loader
+        update = _seconds(lambda t=trainer, x=pixels, y=y: t.update(x, y), trainer.device)  # type: ignore[misc]
+        if update > LONG_ENOUGH:
+            break
+    model, x = trainer.model.eval(), to_pixels(pixels)
+
+    def judge() -> None:
+        with torch.no_grad(), trainer.precision():
+            model(x)
+
+    def step() -> None:
+        with trainer.precision():
+            pgd(model, x, y, eps=config.eps, alpha=config.alpha, steps=2)
+
+    forward, steps = _seconds(judge, trainer.device), _seconds(step, trainer.device)
+    return Speed(update / n, forward / n, steps / 2 / n)
+
+
+def _sizes(batch: int) -> Iterator[int]:
+    """Yield batch sizes from a few images up to the whole batch."""
+    n = min(4, batch)
+    while n < batch:
+        yield n
+        n *= 4
+    yield batch
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a call, the first one, which warms up, apart."""
+    call()
+    started, calls = time.monotonic(), 0
+    while calls < 3 and time.monotonic() - started < LONG_ENOUGH:
+        call()
+        calls += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return (time.monotonic() - started) / calls

@@ -1,0 +1,195 @@
+"""Reproducing: a table of the paper from its trainings to the comparison, as far as it is missing.
+
+Every training is a run directory under --out, named as `fastiat train` names it
+(`run.default_out`): DATASET-ARCH-ADV-MIX-sSEED. So Tables 3, 5, 6 and 7 share theirs, and a run
+that was trained elsewhere with the same settings counts once it is there under that name.
+"""
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastiat import figure1
+from fastiat.analyse import weight_norms, write_norms
+from fastiat.config import (
+    EvaluateConfig,
+    ReportConfig,
+    ReproduceConfig,
+    SweepConfig,
+    TransferConfig,
+    steps_of,
+)
+from fastiat.errors import InputError
+from fastiat.estimate import Speed, speed
+from fastiat.evaluate import evaluate
+from fastiat.paper import ROWS, TRAINED, Cell
+from fastiat.plan import Job, Plan
+from fastiat.progress import duration
+from fastiat.report import report
+from fastiat.run import CONFIG, LOG, METRICS, STATE, Run, load
+from fastiat.sweep import sweep
+from fastiat.train import Interrupted, train
+from fastiat.transfer import transfer
+
+
+def reproduce(config: ReproduceConfig) -> None:
+    """Train and measure what is missing, write the comparison and the report, and print the table.
+
+    Raises `InputError` before anything is written for settings, data or runs that do not fit, and
+    `Interrupted` when a signal ends it; the same command goes on from there.
+    """
+    plan = Plan(config)
+    if config.dry_run:
+        print(listing(plan))
+        return
+    try:
+        _work(plan)
+    except (Interrupted, KeyboardInterrupt) as error:
+        number = getattr(error, "signum", int(signal.SIGINT))
+        raise Interrupted(number, f"stopped; go on with: {plan.command()}") from None
+    report(ReportConfig(dir=config.out))
+
+
+def _work(plan: Plan) -> None:
+    for number, job in enumerate(plan.jobs, 1):
+        what = "trained already" if job.finished else "training"
+        place = f"{plan.config.target}, {number} of {len(plan.jobs)}"
+        print(f"{place}: {job.title}, {what}: {job.path}", flush=True)
+        _train(job)
+        if not plan.figure:
+            _measure(plan, job)
+            plan.comparison().write(plan.out)
+    if plan.figure:
+        print(_figure(plan), flush=True)
+        return
+    _transfer(plan)
+    comparison = plan.comparison()
+    comparison.write(plan.out)
+    print(comparison.markdown(), flush=True)
+
+
+def _train(job: Job) -> None:
+    """Train what a job lacks, from its checkpoint where it has one."""
+    if job.finished:
+        return
+    if (job.path / STATE).exists():
+        own = Run.open(job.path).config
+        data_dir = job.config.data_dir or own.data_dir
+        train(replace(own, out=job.config.out, data_dir=data_dir, resume=True))
+        return
+    # Killed before its first checkpoint: nothing in it is worth keeping.
+    for name in (CONFIG, METRICS, LOG, "events.out.tfevents.*"):
+        for file in job.path.glob(name):
+            file.unlink()
+    train(job.config)
+
+
+def _measure(plan: Plan, job: Job) -> None:
+    """Measure the white-box errors of a run that are missing; Table 5's come with the others."""
+    how: Any = {
+        "runs": (str(job.path),),
+        "limit": plan.config.limit,
+        "data_dir": plan.config.data_dir,
+        "device": plan.config.device,
+        "precision": plan.config.precision,
+    }
+    missing = plan.missing(job)
+    if not missing or plan.config.target == "table5":
+        return
+    if plan.config.target in ("table6", "table7"):
+        eps = tuple(dict.fromkeys(cell.eps for cell in missing))
+        steps = tuple(dict.fromkeys(steps_of(cell.attack) for cell in missing))
+        sweep(SweepConfig(**how, eps=eps, steps=steps))
+    else:
+        for split in plan.splits:
+            attacks = tuple(cell.attack for cell in missing if cell.split == split)
+            if attacks:
+                evaluate(EvaluateConfig(**how, splits=(split,), attacks=attacks))
+    _check_kept(plan, job)
+
+
+def _transfer(plan: Plan) -> None:
+    """Measure what is missing of Table 5, the runs of one seed at a time."""
+    for seed in plan.seeds if plan.config.target == "table5" else ():
+        jobs = [job for job in plan.jobs if job.config.seed == seed]
+        missing = {cell.eps: cell for job in jobs for cell in plan.missing(job)}
+        if missing:
+            transfer(
+                TransferConfig(
+                    runs=tuple(str(job.path) for job in jobs),
+                    eps=tuple(sorted(missing)),
+                    limit=plan.config.limit,
+                    data_dir=plan.config.data_dir,
+                    device=plan.config.device,
+                    precision=plan.config.precision,
+                )
+            )
+        for job in jobs:
+            _check_kept(plan, job)
+
+
+def _check_kept(plan: Plan, job: Job) -> None:
+    if plan.missing(job):
+        raise InputError(f"{job.path} does not keep what is measured: check its permissions")
+
+
+def _figure(plan: Plan) -> str:
+    """Take the norms of every run, keep them, and write Figure 1; return it as Markdown."""
+    found = {str(job.path): weight_norms(load(job.path)) for job in plan.jobs}
+    for path, layers in found.items():
+        write_norms(Path(path), layers)
+    rows = dict.fromkeys(job.row for job in plan.jobs)
+    titles = {row: ROWS[row].title for row in rows}
+    trainings = {
+        title: figure1.over_seeds([found[str(job.path)] for job in plan.jobs if job.row == row])
+        for row, title in titles.items()
+    }
+    colours = {title: TRAINED.index(row) for row, title in titles.items()}
+    drawn = figure1.pictures(trainings, colours, "figure1")
+    caption = f"{plan.caption()} Made by `{plan.command()}`."
+    return figure1.save(plan.out, trainings, drawn, caption)
+
+
+def listing(plan: Plan) -> str:
+    """Return the runs, how far they are, and the time that the rest would take on this machine."""
+    speeds: dict[tuple[str, str], Speed] = {}
+    per_epoch = plan.images.train // plan.used.batch_size
+    lines, total = [], 0.0
+    for job in plan.jobs:
+        missing, seconds, what = plan.missing(job), 0.0, "done"
+        kind = job.config.adv, job.config.mix
+        if missing:
+            what = f"trained, to measure {len(missing)} figures"
+        if not job.finished:
+            done = f"resume after epoch {job.step // per_epoch}" if job.step else "train"
+            what = f"to {done}, {job.config.epochs} epochs"
+        if missing or not job.finished:
+            if kind not in speeds:
+                speeds[kind] = speed(job.config, plan.images)
+            seconds = speeds[kind].measuring(_passes(plan, missing))
+        if not job.finished:
+            seconds += speeds[kind].training(job.config, plan.images, job.step)
+        total += seconds
+        lines.append((str(job.path), job.title, what, duration(seconds)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    scale = "" if plan.figure else f" ({plan.comparison().caption})"
+    rows.append(f"in all about {duration(total)}{scale}; nothing was trained or written")
+    return "\n".join(rows)
+
+
+def _passes(plan: Plan, cells: list[Cell]) -> list[tuple[str, int]]:
+    """Return the attacks to run, and on how many images, to measure these cells.
+
+    PGD with fewer steps comes along with the longest at the same eps.
+    """
+    longest: dict[tuple[object, ...], str] = {}
+    for cell in cells:
+        key = cell.split, cell.source, cell.eps, cell.attack.startswith("pgd") or cell.attack
+        if key not in longest or steps_of(longest[key]) < steps_of(cell.attack):
+            longest[key] = cell.attack
+    return [(attack, plan.count(str(key[0]))) for key, attack in longest.items()]

@@ -1,0 +1,214 @@
+"""The figures of a run: error rates with their interval, kept in its evaluation.json.
+
+The file is a JSON list of entries, objects with these fields; a field that has no meaning for an
+entry's attack is null.
+
+    kind                 "evaluation", "sweep", "transfer" or "autoattack": the command's part
+    dataset, split       the images: the data set's name, "test" or "train"
+    attack               "none", "fgsm", "pgd-K", "autoattack", or "worst", of several
+    attacks              "worst": those, "none" first; "autoattack": its four
+    eps, alpha           radius and step, in pixels of 0 to 1
+    steps                gradient steps: fgsm 1, pgd-K K
+    norm, loss           "linf" or "l2"; "ce" or "margin"
+    restarts             random starts of PGD, of which each image keeps the worst
+    random_start         whether PGD starts at a random point of the ball
+    precision            arithmetic that crafts, "bf16" or "fp32"; judged in fp32 always
+    seed                 of the random starts, and of the draw of `n` images where there are more
+    batch_size           images attacked at a time, on which the random starts depend
+    source, source_model "transfer": the attacking run's directory name, and its `model`
+    model                fingerprint of the measured weights, see `fingerprint`
+    n                    images
+    errors               how many of them are misclassified
+    error_percent        100 * errors / n
+    interval_95_percent  [low, high], Wilson's
+    errors_after         "autoattack": {attack: errors after it and those before it}, "none" first
+    warnings             "autoattack": what the library found suspicious
+    device               what crafted and judged
+    versions             {"fastiat", "torch", "autoattack": "name version", where it was used}
+    seconds              of the pass that gave this figure, and others of the same pass
+    time                 when it was written, ISO 8601 in UTC
+
+Entries with the same settings replace each other, the newest last: those fields down to `n` are
+an entry's identity. Entries of weights that the run no longer has are dropped.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastiat import __version__
+from fastiat.errors import InputError
+from fastiat.run import MODEL, write
+
+EVALUATION = "evaluation.json"
+KINDS = ("evaluation", "sweep", "transfer", "autoattack")
+IDENTITY: tuple[str, ...] = (
+    *("kind", "dataset", "split", "attack", "attacks", "eps", "alpha", "steps", "norm", "loss"),
+    *("restarts", "random_start", "precision", "seed", "batch_size"),
+    *("source", "source_model", "model", "n"),
+)
+"""The fields that tell entries apart."""
+PGD = ("alpha", "steps", "restarts", "random_start")
+MEANINGLESS: dict[str, tuple[str, ...]] = {
+    "none": ("eps", "norm", "loss", "precision", *PGD),
+    "fgsm": ("alpha", "restarts", "random_start"),
+    "autoattack": ("loss", *PGD),
+}
+"""The fields that are null for an attack."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """An error rate measured on `n` images."""
+
+    errors: int
+    n: int
+
+    @property
+    def percent(self) -> float:
+        """The rate in percent."""
+        return 100 * self.errors / self.n
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % confidence interval in percent (Wilson 1927)."""
+        z, n, p = 1.959964, self.n, self.errors / self.n
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return 100 * max(middle - half, 0), 100 * min(middle + half, 1)
+
+    def __str__(self) -> str:
+        """Write the percentage and how far its interval reaches."""
+        return f"{self.percent:.2f}±{max(abs(end - self.percent) for end in self.interval()):.2f}"
+
+
+def read_results(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the entries of a run's evaluation.json, oldest first; [] if there are none.
+
+    This module's docstring lists their fields. What was measured on weights that the run no longer
+    has is left out. Raises `InputError` for a file that fastiat did not write.
+    """
+    model = Path(run_dir) / MODEL
+    if not model.is_file():
+        return []
+    mark = fingerprint(model)
+    return [entry for entry in _read(Path(run_dir) / EVALUATION) if entry["model"] == mark]
+
+
+def add_results(run_dir: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Add entries to a run's evaluation.json, in place of those with the same identity.
+
+    The fields that have no meaning for an entry's attack become null, and "time" is set.
+    """
+    now = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+    new = [
+        dict.fromkeys(IDENTITY) | entry | dict.fromkeys(MEANINGLESS.get(entry["attack"], ())) | now
+        for entry in entries
+    ]
+    with _locked(run_dir):
+        kept = {_identity(entry): entry for entry in read_results(run_dir)}
+        for entry in new:
+            kept.pop(_identity(entry), None)
+            kept[_identity(entry)] = entry
+        # An entry a line: diffs and eyes can follow.
+        lines = ",\n".join(json.dumps(entry) for entry in kept.values())
+        write(run_dir / EVALUATION, f"[\n{lines}\n]\n".encode())
+
+
+def figures(rate: Rate) -> dict[str, Any]:
+    """Return a rate as the fields of an entry."""
+    return {
+        "n": rate.n,
+        "errors": rate.errors,
+        "error_percent": round(rate.percent, 4),
+        "interval_95_percent": [round(end, 4) for end in rate.interval()],
+    }
+
+
+def provenance(device: torch.device, seconds: float, **versions: str) -> dict[str, Any]:
+    """Return where, with what and in what time a figure was measured, as the fields of an entry."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    return {
+        "device": f"{device.type} ({name})",
+        "versions": {"fastiat": __version__, "torch": torch.__version__, **versions},
+        "seconds": round(seconds, 3),
+    }
+
+
+def fingerprint(model: Path) -> str:
+    """Return 16 hex digits of a SHA-256 over the weights in a model.safetensors.
+
+    The header is left out: its order of metadata differs from save to save.
+    """
+    stat = model.stat()
+    return _fingerprint(model, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(model: Path, *_: int) -> str:
+    with open(model, "rb") as file:
+        file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@cache
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _identity(entry: dict[str, Any]) -> str:
+    return json.dumps([entry.get(name) for name in IDENTITY])
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(file.read_text())
+    except FileNotFoundError:
+        return []
+    except (ValueError, RecursionError):
+        raise InputError(
+            f"{file} is damaged: it is not JSON; remove it and measure again"
+        ) from None
+    if not (isinstance(entries, list) and all(map(_is_entry, entries))):
+        raise InputError(f"{file} was not written by fastiat: remove it and measure again")
+    return entries
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this has what a reader must rely on."""
+    if not isinstance(entry, dict) or not set(IDENTITY) <= entry.keys():
+        return False
+    interval = entry.get("interval_95_percent")
+    numbers = [entry.get(name) for name in ("n", "errors", "error_percent")]
+    numbers += interval if isinstance(interval, list) and len(interval) == 2 else [None]
+    texts = [entry[name] for name in ("dataset", "split", "attack", "model")]
+    return (
+        entry["kind"] in KINDS
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, int | float) for number in numbers)
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other commands from changing the same results meanwhile."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)

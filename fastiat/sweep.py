@@ -1,0 +1,58 @@
+"""Sweeps: PGD's error over radii (Table 6 of the paper) and over numbers of steps (Table 7)."""
+
+import time
+from itertools import product
+
+from fastiat.config import SweepConfig
+from fastiat.device import pick_device
+from fastiat.evaluate import UNITS, Job, open_runs, prepare, table
+from fastiat.measure import error_rates
+from fastiat.results import Rate, provenance
+
+Key = tuple[str, float, int]
+"""Split, eps and steps."""
+
+
+def sweep(config: SweepConfig) -> dict[str, dict[Key, Rate]]:
+    """Measure every run of `config` at each eps and number of steps, and print tables.
+
+    Returns {run: {(split, eps, steps): rate}}; run directories keep the results as `evaluate`'s.
+    One pass measures all numbers of steps. The step is the run's own alpha, whatever the radius,
+    unless `config` gives one. Raises `InputError` for runs or data that are missing or do not fit.
+    """
+    config.check()
+    jobs = prepare(open_runs(config), config)
+    rates = {job.name: _measure(job, config) for job in jobs}
+    for split, eps in product(config.splits, config.eps if len(config.steps) > 1 else (None,)):
+        print(_table(rates, config, split, eps), flush=True)
+    return rates
+
+
+def _measure(job: Job, config: SweepConfig) -> dict[Key, Rate]:
+    rates = {}
+    alpha = job.alpha(config)
+    for (split_name, split), eps in product(job.splits.items(), dict.fromkeys(config.eps)):
+        started = time.monotonic()
+        attacks = {f"pgd-{steps}": steps for steps in config.steps}
+        found = error_rates(job.model, split, tuple(attacks), eps=eps, alpha=alpha, config=config)
+        made = provenance(pick_device(config.device), time.monotonic() - started)
+        for attack, rate in found.items():
+            rates[split_name, eps, attacks[attack]] = rate
+            job.keep(job.entry("sweep", split_name, attack, rate, config, eps, alpha) | made)
+    return rates
+
+
+def _table(
+    rates: dict[str, dict[Key, Rate]], config: SweepConfig, split: str, eps: float | None
+) -> str:
+    """Write a split's rates as text, a row per run: over the steps at `eps`, or over all radii."""
+    if eps is None:
+        heading, columns = f"PGD-{config.steps[0]}, eps across", [f"{eps:g}" for eps in config.eps]
+    else:
+        heading, columns = f"eps {eps:.4g}, PGD steps across", [str(n) for n in config.steps]
+    rows = {}
+    n = 0
+    for name, found in rates.items():
+        row = [rate for key, rate in found.items() if key[0] == split and eps in (None, key[1])]
+        rows[name], n = [str(rate) for rate in row], row[0].n
+    return table(f"{split}, {n} images, {config.norm} {heading}: {UNITS}", columns, rows)

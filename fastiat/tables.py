@@ -1,0 +1,240 @@
+"""One's own figures beside the paper's: found among the runs' results, written as a table.
+
+A `Comparison` is kept as NAME.json, which the report reads, and shown as NAME.md and NAME.csv.
+"""
+
+import csv
+import io
+import json
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from scipy import stats
+
+from fastiat.config import fits, flag_of
+from fastiat.errors import InputError
+from fastiat.paper import ROWS, SOURCE, Cell
+from fastiat.results import Rate, fingerprint, read_results
+from fastiat.run import MODEL, Run, write
+
+HEAD = ("row", "measure", "paper", "ours", "difference", "95 % interval")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A figure of the paper and ours; errors in %, the difference in points."""
+
+    row: str
+    measure: str
+    paper: float
+    ours: float | None = None
+    """None where it is not measured: cited from elsewhere by the paper, or left out."""
+    low: float | None = None
+    high: float | None = None
+    """The 95 % interval of `ours`."""
+    errors: int | None = None
+    n: int | None = None
+    """Misclassified images, and all; of all seeds together."""
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's."""
+        return None if self.ours is None else self.ours - self.paper
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of the paper beside ours."""
+
+    name: str
+    title: str
+    caption: str
+    command: str
+    lines: tuple[Line, ...]
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write NAME.md, NAME.csv and NAME.json into a folder and return their paths."""
+        kept = json.dumps({"format": 1, "source": SOURCE, **asdict(self)}, indent=1) + "\n"
+        texts = {"md": self.markdown(), "csv": self.csv(), "json": kept}
+        files = {folder / f"{self.name}.{kind}": text for kind, text in texts.items()}
+        for file, text in files.items():
+            write(file, text.encode())
+        return list(files)
+
+    def markdown(self) -> str:
+        """Return the table as Markdown, its caption above."""
+        rows = [_texts(line) for line in self.lines]
+        return (
+            f"**{self.title}.** {self.caption}\n\n{markdown(HEAD, rows, left=2)}\n"
+            f"Paper: {SOURCE}.\n\n    {self.command}\n"
+        )
+
+    def csv(self) -> str:
+        """Return the table as CSV with a line of names, unknown figures empty."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        names = ("row", "measure", "paper", "ours", "difference", "low", "high", "errors", "n")
+        writer.writerow(names)
+        for line in self.lines:
+            values = [getattr(line, name) for name in names]
+            writer.writerow([round(v, 4) if isinstance(v, float) else v for v in values])
+        return out.getvalue()
+
+
+def read(file: Path) -> Comparison:
+    """Read what `Comparison.write` wrote as JSON; raise `InputError` for anything else."""
+    try:
+        values = json.loads(file.read_text())
+        lines = tuple(_build(Line, line) for line in values["lines"])
+        return _build(Comparison, {**values, "lines": lines})
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InputError(
+            f"{file} is not a table of fastiat: remove it, or run fastiat reproduce again"
+        ) from None
+
+
+def _build(kind: type[Any], values: dict[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    taken = {field.name: values[field.name] for field in fields(kind)}
+    for name, value in taken.items():
+        # The lines are built already.
+        if name != "lines" and not fits(value, hints[name]):
+            raise ValueError(name)
+    return kind(**taken)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Return a Markdown table, its columns padded, the first `left` of them aligned left."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |\n"
+
+    rules = [
+        "-" * width if number < left else "-" * (width - 1) + ":"
+        for number, width in enumerate(widths)
+    ]
+    return line(head) + line(rules) + "".join(map(line, rows))
+
+
+def _texts(line: Line) -> tuple[str, ...]:
+    """Write a line's cells, the columns of `HEAD`."""
+    cells = (line.row, line.measure, f"{line.paper:.2f}")
+    if line.ours is None or line.low is None or line.high is None:
+        return (*cells, "", "", "")
+    span = f"{line.low:.2f} to {line.high:.2f}"
+    return (*cells, f"{line.ours:.2f}", f"{line.ours - line.paper:+.2f}", span)
+
+
+def results(run: Run) -> list[dict[str, Any]]:
+    """Return the measurements of the weights that a run has now, oldest first.
+
+    Those of evaluation.json, and before them what earlier versions wrote to metrics.jsonl alone,
+    after the last epoch: what stands before it belongs to weights that are no more.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in run.rows():
+        if row.get("kind") == "epoch":
+            rows.clear()
+        elif row.get("kind") == "evaluation" and "model" not in row:
+            rows.append(row)
+    return rows + read_results(run.path)
+
+
+def find(
+    cell: Cell,
+    found: list[dict[str, Any]],
+    *,
+    n: int,
+    alpha: float,
+    dataset: str,
+    run: Path,
+    source: Path,
+) -> dict[str, Any] | None:
+    """Return the newest of the results of `run` that measures a cell on `n` images, or None.
+
+    `source` is the run that the examples are crafted on: `run` itself in a white-box attack.
+    """
+    wanted = {"split": cell.split, "attack": cell.attack, "n": n}
+    if cell.attack != "none":
+        wanted |= {"norm": "linf", "loss": "ce", "eps": cell.eps}
+    if cell.attack.startswith("pgd"):
+        wanted |= {"alpha": alpha, "random_start": True, "restarts": 1}
+    model = source / MODEL
+    if not model.exists():
+        return None
+    origins = {(source.name, fingerprint(model)), *([(None, None)] if source == run else [])}
+
+    def fitting(row: dict[str, Any]) -> bool:
+        origin = row.get("source"), row.get("source_model")
+        # Earlier versions did not say which images, and measured on the run's own.
+        return (
+            origin in origins
+            and row.get("dataset", dataset) == dataset
+            and all(_same(row.get(name), value) for name, value in wanted.items())
+        )
+
+    return next(filter(fitting, reversed(found)), None)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)
+
+
+def line(cell: Cell, found: Sequence[dict[str, Any] | None]) -> Line:
+    """Put the results of a cell, one for each seed, beside the paper's figure.
+
+    One seed has the interval of its counts (Wilson 1927); several have the mean's, from Student's
+    t over the seeds, which holds the spread of trainings too. The line stays without figures of
+    ours until all seeds are measured.
+    """
+    title, measured = ROWS[cell.row].title, [row for row in found if row is not None]
+    if not measured or len(measured) < len(found):
+        return Line(title, cell.measure, cell.error_percent)
+    errors, n = (sum(int(row[name]) for row in measured) for name in ("errors", "n"))
+    rates = [100 * row["errors"] / row["n"] for row in measured]
+    mean = sum(rates) / len(rates)
+    low, high = Rate(errors, n).interval()
+    if len(rates) > 1:
+        spread = math.sqrt(sum((rate - mean) ** 2 for rate in rates) / (len(rates) - 1))
+        half = float(stats.t.ppf(0.975, len(rates) - 1)) * spread / math.sqrt(len(rates))
+        low, high = max(mean - half, 0.0), min(mean + half, 100.0)
+    return Line(title, cell.measure, cell.error_percent, mean, low, high, errors, n)
+
+
+def command_of(name: str, config: Any, default: Any) -> str:
+    """Return the command line whose settings are `config`, those of `default` left out."""
+    words = ["fastiat", name]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in config.positional:
+            words += map(str, value if isinstance(value, tuple) else (value,))
+        elif value != getattr(default, field.name) and value is not None:
+            words += _flag(field.name, value)
+    return " ".join(words)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag_of(name) if value else "--no-" + flag_of(name)[2:]]
+    values = value if isinstance(value, tuple) else (value,)
+    return [flag_of(name), *(shlex.quote(_word(one)) for one in values)]
+
+
+def _word(value: Any) -> str:
+    """Write a value so that the command line reads the same one back."""
+    if isinstance(value, float):
+        levels = round(255 * value)
+        return f"{levels}/255" if 0 < levels < 255 and value == levels / 255 else repr(value)
+    return str(value)
