@@ -152,7 +152,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
             help=command.summary,
             usage=" ".join(["fastiat", name, *arguments, "[SETTING ...]"]),
             # Argument help is wrapped, the examples are not.
-            description=textwrap.fill(command.config.__doc__ or "", 78)
+            description=textwrap.fill(" ".join((command.config.__doc__ or "").split()), 78)
             + "\n\nFor example:\n"
             + textwrap.indent(EXAMPLES[name], "  "),
             formatter_class=argparse.RawDescriptionHelpFormatter,

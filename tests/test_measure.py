@@ -1,5 +1,7 @@
 """One pass for several attacks: against separate attacks, other libraries and a closed form."""
 
+import re
+
 import foolbox
 import pytest
 import torch
@@ -187,6 +189,16 @@ def test_a_linear_models_error_is_the_closed_form():
         truth = int(((score + bias).abs() < eps * float(dual)).sum())
         assert 20 < truth < 200
         assert abs(rates["fgsm"].errors - truth) <= 1 and abs(rates["pgd-20"].errors - truth) <= 1
+
+
+def test_progress_is_shown_within_a_batch(model, digits, monkeypatch, capsys):
+    monkeypatch.setattr("fastiat.progress.PLAIN_EVERY", 0)
+    settings = config(batch_size=200, restarts=2)
+    fooled(model, digits, ("fgsm", "pgd-5"), eps=EPS, alpha=ALPHA, config=settings)
+    shown = re.findall(r"^FGSM, PGD-5: (\d+)/360 images", capsys.readouterr().err, re.MULTILINE)
+    shares = [int(200 * step / 10) for step in range(1, 10)]
+    assert [abs(int(n) - share) <= 1 for n, share in zip(shown, shares, strict=False)] == [True] * 9
+    assert int(shown[9]) == 199 and int(shown[10]) == 200 and int(shown[-1]) <= 360
 
 
 def test_an_unknown_attack_is_refused(model, digits):
