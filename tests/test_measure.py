@@ -107,6 +107,24 @@ def test_restarts_keep_each_images_worst_for_every_number_of_steps(model, digits
         assert found[f"pgd-{steps}"].errors == errors > once[f"pgd-{steps}"].errors
 
 
+def test_an_image_fooled_once_stays_fooled_through_later_restarts():
+    class Turning(nn.Module):
+        """Judges wrongly after one step from the first start and two from the second."""
+
+        verdicts = iter([1, 0, 0, 1])
+
+        def forward(self, x):
+            score = x.mean((1, 2, 3)) * 0
+            if not torch.is_grad_enabled():
+                score = score + next(self.verdicts)
+            return torch.stack([score * 0 + 0.5, score], 1)
+
+    split = data.Split(torch.zeros(3, 8, 8, 1, dtype=torch.uint8), torch.zeros(3).long())
+    names = ("pgd-1", "pgd-2")
+    found = fooled(Turning(), split, names, eps=EPS, alpha=ALPHA, config=config(restarts=2))
+    assert found["pgd-1"].all() and found["pgd-2"].all()
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_worst_case_is_the_union_and_attacks_nobody_twice(model, digits, norm):
     eps, alpha = (EPS, ALPHA) if norm == "linf" else (1.0, 0.3)
