@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _SUBMODULES = (
     *("data", "models", "mix", "attack", "train", "evaluate", "report"),
+    *("autoattack", "measure", "results", "sweep", "transfer"),
     *("config", "errors", "kernels", "run"),
 )
 

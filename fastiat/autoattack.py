@@ -77,7 +77,7 @@ def autoattack(
     from pyautoattack.checks import check_square_sr
 
     device = pick_device(config.device)
-    # Its loss of logit ratios takes views of the gradient, which channels-last weights forbid.
+    # The library takes views, for which everything must be in torch's default layout.
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     model = model.eval().requires_grad_(False)
     norm = {"linf": "Linf", "l2": "L2"}[config.norm]

@@ -249,8 +249,8 @@ class EvaluateConfig(MeasureConfig):
     attacks: tuple[str, ...] = ("none", "fgsm", "pgd-7", "pgd-20")
     """Attacks to measure: none, fgsm, pgd-K with K steps."""
     worst: bool = False
-    """Only the worst case: an image counts as fooled if it is clean or by any attack or restart,
-    and is attacked no more then, which is faster."""
+    """Only the worst case: an image counts as fooled if it is misclassified clean or under any
+    attack or restart, and is attacked no more then, which is faster."""
     autoattack: bool = False
     """Add AutoAttack's four standard attacks (Croce & Hein 2020; `pip install
     fastiat[autoattack]`)."""
@@ -260,6 +260,8 @@ class EvaluateConfig(MeasureConfig):
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""
         super().check()
+        if not self.attacks:
+            raise InputError("--attacks is empty: give at least none")
         for name in self.attacks:
             steps_of(name)
 

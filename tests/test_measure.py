@@ -1,5 +1,7 @@
 """One pass for several attacks: against separate attacks, other libraries and a closed form."""
 
+import re
+
 import foolbox
 import pytest
 import torch
@@ -105,6 +107,24 @@ def test_restarts_keep_each_images_worst_for_every_number_of_steps(model, digits
         assert found[f"pgd-{steps}"].errors == errors > once[f"pgd-{steps}"].errors
 
 
+def test_an_image_fooled_once_stays_fooled_through_later_restarts():
+    class Turning(nn.Module):
+        """Judges wrongly after one step from the first start and two from the second."""
+
+        verdicts = iter([1, 0, 0, 1])
+
+        def forward(self, x):
+            score = x.mean((1, 2, 3)) * 0
+            if not torch.is_grad_enabled():
+                score = score + next(self.verdicts)
+            return torch.stack([score * 0 + 0.5, score], 1)
+
+    split = data.Split(torch.zeros(3, 8, 8, 1, dtype=torch.uint8), torch.zeros(3).long())
+    names = ("pgd-1", "pgd-2")
+    found = fooled(Turning(), split, names, eps=EPS, alpha=ALPHA, config=config(restarts=2))
+    assert found["pgd-1"].all() and found["pgd-2"].all()
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_worst_case_is_the_union_and_attacks_nobody_twice(model, digits, norm):
     eps, alpha = (EPS, ALPHA) if norm == "linf" else (1.0, 0.3)
@@ -187,6 +207,16 @@ def test_a_linear_models_error_is_the_closed_form():
         truth = int(((score + bias).abs() < eps * float(dual)).sum())
         assert 20 < truth < 200
         assert abs(rates["fgsm"].errors - truth) <= 1 and abs(rates["pgd-20"].errors - truth) <= 1
+
+
+def test_progress_is_shown_within_a_batch(model, digits, monkeypatch, capsys):
+    monkeypatch.setattr("fastiat.progress.PLAIN_EVERY", 0)
+    settings = config(batch_size=200, restarts=2)
+    fooled(model, digits, ("fgsm", "pgd-5"), eps=EPS, alpha=ALPHA, config=settings)
+    shown = re.findall(r"^FGSM, PGD-5: (\d+)/360 images", capsys.readouterr().err, re.MULTILINE)
+    shares = [int(200 * step / 10) for step in range(1, 10)]
+    assert [abs(int(n) - share) <= 1 for n, share in zip(shown, shares, strict=False)] == [True] * 9
+    assert int(shown[9]) == 199 and int(shown[10]) == 200 and int(shown[-1]) <= 360
 
 
 def test_an_unknown_attack_is_refused(model, digits):
