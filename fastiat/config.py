@@ -367,7 +367,8 @@ class DiagnoseConfig(Settings):
         _check_ranges(self, {"limit", "batch_size", "eps", "alpha"})
         if self.norm == "linf":
             _check_unit(self)
-        _check_once((self.run, self.partner or ""))
+        if self.partner is not None:
+            _check_once((self.run, self.partner))
 
 
 @dataclass(frozen=True)

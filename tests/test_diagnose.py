@@ -299,6 +299,12 @@ def test_the_run_keeps_the_findings_and_the_terminal_shows_them(good, run, tmp_p
     json.loads(before, parse_constant=pytest.fail)
 
 
+def test_a_run_can_be_the_folder_one_is_in(run, monkeypatch):
+    monkeypatch.chdir(run)
+    assert cli.main(["diagnose", ".", "--limit", "5", "--device", "cpu"]) == 0
+    assert read_diagnosis(".") == read_diagnosis(run) != []
+
+
 def test_a_lone_model_can_be_diagnosed_and_nothing_is_written(run, tmp_path, capsys, contents):
     lone = tmp_path / "lone"
     lone.mkdir()
