@@ -92,7 +92,8 @@ def autoattack(
             adversary.attacks_to_run = [name]
             text = "AutoAttack" if name == "none" else f"AutoAttack, {name}"
             with Progress(text, len(left)) as progress:
-                for index in left.split(config.batch_size):
+                # Splitting no images would give one batch of none, which the library cannot take.
+                for index in left.split(config.batch_size) if len(left) else ():
                     x = to_pixels(split.images[index].permute(0, 3, 1, 2)).to(device).contiguous()
                     y = split.labels[index].to(device)
                     if name == "none":
