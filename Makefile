@@ -1,6 +1,7 @@
 # make demo      train and measure a robust digits classifier
 # make test      run the test suite
 # make test-gpu  the tests that need a CUDA device, real kernels included
+# make test-oldest TESTS=tests/test_engine.py   on the oldest torch that is supported
 # make lint      ruff and mypy
 # make bench     attack and kernel throughput
 # PYTHON=python3.12 make demo   chooses the interpreter that .venv is made with
@@ -21,7 +22,12 @@ $(STAMP): FORCE
 endif
 endif
 
-.PHONY: demo test quick test-gpu lint bench clean FORCE
+# The lower bounds of pyproject.toml, in a virtual environment of their own.
+OLDEST := .venv-oldest
+OLDEST_TORCH := 'torch==2.11.*' 'torchvision==0.26.*'
+TESTS ?= tests
+
+.PHONY: demo test quick test-gpu test-oldest lint bench clean FORCE
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -38,6 +44,9 @@ test-gpu: $(STAMP)
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "there is no CUDA device"'
 	$(BIN)/python -m pytest -m gpu
 
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(TESTS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,7 +56,13 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build *.egg-info
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' $(OLDEST_TORCH)
+	touch $(OLDEST)/.installed
 
 $(STAMP): pyproject.toml
 	test -z "$(CLEAR)" -a -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastiat import cli
+from fastiat import cli, engine
+from fastiat.attack import PGD
 from fastiat.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,7 @@ def _blocks(language):
 
 
 def test_python_runs_on_a_trained_run(trained):
-    code, _ = _blocks("python")
+    code, _, _ = _blocks("python")
     code = re.sub('"runs/[^"]*"', repr(str(trained)), code).replace('"cifar10"', '"digits"')
     names = {}
     exec(code.replace("steps=20", "steps=2"), names)
@@ -27,8 +28,21 @@ def test_python_runs_on_a_trained_run(trained):
     assert 0 < moved <= 8 / 255 + 1e-6 and names["x_adv"].shape == (100, 1, 8, 8)
 
 
+def test_an_attack_made_once_gives_what_pgd_gives(monkeypatch):
+    monkeypatch.setattr(engine, "BACKEND", "aot_eager")
+    _, code, _ = _blocks("python")
+    names = {}
+    torch.manual_seed(0)
+    exec(code, names)
+    model, x, y = (names[name] for name in ("model", "x", "y"))
+    again = PGD(model, **names["attack"].settings, precision="bf16", engine="eager")
+    for attack in (again, names["attack"]):
+        attack.settings["generator"] = torch.Generator().manual_seed(1)
+    assert torch.equal(names["attack"](x, y), again(x, y))
+
+
 def test_kernels_alone_do_what_their_comments_say():
-    _, code = _blocks("python")
+    _, _, code = _blocks("python")
     names = {}
     exec(code, names)
     x, grad, x_adv, perm = (names[name] for name in ("x", "grad", "x_adv", "perm"))
