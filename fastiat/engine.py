@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastiat import packing
 from fastiat.errors import InputError
 
 Engine = Literal["auto", "eager", "compile", "graph"]
@@ -130,8 +131,10 @@ def forward(
         return torch.func.functional_call(model, weights, inputs)
 
 
-def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_once(function: Callable[..., Any], packed: bool = False) -> Callable[..., Any]:
     """Compile a plain function, for one shape of each argument.
+
+    `packed` has its convolutions on the CPU keep their weights packed (see `fastiat.packing`).
 
     Dynamo keeps its programs with the code object, eight at the most, and runs the ninth
     uncompiled. Functions that are made anew from the same source share their code object, so each
@@ -145,7 +148,10 @@ def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(own, dynamic=False, backend=BACKEND)
+    options: dict[str, Any] | None = None
+    if packed and BACKEND == "inductor" and packing.available():
+        options = {"post_grad_custom_pre_pass": packing.UsePacked()}
+    return torch.compile(own, dynamic=False, backend=BACKEND, options=options)
 
 
 def undone(function: Callable[[], object], state: Iterable[Tensor], times: int) -> None:

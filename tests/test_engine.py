@@ -1,6 +1,7 @@
 """The engines: what they must not compute, copy, lay out or compile again, and that they agree."""
 
 import copy
+import ctypes
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastiat import attack, data, engine, models
+from fastiat import attack, data, engine, models, packing
 from fastiat.attack import PGD, pgd
 from fastiat.config import TrainConfig
 from fastiat.errors import InputError
@@ -170,7 +171,7 @@ def test_the_step_in_fixed_buffers_equals_the_plain_one_bit_for_bit(
     variant, precision, compiled, monkeypatch
 ):
     if not compiled:
-        monkeypatch.setattr(engine, "compile_once", lambda function: function)
+        monkeypatch.setattr(engine, "compile_once", lambda function, packed=False: function)
     plain, fixed = (
         _trainer(name, precision=precision, **VARIANTS[variant]) for name in ("eager", "compile")
     )
@@ -292,7 +293,7 @@ class _Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["eager", "compile"])
 def test_bf16_weights_are_made_once_per_step(name, monkeypatch):
-    monkeypatch.setattr(engine, "compile_once", lambda function: function)
+    monkeypatch.setattr(engine, "compile_once", lambda function, packed=False: function)
     trainer = _trainer(name, precision="bf16", steps=7)
     updates = trainer.epoch_updates()
     next(updates)
@@ -367,8 +368,71 @@ def test_the_plain_step_takes_every_convolutions_operands_channels_last():
     assert layouts.seen == passes * (2 + 3) * CONVOLUTIONS and layouts.wrong == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_cpus_convolutions_order_their_weights_once_an_attack(precision, monkeypatch, capfd):
+    monkeypatch.setattr(engine, "BACKEND", "inductor")
+    model, (x, y) = _network(width=8).eval(), _batch()
+    settings = {"precision": precision, "random_start": False, "engine": "compile"}
+    attacks = {steps: PGD(model, steps=steps, **settings) for steps in (1, 4)}
+    shapes = [p.shape for p in model.parameters() if p.dim() == 4]
+    # A transposed convolution has its channels the other way round.
+    shapes += [torch.Size((inner, outer, *rest)) for outer, inner, *rest in shapes]
+    weights = {"x".join(map(str, shape)) for shape in shapes}
+    reorders = {}
+    for steps, craft in attacks.items():
+        craft(x, y)
+        capfd.readouterr()
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            craft(x, y)
+        ctypes.CDLL(None).fflush(None)
+        lines = [line.split(",") for line in capfd.readouterr().out.splitlines()]
+        seen = [line for line in lines if line[2:5] == ["primitive", "exec", "cpu"]]
+        kinds = [line[5] for line in seen]
+        assert kinds.count("convolution") == kinds.count("deconvolution") == steps * CONVOLUTIONS
+        reorders[steps] = [line[-2] for line in seen if line[5] == "reorder"]
+        # Images and activations are never re-ordered.
+        assert set(reorders[steps]) <= weights
+    assert len(reorders[1]) == len(reorders[4])
+    # The weights are packed anew when they have changed.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        monkeypatch.setattr(engine.packing, "available", lambda: False)
+        plain = PGD(model, steps=4, **settings)
+        assert torch.equal(attacks[4](x, y), plain(x, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride"), [(9, 3, 1), (9, 3, 2), (8, 3, 2), (8, 1, 2), (7, 5, 3)]
+)
+def test_packed_convolutions_give_the_bits_of_pytorchs(dtype, size, kernel, stride):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(8, 6, kernel, kernel, dtype=dtype)
+    w = w.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    form = ([stride] * 2, [kernel // 2] * 2)
+    out = F.conv2d(x, w, None, *form)
+    grad = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, x, grad)
+    with packing.packing():
+        for _ in range(2):  # the second time from what was kept
+            assert torch.equal(packing.packed_conv2d(x.detach(), w, *form), out)
+            given = packing.packed_conv2d_input(grad, w, list(x.shape), *form)
+            assert torch.equal(given, expected) and given.stride() == expected.stride()
+    w.mul_(2)
+    assert torch.equal(packing.packed_conv2d(x.detach(), w, *form), F.conv2d(x, w, None, *form))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(packing.packed_conv2d, (x.detach(), w, *form), test_utils=checks)
+    arguments = (grad, w, list(x.shape), *form)
+    torch.library.opcheck(packing.packed_conv2d_input, arguments, test_utils=checks)
+
+
 def test_what_is_undone_leaves_no_trace(monkeypatch):
-    monkeypatch.setattr(engine, "compile_once", lambda function: function)
+    monkeypatch.setattr(engine, "compile_once", lambda function, packed=False: function)
     trainer = _trainer("compile")
     next(trainer.epoch_updates())
     step = trainer.fast_step
