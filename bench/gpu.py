@@ -180,7 +180,7 @@ def _warmers(
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
     return [
         subprocess.Popen(
-            _command(arguments, out, part, "--warm", str(index)),
+            _command(arguments, out, part, "--warm", str(index), "--seconds", "600"),
             cwd=ROOT,
             env=environment,
             start_new_session=True,

@@ -1,6 +1,7 @@
 """The parts of `bench/gpu.py`: what each measures, written to its JSON as it is measured."""
 
 import gc
+import importlib.util
 import json
 import os
 import re
@@ -25,9 +26,11 @@ from fastiat import engine as engines
 BATCHES = (64, 128, 512)
 ENGINES = ("eager", "compile", "graph") if ON_GPU else ("eager", "compile")
 KINDS = {
-    "convolution": r"conv|cudnn|xmma|implicit|gemm|cutlass|wgrad|dgrad|fprop|nvjet|sm90_|sm80_",
+    "attack, mixing, standardisation": r"pgd|standardi|_mix|mixed|crop|random_start",
     "BN and what is fused to it": r"norm|bn_|welford",
-    "attack, mixing, standardisation": r"pgd|standardi|_mix|crop|random_start",
+    # Inductor names its kernels by all that it fused, convolutions that went before included.
+    "other fused": r"^triton_",
+    "convolution": r"conv|cudnn|xmma|implicit|gemm|cutlass|wgrad|dgrad|fprop|nvjet|sm90_|sm80_",
 }
 """What a kernel's name says that it is for; the first that fits."""
 
@@ -108,6 +111,8 @@ def _tests(part: Part) -> None:
     command += ["--continue-on-collection-errors", "-rfE", "--tb=short"]
     if ON_GPU:
         command += ["-m", "gpu", "tests"]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", "4", "--dist", "loadfile"]
     else:
         command += ["-m", "not gpu", "tests/test_gpu_engine.py", "-k", "random_starts"]
     log = part.file.with_suffix(".log")
@@ -248,13 +253,18 @@ def _kernel(part: Part, name: str, direction: str, batch: int, bandwidth: float)
     if part.warm is not None:
         return
     rows = {implementation: {} for implementation in calls}
-    for implementation, seconds in timing.interleaved(calls, budget=0.2, most=5).items():
+    short: dict[str, Any] = {"budget": 0.1, "most": 5, "shortest": 0.01}
+    for implementation, seconds in timing.interleaved(
+        calls, budget=0.1, most=5, shortest=0.01
+    ).items():
         rows[implementation]["launched_s"] = statistics.median(seconds)
     if ON_GPU:
         # A replayed graph of many calls: what the kernels take, without the time to launch them.
         replays = {name: _graph_of(call, 10) for name, call in calls.items()}
         graphs = {name: graph.replay for name, graph in replays.items() if graph is not None}
-        for implementation, seconds in timing.interleaved(graphs, budget=0.2, most=5).items():
+        for implementation, seconds in timing.interleaved(
+            graphs, budget=0.1, most=5, shortest=0.01
+        ).items():
             rows[implementation]["replayed_s"] = statistics.median(seconds) / 10
     for implementation, row in rows.items():
         best = min(row.values())

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,13 @@ def timed(call: Callable[[], object], times: int = 1) -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], *, budget: float, least: int = 3, most: int = 15
-) -> dict[str, list[float]]:
+    calls: Mapping[Any, Callable[[], object]],
+    *,
+    budget: float,
+    least: int = 3,
+    most: int = 15,
+    shortest: float = SHORTEST,
+) -> dict[Any, list[float]]:
     """Time every call once a round, in a new order each round, and return the seconds of each.
 
     What slows the machine down for a while so slows all of them. Rounds go on for `budget`
@@ -55,8 +61,8 @@ def interleaved(
     """
     times = dict.fromkeys(calls, 1)
     if ON_GPU:
-        times = {name: math.ceil(SHORTEST / timed(call)) for name, call in calls.items()}
-    rounds: dict[str, list[float]] = {name: [] for name in calls}
+        times = {name: math.ceil(shortest / timed(call)) for name, call in calls.items()}
+    rounds: dict[Any, list[float]] = {name: [] for name in calls}
     order, names = random.Random(0), list(calls)
     started = time.perf_counter()
     for done in range(1, most + 1):
@@ -95,6 +101,7 @@ def matrix_peak(arithmetic: str, size: int | None = None) -> float:
     return 2 * size**3 / statistics.median(seconds[2:])
 
 
+@cache
 def flops(
     arch: str, width: int | None = None, shape: tuple[int, int, int] = (3, 32, 32)
 ) -> tuple[int, int]:

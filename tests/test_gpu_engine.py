@@ -5,6 +5,7 @@ capture; on CUDA ("cuda") they are captured and replayed.
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -26,12 +27,19 @@ DEFAULTS: dict[str, Any] = {**(pgd.__kwdefaults__ or {}), "eps": 8 / 255, "alpha
 BATCH = 6
 
 
+# PyTorch looks for it once, at the process's first matrix product on CUDA.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @pytest.fixture(autouse=True)
-def repeatable(device: str) -> Iterator[None]:
+def repeatable() -> Iterator[None]:
     """Algorithms that repeat bit for bit, and fp32 that is fp32."""
-    engine.prepare(torch.device(device), deterministic=True)
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
+    engine.prepare(torch.device("cuda" if torch.cuda.is_available() else "cpu"), True)
     yield
-    engine.prepare(torch.device(device), deterministic=False)
+    torch.use_deterministic_algorithms(False)
+    cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 @pytest.fixture
@@ -126,26 +134,12 @@ def test_making_ready_leaves_weights_buffers_and_generators_as_they_were(device,
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("engine_name", ["eager", pytest.param("graph", marks=pytest.mark.gpu)])
-def test_attack_follows_weights_that_change_and_reports_no_gradient(engine_name):
-    where = "cuda" if engine_name == "graph" else "cpu"
-    torch.manual_seed(0)
-    network = models.build("preact18", width=4).eval().to(where)
-    x, y = torch.rand(BATCH, 3, 32, 32, device=where), torch.arange(BATCH, device=where)
-    attack = PGD(network, engine=engine_name, precision="fp32", random_start=False, alpha=0.01)
-    for _ in range(3):
-        torch.testing.assert_close(
-            attack(x, y), pgd(network, x, y, random_start=False, alpha=0.01), rtol=0, atol=0.07
-        )
-        gained = _loss(network, attack(x, y), y) - _loss(network, x, y)
-        reference = pgd(network, x, y, random_start=False, alpha=0.01)
-        assert gained == pytest.approx(
-            _loss(network, reference, y) - _loss(network, x, y), rel=0.05
-        )
-        assert all(p.grad is None for p in network.parameters())
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+def _network_and_images(where: str) -> tuple[models.Network, Tensor, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = models.build("preact18", width=8).eval()
+        x, y = torch.rand(32, 3, 32, 32), torch.randint(10, (32,))
+    return network.to(where), x.to(where), y.to(where)
 
 
 def _loss(network: torch.nn.Module, x: Tensor, y: Tensor) -> float:
@@ -153,25 +147,43 @@ def _loss(network: torch.nn.Module, x: Tensor, y: Tensor) -> float:
         return torch.nn.functional.cross_entropy(network(x), y).item()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("restarts", [1, 3])
-@pytest.mark.parametrize("loss", ["ce", "margin"])
-def test_compiled_and_captured_attack_is_as_strong_as_the_plain_one(loss, restarts):
-    torch.manual_seed(0)
-    network = models.build("preact18", width=8).eval().cuda()
-    x, y = torch.rand(64, 3, 32, 32, device="cuda"), torch.randint(10, (64,), device="cuda")
-    settings = {"eps": 8 / 255, "alpha": 2 / 255, "loss": loss, "restarts": restarts}
-    attack = PGD(
-        network, engine="graph", precision="fp32", generator=generator_on("cuda"), **settings
-    )
-    plain = pgd(network, x, y, generator=generator_on("cuda"), **settings)
-    crafted = attack(x, y)
-    assert (crafted - x).abs().amax() <= 8 / 255 + 1e-6
+def _assert_as_strong(
+    network: torch.nn.Module, x: Tensor, y: Tensor, crafted: Tensor, plain: Tensor
+) -> None:
+    assert (crafted - x).abs().amax() <= DEFAULTS["eps"] + 1e-6
     # Rounding turns the sign of a few small gradients; nearly all pixels agree all the same.
-    assert ((crafted - plain).abs() > 1e-6).float().mean() < 0.05
+    assert ((crafted - plain).abs() > 1e-6).float().mean() < 0.1
     clean = _loss(network, x, y)
-    gained, expected = _loss(network, crafted, y) - clean, _loss(network, plain, y) - clean
-    assert gained == pytest.approx(expected, rel=0.02)
+    expected = _loss(network, plain, y) - clean
+    assert _loss(network, crafted, y) - clean == pytest.approx(expected, rel=0.02) and expected > 0
+
+
+ENGINES = ["eager", pytest.param("graph", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_attack_follows_weights_that_change_and_leaves_no_gradient(name):
+    network, x, y = _network_and_images("cuda" if name == "graph" else "cpu")
+    settings = {"random_start": False, "eps": 8 / 255, "alpha": 2 / 255}
+    attack = PGD(network, engine=name, precision="fp32", **settings)
+    for _ in range(3):
+        crafted = attack(x, y)
+        assert all(p.grad is None for p in network.parameters())
+        _assert_as_strong(network, x, y, crafted, pgd(network, x, y, **settings))
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("loss", "restarts"), [("ce", 1), ("margin", 3)])
+def test_attack_under_any_engine_is_as_strong_as_the_plain_one(name, loss, restarts):
+    where = "cuda" if name == "graph" else "cpu"
+    network, x, y = _network_and_images(where)
+    settings = {"eps": 8 / 255, "alpha": 2 / 255, "loss": loss, "restarts": restarts}
+    attack = PGD(network, engine=name, precision="fp32", generator=generator_on(where), **settings)
+    plain = pgd(network, x, y, generator=generator_on(where), **settings)
+    _assert_as_strong(network, x, y, attack(x, y), plain)
 
 
 def _parts(device: str, **settings: Any) -> tuple[models.Network, torch.optim.SGD]:
@@ -273,6 +285,7 @@ TRAINING = TrainConfig(
     dataset="digits",
     arch="preact18",
     width=4,
+    mix="mixup",  # one mix layer, as each is compiled on its own
     epochs=2,
     batch_size=64,
     steps=2,
@@ -302,10 +315,10 @@ def test_training_under_graph_stays_beside_the_eager_one_in_fp32():
     assert torch.equal(fast.random["attack"].get_state(), plain.random["attack"].get_state())
 
 
-@pytest.mark.parametrize("device_engine", ["eager", pytest.param("graph", marks=pytest.mark.gpu)])
-def test_training_resumed_in_mid_epoch_is_bit_equal(device_engine, tmp_path):
-    where = "cuda" if device_engine == "graph" else "cpu"
-    config = replace(TRAINING, device=where, engine=device_engine, deterministic=True)
+@pytest.mark.parametrize("name", ENGINES)
+def test_training_resumed_in_mid_epoch_is_bit_equal(name, tmp_path):
+    where = "cuda" if name == "graph" else "cpu"
+    config = replace(TRAINING, device=where, engine=name, deterministic=True)
     whole, first = _trained(config, 9), _trained(config, 4)
     torch.save(first.state_dict(), tmp_path / "state.pt")
     second = Trainer(config, data.load("digits"))
