@@ -254,17 +254,13 @@ def _kernel(part: Part, name: str, direction: str, batch: int, bandwidth: float)
         return
     rows = {implementation: {} for implementation in calls}
     short: dict[str, Any] = {"budget": 0.1, "most": 5, "shortest": 0.01}
-    for implementation, seconds in timing.interleaved(
-        calls, budget=0.1, most=5, shortest=0.01
-    ).items():
+    for implementation, seconds in timing.interleaved(calls, **short).items():
         rows[implementation]["launched_s"] = statistics.median(seconds)
     if ON_GPU:
         # A replayed graph of many calls: what the kernels take, without the time to launch them.
         replays = {name: _graph_of(call, 10) for name, call in calls.items()}
         graphs = {name: graph.replay for name, graph in replays.items() if graph is not None}
-        for implementation, seconds in timing.interleaved(
-            graphs, budget=0.1, most=5, shortest=0.01
-        ).items():
+        for implementation, seconds in timing.interleaved(graphs, **short).items():
             rows[implementation]["replayed_s"] = statistics.median(seconds) / 10
     for implementation, row in rows.items():
         best = min(row.values())
