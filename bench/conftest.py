@@ -136,7 +136,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _folder(config: pytest.Config) -> Path:
     """Return where charts go: beside the JSON, or where pytest-benchmark keeps its own files."""
     json = config.getoption("benchmark_json", None)
-    return Path(json.name).parent if json else config.rootpath / ".benchmarks"
+    if not json:
+        return config.rootpath / ".benchmarks"
+    # A path, or with an older pytest-benchmark the file that was opened there.
+    return (json if isinstance(json, Path) else Path(json.name)).parent
 
 
 def describe() -> str:

@@ -64,6 +64,8 @@ def main() -> int:
         return 2
     out = Path(arguments.out or os.environ.get("OUT") or _default_out(arguments.device))
     out.mkdir(parents=True, exist_ok=True)
+    # Parts are in sessions of their own, so a killed command has to end them itself.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started, worst = time.monotonic(), 0
     deadline = started + 60 * arguments.minutes - 5
     scale = arguments.minutes / 9
