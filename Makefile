@@ -3,7 +3,9 @@
 # make test-gpu  the tests that need a CUDA device, real kernels included
 # make test-oldest TESTS=tests/test_engine.py   on the oldest torch that is supported
 # make lint      ruff and mypy
-# make bench     attack and kernel throughput
+# make bench     throughput of attack, training step and kernels
+# make gpu       all that needs a GPU, tests and measurements, in nine minutes; nothing is installed
+# make gpu-train DATA=DIR RUN=DIR   train IAT on an image tree by the clock, and measure it
 # PYTHON=python3.12 make demo   chooses the interpreter that .venv is made with
 
 PYTHON ?= python3
@@ -27,7 +29,12 @@ OLDEST := .venv-oldest
 OLDEST_TORCH := 'torch==2.11.*' 'torchvision==0.26.*'
 TESTS ?= tests
 
-.PHONY: demo test quick test-gpu test-oldest lint bench clean FORCE
+# A machine that has PyTorch but no network has no .venv and needs none.
+ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+DATA ?= my-images
+RUN ?= runs/gpu-train
+
+.PHONY: demo test quick test-gpu test-oldest lint bench gpu gpu-train clean FORCE
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -54,6 +61,12 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only
+
+gpu:
+	$(ANY) bench/gpu.py $(ARGS)
+
+gpu-train:
+	$(ANY) bench/gpu_train.py --data-dir $(DATA) --out $(RUN) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info

@@ -1,89 +1,99 @@
 """Images per second of PGD-7 (eps 8/255, alpha 2/255, random start): fastiat beside its peers.
 
-`pytest bench/ --benchmark-only`. The network is preact18, slim on a CPU so that a round is short;
-every implementation attacks the same weights and the same images.
+    python -m pytest bench/bench_attack.py --benchmark-only
+
+Every implementation attacks the same images with the same weights; their rounds are interleaved in
+one process. `TFLOP/s` counts what the attack needs, forward and input gradient, whatever else an
+implementation computes; `of peak` holds it against a large matrix product in the same arithmetic.
 """
 
-from collections.abc import Callable
-from functools import partial
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import rivals
+import timing
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from conftest import describe, replay, selected
+from timing import DEVICE, ON_GPU
 
-from fastiat import models
-from fastiat.attack import pgd
-from fastiat.device import autocast, has_fast_bf16, pick_device
-
-EPS, ALPHA, STEPS, BATCH = 8 / 255, 2 / 255, 7, 64
-DEVICE = pick_device("auto")
-WIDTH = 64 if DEVICE.type == "cuda" else 16
-Attack = Callable[[Tensor, Tensor], Tensor]
+NETWORKS = ("preact18", "wrn28_10") if ON_GPU else ("preact18",)
+BATCHES = (64, 128, 512) if ON_GPU else (64,)
+SECONDS = 6 if ON_GPU else 280
+"""What the rounds of one network and batch may take."""
+Contest = dict[str, list[float] | str]
 
 
-def _fastiat(model: nn.Module, precision: str) -> Attack:
-    def attack(x: Tensor, y: Tensor) -> Tensor:
-        with autocast(DEVICE, precision):
-            return pgd(model, x, y, eps=EPS, alpha=ALPHA, steps=STEPS)
-
-    return attack
+CASES = [(arch, batch) for arch in NETWORKS for batch in BATCHES]
 
 
-def _torchattacks(model: nn.Module) -> Attack:
-    peer = pytest.importorskip("torchattacks", reason="fastiat[bench] is not installed")
-    return peer.PGD(model, eps=EPS, alpha=ALPHA, steps=STEPS)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def case(request: pytest.FixtureRequest) -> tuple[str, int]:
+    return request.param
 
 
-def _foolbox(model: nn.Module) -> Attack:
-    peer = pytest.importorskip("foolbox", reason="fastiat[bench] is not installed")
-    wrapped = peer.PyTorchModel(model, bounds=(0, 1), device=DEVICE)
-    attack = peer.attacks.LinfPGD(abs_stepsize=ALPHA, steps=STEPS)
-    return lambda x, y: attack(wrapped, x, y, epsilons=EPS)[1]
+@pytest.fixture(scope="module")
+def contest(request: pytest.FixtureRequest, case: tuple[str, int]) -> Iterator[Contest]:
+    """The seconds of every implementation's rounds, or why it has none."""
+    timing.pytorch_defaults()
+    names = [item.callspec.params["name"] for item in selected(request, case=case)]
+    arch, batch = case
+    model = timing.build(arch)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(batch, 3, 32, 32, generator=generator).to(DEVICE)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.randint(10, (batch,), generator=generator).to(DEVICE)
+    results: Contest = {}
+    calls, last = {}, {}
+    for name in names:
+        try:
+            call = rivals.prepare(name, model, x, y)
+        except rivals.Absent as reason:
+            results[name] = str(reason)
+            continue
+        calls[name] = lambda name=name, call=call: last.update({name: call()})
+    once = request.config.getoption("benchmark_disable")
+    results |= timing.interleaved(
+        calls, budget=SECONDS, least=1 if once else 2, most=1 if once else 15
+    )
+    rivals.check(last, x, y, model)
+    yield results
+    torch.compiler.reset()
 
 
-def _naive(model: nn.Module) -> Attack:
-    """The loop of many training scripts: `backward()`, weight gradients included."""
-
-    def attack(x: Tensor, y: Tensor) -> Tensor:
-        x_adv = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
-        for _ in range(STEPS):
-            x_adv = x_adv.detach().requires_grad_()
-            F.cross_entropy(model(x_adv), y).backward()
-            step = x_adv.detach() + ALPHA * x_adv.grad.sign()
-            x_adv = torch.minimum(torch.maximum(step, x - EPS), x + EPS).clamp(0, 1)
-        return x_adv
-
-    return attack
+@pytest.fixture(scope="module")
+def needed() -> Callable[[str], int]:
+    """FLOP of one PGD step on one image."""
+    known = {arch: timing.flops(arch)[0] for arch in NETWORKS}
+    return known.__getitem__
 
 
-IMPLEMENTATIONS: dict[str, Callable[[nn.Module], Attack]] = {
-    "fastiat fp32": partial(_fastiat, precision="fp32"),
-    "fastiat bf16": partial(_fastiat, precision="bf16"),
-    "torchattacks": _torchattacks,
-    "foolbox": _foolbox,
-    "naive backward": _naive,
-}
-
-
-@pytest.mark.benchmark(group=f"PGD-7, preact18 width {WIDTH}, batch {BATCH}, {DEVICE.type}")
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_pgd7_throughput(benchmark, name):
-    if "bf16" in name and not has_fast_bf16(DEVICE):
-        pytest.skip(f"{DEVICE} has no fast bf16")
-    torch.manual_seed(0)
-    model = models.build("preact18", width=WIDTH).to(DEVICE, memory_format=torch.channels_last)
-    x = torch.rand(BATCH, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    y = torch.randint(0, 10, (BATCH,), device=DEVICE)
-    attack = IMPLEMENTATIONS[name](model.eval())
-
-    def run() -> Tensor:
-        x_adv = attack(x, y)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        return x_adv
-
-    x_adv = benchmark.pedantic(run, rounds=5, warmup_rounds=1)
-    assert (x_adv - x).abs().max() <= EPS + 1e-6
-    if benchmark.stats is not None:
-        benchmark.extra_info["images_per_second"] = BATCH / benchmark.stats.stats.median
+@pytest.mark.benchmark(timer=replay)
+@pytest.mark.parametrize("name", rivals.implementations())
+def test_pgd7(
+    name: str, case: tuple[str, int], contest: Contest, needed: Any, peak: Any, record: Any,
+    benchmark: Any,
+) -> None:  # fmt: skip
+    seconds = contest[name]
+    if isinstance(seconds, str):
+        pytest.skip(seconds)
+    arch, batch = case
+    benchmark.group = f"PGD-7, {arch}, batch {batch}, {describe()}"
+    arithmetic = rivals.arithmetic(name)
+    middle = statistics.median(seconds)
+    rate = needed(arch) * rivals.STEPS * batch / middle
+    peer = contest.get("torchattacks")
+    gain = statistics.median(peer) / middle if isinstance(peer, list) else None
+    record(
+        name,
+        seconds,
+        batch,
+        arithmetic=arithmetic,
+        **{
+            "TFLOP/s": rate / 1e12,
+            "of peak": rate / peak(arithmetic),
+            "x torchattacks": gain,
+            "rounds": len(seconds),
+        },
+    )

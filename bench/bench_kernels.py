@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import DEVICE, ON_GPU
+from timing import DEVICE, ON_GPU
 from torch import Tensor
 from torch.nn import functional as F
 
