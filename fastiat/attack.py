@@ -164,7 +164,10 @@ class PGD:
             raise InputError(f"unknown precision {precision!r}: choose from bf16, fp32")
         if engine in ("compile", "graph") and not isinstance(model, nn.Module):
             raise InputError(f"engine {engine!r} needs an nn.Module, to know the weights by")
-        self.model, self.engine, self.precision = model, engine, precision
+        # Functions of the weights cannot go through the wrappers of several GPUs, and need not.
+        wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        self.model = model.module if isinstance(model, wrappers) else model
+        self.engine, self.precision = engine, precision
         self.settings = {**defaults, **settings}
         _check_settings(**{k: v for k, v in self.settings.items() if k != "generator"})
         self._climbs: dict[Hashable, Climb] = {}

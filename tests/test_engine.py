@@ -245,6 +245,19 @@ def test_attack_compiles_once_per_shape_and_sees_the_weights_as_they_are(graphs)
     assert len(graphs) == 2 * 2
 
 
+def test_attack_takes_wrapped_and_compiled_and_reparametrized_models():
+    inner, (x, y) = models.build("mlp6", width=4), _batch()
+    settings = {"random_start": False, "steps": 2}
+    expected = pgd(inner, x, y, **settings)
+    compiled = torch.compile(inner, backend="aot_eager", dynamic=False)
+    for model in (nn.DataParallel(inner), compiled):
+        assert torch.equal(PGD(model, engine="compile", **settings)(x, y), expected)
+    nn.utils.parametrizations.spectral_norm(inner.head)
+    inner.eval()
+    crafted = PGD(inner, engine="compile", **settings)(x, y)
+    assert torch.equal(crafted, pgd(inner, x, y, **settings))
+
+
 def test_more_attacks_than_dynamo_keeps_programs_for_one_source_are_all_compiled(graphs):
     (x, y), limit = _batch(2), torch._dynamo.config.recompile_limit
     model = models.build("mlp6", width=2)
