@@ -172,7 +172,7 @@ class Climb:
         # Autocast is on within, if at all; a compiled program must not depend on the caller's.
         with (
             crafting(self.model, s["bn"]),
-            packing(),
+            packing(weights.values()),
             torch.autocast(self.x.device.type, torch.bfloat16, enabled=False),
         ):
             for _ in range(s["steps"]):

@@ -1,12 +1,12 @@
 """Packed weights: the CPU's convolutions re-order theirs once an attack, not at every call.
 
-oneDNN reads weights in an order of its own, and PyTorch puts them into it at every forward and
+oneDNN reads bf16 weights in an order of its own, and PyTorch puts them into it at every forward and
 every backward call, although the weights of an attack stay the same over all its steps. A pass over
 the compiled graphs gives the convolutions to the two ops here, which keep what they have packed
 while `packing` is open. The results are the same, bit for bit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,15 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.nn import functional as F
 
-_kept: dict[tuple[Any, ...], Tensor] | None = None
+_kept: dict[int, dict[tuple[Any, ...], Tensor]] = {}
+"""For the address of each weight that may be kept, what was packed of it."""
 
 
 @contextmanager
-def packing() -> Iterator[None]:
-    """Keep packed weights until the end of the block, in which no weight may change."""
+def packing(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Keep `weights` packed until the end of the block, in which they must not change."""
     global _kept
-    before, _kept = _kept, {}
+    before, _kept = _kept, {weight.data_ptr(): {} for weight in weights}
     try:
         yield
     finally:
@@ -30,17 +31,18 @@ def packing() -> Iterator[None]:
 
 
 def _packed(weight: Tensor, key: tuple[Any, ...], pack: Callable[[], Tensor]) -> Tensor:
-    if _kept is None:
+    # A compiled program may hand over a copy of a weight, whose address is soon another one's.
+    kept = _kept.get(weight.data_ptr())
+    if kept is None:
         return pack()
-    key = (weight.data_ptr(), *key)
-    if key not in _kept:
-        _kept[key] = pack()
-    return _kept[key]
+    if key not in kept:
+        kept[key] = pack()
+    return kept[key]
 
 
 @torch.library.custom_op("fastiat::packed_conv2d", mutates_args=(), device_types="cpu")
 def packed_conv2d(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
-    """Return conv2d(x, weight): x (B, C, H, W), weight (O, C, k, l), both channels-last."""
+    """Return conv2d(x, weight): x (B, C, H, W), weight (O, C, k, l), bf16, channels-last."""
     form = (padding, stride, [1, 1], 1)
     packed = _packed(
         weight,
@@ -136,7 +138,7 @@ def _takes(x: torch.fx.Node, weight: torch.fx.Node) -> bool:
     return weight.op == "placeholder" and all(
         value.device.type == "cpu"
         and value.dim() == 4
-        and value.dtype in (torch.float32, torch.bfloat16)
+        and value.dtype == torch.bfloat16
         and value.is_contiguous(memory_format=torch.channels_last)
         for value in values
     )
