@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import json
+import math
 import os
 import re
 import statistics
@@ -141,9 +142,9 @@ def _network(part: Part) -> None:
     batches = part.batches if part.warm is None else part.batches[part.warm : part.warm + 1]
     for batch in batches:
         part.attempt(f"step {batch}", lambda b=batch: _steps(part, width, b, peak))
-        _forget()
+        part.attempt("free memory", _forget)
         part.attempt(f"attack {batch}", lambda b=batch: _attacks(part, width, b, peak))
-        _forget()
+        part.attempt("free memory", _forget)
 
 
 def _forget() -> None:
@@ -157,21 +158,25 @@ def _forget() -> None:
 def _steps(part: Part, width: int | None, batch: int, peak: float) -> None:
     chosen = part.engines if part.warm is None else ("compile",)
     calls = {}
+
+    def make(engine: str, method: str) -> None:
+        begun = time.monotonic()
+        calls[engine, method] = steps.make(method, engine, part.name, batch, width=width)
+        print(
+            f"{part.name} {batch} {method} {engine}: {time.monotonic() - begun:.0f} s", flush=True
+        )
+
     for engine in chosen:
         for method in ("IAT",) if part.tiny and part.warm is not None else ("plain", "IAT"):
-            begun = time.monotonic()
-            calls[engine, method] = steps.make(method, engine, part.name, batch, width=width)
-            print(
-                f"{part.name} {batch} {method} {engine}: {time.monotonic() - begun:.0f} s",
-                flush=True,
-            )
+            what = f"step {batch} {method} {engine}"
+            part.attempt(what, lambda e=engine, m=method: make(e, m))
     if part.warm is not None:
         return
     rounds = timing.interleaved(calls, budget=part.budget * 2)
     needed = timing.flops(part.name, width)
     for (engine, method), seconds in rounds.items():
         middle = statistics.median(seconds)
-        plain = statistics.median(rounds[engine, "plain"])
+        plain = statistics.median(rounds.get((engine, "plain"), [math.nan]))
         part.add(
             {
                 "what": "step", "network": part.name, "width": width, "batch": batch,
@@ -193,7 +198,12 @@ def _attacks(part: Part, width: int | None, batch: int, peak: float) -> None:
     model = timing.build(part.name, width)
     x = torch.rand(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
     y = torch.randint(10, (batch,), device=DEVICE)
-    calls = {name: rivals.prepare(name, model, x, y) for name in names}
+    calls = {}
+    for name in names:
+        part.attempt(
+            f"attack {batch} {name}",
+            lambda n=name: calls.update({n: rivals.prepare(n, model, x, y)}),
+        )
     if part.warm is not None:
         return
     gains = rivals.check({name: call() for name, call in calls.items()}, x, y, model)
@@ -284,6 +294,8 @@ def _graph_of(call: Callable[[], object], times: int) -> torch.cuda.CUDAGraph | 
                 call()
     except RuntimeError as error:
         print(f"not captured: {str(error).splitlines()[0]}", file=sys.stderr)
+        # A capture that fails at its end leaves its stream current.
+        torch.cuda.set_stream(torch.cuda.default_stream())
         return None
     return graph
 
@@ -297,7 +309,7 @@ def _profile(part: Part) -> None:
                 f"profile {network} {engine}",
                 lambda n=network, e=engine: _profile_step(part, n, e, batch),
             )
-            _forget()
+            part.attempt("free memory", _forget)
 
 
 def _profile_step(part: Part, network: str, engine: str, batch: int) -> None:
@@ -306,15 +318,14 @@ def _profile_step(part: Part, network: str, engine: str, batch: int) -> None:
 
     call = steps.make("IAT", engine, network, batch, width=part.width.get(network))
     call()
-    timing.wait()
     times = 1 if part.tiny else 5
+    # By the clock without the profiler, which slows launches and spaces a graph's kernels out.
+    window = 1e6 * times * timing.timed(call, times)
     activities = [ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]
     with profile(activities=activities) as seen:
-        begun = time.perf_counter()
         for _ in range(times):
             call()
         timing.wait()
-        window = 1e6 * (time.perf_counter() - begun)
     busy: Counter[str] = Counter()
     if ON_GPU:
         # Annotations of the profiler's are shown on the device too and span the kernels in them.
@@ -326,8 +337,6 @@ def _profile_step(part: Part, network: str, engine: str, batch: int) -> None:
         ]
         for event in kernels:
             busy[event.name] += event.time_range.elapsed_us()
-        ends = [event.time_range.end for event in kernels]
-        window = max(ends) - min(event.time_range.start for event in kernels)
     else:
         for event in seen.events():
             busy[event.name] += event.self_cpu_time_total

@@ -53,9 +53,10 @@ def objective(logits: Tensor, y: Tensor, loss: Loss) -> Tensor:
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if loss == "ce":
         return F.cross_entropy(logits, y, reduction="none")
-    label = y[:, None]
-    wrong = logits.scatter(1, label, -torch.inf).amax(1)
-    return wrong - logits.gather(1, label).squeeze(1)
+    # Masks, as a gather's gradient is a scatter, which deterministic algorithms cannot capture.
+    own = torch.arange(logits.shape[1], device=y.device) == y[:, None]
+    wrong = logits.masked_fill(own, -torch.inf).amax(1)
+    return wrong - logits.masked_fill(~own, 0).sum(1)
 
 
 def input_gradient(model: Model, x: Tensor, y: Tensor, loss: Loss = "ce") -> Tensor:

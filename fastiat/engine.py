@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from fastiat import packing
 from fastiat.errors import InputError
@@ -58,6 +59,8 @@ def prepare(device: torch.device, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     # Deterministic mode would also fill every new tensor, which finds bugs but costs a pass.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Inductor would time kernels that sum in different orders and take the fastest.
+    inductor.deterministic = deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if device.type == "cuda":
@@ -205,11 +208,17 @@ class Captured:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(aside):
             undone(self.function, self.state(), WARM_UPS)
-            # Other threads, such as a loader's that pins memory, may go on while this one captures.
-            with torch.cuda.graph(
-                graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"
-            ):
-                self.function()
+            try:
+                # Other threads, such as a loader's that pins memory, may go on meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"
+                ):
+                    self.function()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "a CUDA graph cannot be captured of this network, which waits for the GPU "
+                    "somewhere in its passes: use the engine compile"
+                ) from error
         here.wait_stream(aside)
         torch.cuda.set_rng_state(random)
         return graph

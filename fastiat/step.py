@@ -132,6 +132,7 @@ class Step:
         device = parameters[0].device
         self.weights = engine.Weights(model, dtype)
         self.grads = [torch.zeros_like(parameter) for parameter in parameters]
+        self.second = [torch.zeros_like(parameter) for parameter in parameters] if attack else []
         for parameter, grad in zip(parameters, self.grads, strict=True):
             parameter.grad = grad
         self.x = torch.empty(batch, device=device).contiguous(memory_format=torch.channels_last)
@@ -194,10 +195,13 @@ class Step:
         grads = torch.autograd.grad(self.share[which] * value, self.weights.leaves)
         with torch.no_grad():
             # Gradients of bf16 copies are summed in the parameters' fp32.
-            if which == 0:
-                torch._foreach_copy_(self.grads, grads)
-            else:
-                torch._foreach_add_(self.grads, list(grads))
+            into = self.second if which else self.grads
+            for dtype in {grad.dtype for grad in grads}:
+                # One kernel copies many tensors of one type.
+                same = [pair for pair in zip(into, grads, strict=True) if pair[1].dtype == dtype]
+                torch._foreach_copy_([wide for wide, _ in same], [grad for _, grad in same])
+            if which:
+                torch._foreach_add_(self.grads, self.second)
             self.figures[which].copy_(value)
             self.figures[2 + which].copy_(correct)
 
@@ -222,5 +226,5 @@ class Step:
     def _changed(self) -> list[Tensor]:
         """Return all that a piece changes and that outlives it."""
         buffers = [t for s in self.optimizer.state.values() for t in s.values()]
-        tensors = [*self.model.state_dict().values(), *buffers, *self.grads, self.figures]
-        return [*tensors, *self.weights.copies.values()]
+        grads = [*self.grads, *self.second, *self.weights.copies.values()]
+        return [*self.model.state_dict().values(), *buffers, *grads, self.figures]

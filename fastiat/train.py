@@ -113,7 +113,8 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
     images = trainer.step * config.batch_size
     with _Signals() as signals, Progress("training", config.epochs * per_epoch, images) as progress:
         while judged < trainer.epoch or not trainer.finished:
-            if judged == trainer.epoch:
+            trained = judged == trainer.epoch
+            if trained:
                 begun, first = time.monotonic() - seconds, trainer.step
                 for update in trainer.epoch_updates():
                     seconds = time.monotonic() - begun
@@ -130,6 +131,8 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
                         save()
                         saved = time.monotonic()
             _check_finite(trainer)
+            if trained:  # by now the device has finished, too
+                seconds = time.monotonic() - begun
             row = _epoch_row(trainer) | {
                 "images_per_second": round(per_epoch / max(seconds, 1e-9), 1)
             }

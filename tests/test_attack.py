@@ -205,6 +205,18 @@ def test_flags_are_restored_after_an_error_too(model):
     assert all(m.track_running_stats for m in models.normalisation_layers(model))
 
 
+def test_margin_has_the_gradient_of_its_definition():
+    logits = torch.randn(40, 7, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(7, (40,))
+    (grad,) = torch.autograd.grad(objective(logits, y, "margin").sum(), logits)
+    expected = torch.zeros_like(logits)
+    for row, label in enumerate(y.tolist()):
+        others = [k for k in range(7) if k != label]
+        expected[row, max(others, key=lambda k: logits[row, k].item())] = 1
+        expected[row, label] = -1
+    assert torch.equal(grad, expected)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_attack_is_the_same_without_gradients_and_in_inference_mode(model, norm):
     x, y = _digits(8)
