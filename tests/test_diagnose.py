@@ -18,6 +18,7 @@ from fastiat import cli, data, verdicts
 from fastiat.analyse import DIAGNOSIS, read_diagnosis
 from fastiat.autoattack import Outcome
 from fastiat.diagnose import examine, precise_loss
+from fastiat.measure import fooled
 from fastiat.run import MODEL, Run
 from fastiat.verdicts import Finding
 
@@ -168,6 +169,18 @@ def test_norms_and_losses_are_those_of_a_linear_network(norm):
     assert surface["median_linearity_error"] == pytest.approx(0, abs=1e-4)
     assert surface["first_step_rises_percent"] == surface["monotone_percent"] == 100
     assert findings[LARGER]["eps"][-1] == (1 if norm == "linf" else 4)
+
+
+def test_the_step_is_the_one_asked_for_and_longer_only_in_larger_balls(good, images, monkeypatch):
+    taken = {}
+
+    def spy(*args, eps, alpha, **more):
+        taken[eps] = alpha
+        return fooled(*args, eps=eps, alpha=alpha, **more)
+
+    monkeypatch.setattr("fastiat.diagnose.fooled", spy)
+    examine(fastiat.load(good), images.take(torch.arange(8)), eps=0.04, alpha=0.003)
+    assert taken == pytest.approx({0.04: 0.003, 0.08: 0.01, 0.16: 0.02, 0.32: 0.04, 1: 0.125})
 
 
 def test_autoattacks_error_is_compared_and_its_version_kept(run, monkeypatch):
@@ -325,6 +338,8 @@ def test_a_lone_model_can_be_diagnosed_and_nothing_is_written(run, tmp_path, cap
         (["--alpha", "0.0001"], "--alpha is 0.0001: 20 such steps do not reach eps 0.03"),
         (["--eps", "8"], "give, say, 8/255"),
         (["--eps", "0"], "--eps is 0"),
+        (["--eps", "1"], "eps 1 allows every image there is"),
+        (["--eps", "9", "--norm", "l2"], "give less than 8"),
         (["--limit", "0"], "--limit is 0"),
         (["--device", "tpu"], "choose from auto, cpu"),
         (["--dataset", "folder", "--data-dir", "absent"], "absent does not exist"),
