@@ -5,6 +5,7 @@ make it.
 """
 
 import platform
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from fastiat.errors import InputError
 from fastiat.examples import STEPS, data_uri, examples, grid
 from fastiat.figures import Picture
 from fastiat.page import Safe, element, join, page, section, table, text
-from fastiat.run import CONFIG, METRICS, MODEL, Run, write
+from fastiat.run import CONFIG, METRICS, MODEL, Run, check_place, write
 
 FIGURES = "figures"
 """Folder of the figures' files, beside the page."""
@@ -39,10 +40,8 @@ def report(config: ReportConfig) -> Path:
     folder = Path(config.dir)
     runs = find(folder)
     out = Path(config.out) if config.out else folder / "report.html"
-    measured: Measured = {}
-    for run in runs:
-        with _readable(run):
-            measured[run.path] = [_measurement(row) for row in tables.results(run)]
+    check_place(out)
+    measured: Measured = {run.path: tables.results(run) for run in runs}
     files = sorted(folder.glob("table[1-7].json"))
     comparisons = [tables.read(file) for file in files]
     labels = label(runs)
@@ -101,21 +100,6 @@ def _readable(run: Run) -> Iterator[None]:
         ) from None
 
 
-def _measurement(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of results whose figures are there and are numbers; raise what `_readable`
-    names if they are not."""
-    low, high = map(float, row["interval_95_percent"])
-    eps = row.get("eps")
-    return row | {
-        "n": int(row["n"]),
-        "error_percent": float(row["error_percent"]),
-        "interval_95_percent": (low, high),
-        "split": str(row["split"]),
-        "attack": str(row["attack"]),
-        "eps": None if eps is None else float(eps),
-    }
-
-
 def _errors(
     runs: Sequence[Run],
     measured: Measured,
@@ -155,6 +139,8 @@ def _column(row: dict[str, Any]) -> Safe:
             details.append(f"{row['loss']} loss")
         if row["restarts"] not in (1, None):
             details.append(f"{row['restarts']} restarts")
+    if row["attack"] == "worst" and row["attacks"]:
+        details.append(f"of {', '.join(row['attacks'])}")
     title = "no attack" if row["attack"] == "none" else row["attack"]
     return join([f"{row['split']}, {title}", *details], "<br>")
 
@@ -295,7 +281,7 @@ def _section(run: Run, labels: dict[Path, Label]) -> Safe:
     parts = [
         element("h3", _named(run.path, labels)),
         element("p", _settings(run)),
-        element("pre", f"{command} --out {run.path}"),
+        element("pre", f"{command} --out {shlex.quote(str(run.path))}"),
     ]
     with _readable(run):
         epochs = [row for row in run.rows() if row.get("kind") == "epoch"]
