@@ -4,6 +4,7 @@ A section without data is left out. Nothing is loaded from a network, neither by
 make it.
 """
 
+import os
 import platform
 import shlex
 from collections import Counter
@@ -34,8 +35,8 @@ FIGURES = "figures"
 def report(config: ReportConfig) -> Path:
     """Write the page, figures/*.png and *.svg beside it, and curves and examples in every run.
 
-    Prints and returns the page's path. Raises `InputError` where there is no run, or a file that
-    fastiat did not write.
+    A run that cannot be written to is only read. Prints and returns the page's path. Raises
+    `InputError` where there is no run, or a file that fastiat did not write.
     """
     folder = Path(config.dir)
     runs = find(folder)
@@ -238,7 +239,9 @@ def _examples(run: Run, load: Any, labels: dict[Path, Label]) -> Safe:
         return Safe("")
     eps = run.config.eps
     attack = f"PGD-{STEPS}, eps {eps:.4g}"
-    grid(found, f"{run.path.name}: {attack}, difference x {0.5 / eps:.3g}").save(run.path)
+    if os.access(run.path, os.W_OK):
+        picture = grid(found, f"{run.path.name}: {attack}, difference x {0.5 / eps:.3g}")
+        picture.save(run.path)
     cards = [
         element(
             "figure",
@@ -289,7 +292,8 @@ def _section(run: Run, labels: dict[Path, Label]) -> Safe:
     if drawn is None:
         return join([*parts, element("p", "No epoch is finished yet.")])
     together, alone = drawn
-    together.save(run.path)
+    if os.access(run.path, os.W_OK):
+        together.save(run.path)
     last = epochs[-1]
     if (run.path / MODEL).exists() and "images_per_second" in last:
         speed = f"{last['epoch']} epochs, {last['images_per_second']} images a second in the last."

@@ -157,6 +157,14 @@ def test_a_place_for_the_page_that_cannot_be_gets_one_line(
     assert contents(run) == before
 
 
+def test_a_run_of_somebody_else_is_shown_and_not_written(run, tmp_path, contents, monkeypatch):
+    before = contents(run)
+    monkeypatch.setattr("os.access", lambda path, *_: Path(path) != run)
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert {"runs", "examples"} <= set(Page(tmp_path / "page.html").ids)
+    assert contents(run) == before
+
+
 def test_sections_without_data_are_left_out(run):
     for name in (METRICS, "evaluation.json", "model.safetensors"):
         (run / name).unlink()
