@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastiat.config import NormsConfig, from_json
 from fastiat.errors import InputError
-from fastiat.run import ModelCard, Run, load_with_card, write
+from fastiat.run import ModelCard, Run, check_place, finite_json, load_with_card, write
 
 NORMS, DIAGNOSIS = "norms.json", "diagnosis.json"
 Verdict = Literal["pass", "warn", "fail", "not done"]
@@ -71,12 +71,13 @@ def norms(config: NormsConfig) -> dict[str, list[WeightNorms]]:
             Run.open(Path(name))
         found[name] = _check(name, weight_norms(model))
     _check_comparable(found, cards)
+    chart = _chart_path(config)
+    check_place(chart.with_name(f"{chart.name}.png"))
     labels = _labels(config.runs)
     for name, layers in found.items():
         if Path(name).is_dir() and os.access(name, os.W_OK):
             write(Path(name) / NORMS, _json(layers))
     print(_table({labels[name]: layers for name, layers in found.items()}))
-    chart = _chart_path(config)
     chart.parent.mkdir(parents=True, exist_ok=True)
     pictures = draw_norms({labels[name]: layers for name, layers in found.items()})
     for kind, content in pictures.items():
@@ -197,7 +198,7 @@ def _read(file: Path, kind: type[T]) -> list[T]:
     if not file.exists():
         return []
     try:
-        rows = json.loads(file.read_text())
+        rows = finite_json(file.read_text())
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise InputError("it is not a list of JSON objects")
         return [from_json(kind, row) for row in rows]

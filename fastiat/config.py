@@ -304,6 +304,7 @@ class TransferConfig(MeasureConfig):
         super().check()
         if len(set(self.runs)) < 2:
             raise InputError("transfer needs at least two runs: name the runs to attack each other")
+        _check_once(tuple(dict.fromkeys(self.runs)))
 
 
 @dataclass(frozen=True)

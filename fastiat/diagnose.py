@@ -124,6 +124,11 @@ def examine(
     `InputError` for settings that no attack takes.
     """
     probe = _Probe(model, split, eps, alpha, norm, seed, batch_size)
+    if eps >= probe.whole:
+        raise InputError(
+            f"eps {eps:g} allows every image there is, so that no network could be robust: "
+            f"give less than {probe.whole:.4g}"
+        )
     names = [f"pgd-{steps}" for steps in STEPS]
     found = probe.fooled(["none", "fgsm", *names], eps)
     clean, usual = found["none"], found[USUAL]
@@ -179,14 +184,20 @@ class _Probe:
 
     def fooled(self, attacks: list[str], eps: float, loss: Loss = "ce") -> dict[str, Tensor]:
         """Return which images the attacks fool, {attack: (N,) bool}; PGDs share one run."""
-        alpha = max(self.alpha, CROSSING * eps / USUAL_STEPS)
+        alpha = self.alpha
+        if eps > self.eps:
+            alpha = max(alpha, CROSSING * eps / USUAL_STEPS)
         config = replace(self.config, attack_loss=loss)
         return fooled(self.model, self.split, attacks, eps=eps, alpha=alpha, config=config)
 
     def larger(self) -> list[float]:
         """Return the radii beyond eps to try; in the last one's ball lies every image."""
-        whole = 1.0 if self.norm == "linf" else math.prod(self.split.shape) ** 0.5
-        return [*(k * self.eps for k in GROWTH if k * self.eps < whole), whole]
+        return [*(k * self.eps for k in GROWTH if k * self.eps < self.whole), self.whole]
+
+    @property
+    def whole(self) -> float:
+        """The radius of a ball around any image that holds every image."""
+        return 1.0 if self.norm == "linf" else math.prod(self.split.shape) ** 0.5
 
     def batches(self, title: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels and labels with the network in eval mode, and show the progress."""

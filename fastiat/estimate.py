@@ -114,6 +114,8 @@ def _sizes(batch: int) -> Iterator[int]:
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of a call, the first one, which warms up, apart."""
     call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     started, calls = time.monotonic(), 0
     while calls < 3 and time.monotonic() - started < LONG_ENOUGH:
         call()

@@ -262,8 +262,17 @@ def _table(job: Job, rates: dict[str, Rate], config: EvaluateConfig) -> str:
         for split, images in job.splits.items()
     }
     eps, alpha = _radius_and_step(job, config)
-    heading = f"{job.name}: {UNITS}, {config.norm} eps {eps:.4g}, alpha {alpha:.4g}"
+    heading = (
+        f"{job.name}: {UNITS}, {config.norm} eps {eps:.4g}, alpha {alpha:.4g}{unusual(config)}"
+    )
     return table(heading, [*map(title, attacks), "images"], rows)
+
+
+def unusual(config: MeasureConfig) -> str:
+    """Write what of the attack is not as usual, to be added to a heading."""
+    loss = f", {config.attack_loss} loss" if config.attack_loss != "ce" else ""
+    restarts = f", {config.restarts} restarts" if config.restarts > 1 else ""
+    return loss + restarts + ("" if config.random_start else ", no random start")
 
 
 def table(heading: str, columns: list[str], rows: dict[str, list[str]]) -> str:

@@ -78,6 +78,16 @@ class Plan:
         self.used = self._used()
         self.used.check()
         self.images = images_of(self.used.dataset, config.data_dir)
+        if self.images.train < self.used.batch_size:
+            raise InputError(
+                f"{self.used.dataset} has {self.images.train} training images, and the paper's "
+                f"recipe takes {self.used.batch_size} at a time: give it more images"
+            )
+        if not self.figure and not self.splits:
+            raise InputError(
+                f"{config.target} is measured on the {' and '.join(self._all_splits)} images: "
+                f"name these with --splits, or leave it out"
+            )
         self.jobs = self._jobs()
 
     def _used(self) -> TrainConfig:

@@ -4,7 +4,9 @@ A section without data is left out. Nothing is loaded from a network, neither by
 make it.
 """
 
+import os
 import platform
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ from fastiat.errors import InputError
 from fastiat.examples import STEPS, data_uri, examples, grid
 from fastiat.figures import Picture
 from fastiat.page import Safe, element, join, page, section, table, text
-from fastiat.run import CONFIG, METRICS, MODEL, Run, write
+from fastiat.run import CONFIG, METRICS, MODEL, Run, check_place, write
 
 FIGURES = "figures"
 """Folder of the figures' files, beside the page."""
@@ -33,16 +35,14 @@ FIGURES = "figures"
 def report(config: ReportConfig) -> Path:
     """Write the page, figures/*.png and *.svg beside it, and curves and examples in every run.
 
-    Prints and returns the page's path. Raises `InputError` where there is no run, or a file that
-    fastiat did not write.
+    A run that cannot be written to is only read. Prints and returns the page's path. Raises
+    `InputError` where there is no run, or a file that fastiat did not write.
     """
     folder = Path(config.dir)
     runs = find(folder)
     out = Path(config.out) if config.out else folder / "report.html"
-    measured: Measured = {}
-    for run in runs:
-        with _readable(run):
-            measured[run.path] = [_measurement(row) for row in tables.results(run)]
+    check_place(out)
+    measured: Measured = {run.path: tables.results(run) for run in runs}
     files = sorted(folder.glob("table[1-7].json"))
     comparisons = [tables.read(file) for file in files]
     labels = label(runs)
@@ -101,21 +101,6 @@ def _readable(run: Run) -> Iterator[None]:
         ) from None
 
 
-def _measurement(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of results whose figures are there and are numbers; raise what `_readable`
-    names if they are not."""
-    low, high = map(float, row["interval_95_percent"])
-    eps = row.get("eps")
-    return row | {
-        "n": int(row["n"]),
-        "error_percent": float(row["error_percent"]),
-        "interval_95_percent": (low, high),
-        "split": str(row["split"]),
-        "attack": str(row["attack"]),
-        "eps": None if eps is None else float(eps),
-    }
-
-
 def _errors(
     runs: Sequence[Run],
     measured: Measured,
@@ -155,6 +140,8 @@ def _column(row: dict[str, Any]) -> Safe:
             details.append(f"{row['loss']} loss")
         if row["restarts"] not in (1, None):
             details.append(f"{row['restarts']} restarts")
+    if row["attack"] == "worst" and row["attacks"]:
+        details.append(f"of {', '.join(row['attacks'])}")
     title = "no attack" if row["attack"] == "none" else row["attack"]
     return join([f"{row['split']}, {title}", *details], "<br>")
 
@@ -252,7 +239,9 @@ def _examples(run: Run, load: Any, labels: dict[Path, Label]) -> Safe:
         return Safe("")
     eps = run.config.eps
     attack = f"PGD-{STEPS}, eps {eps:.4g}"
-    grid(found, f"{run.path.name}: {attack}, difference x {0.5 / eps:.3g}").save(run.path)
+    if os.access(run.path, os.W_OK):
+        picture = grid(found, f"{run.path.name}: {attack}, difference x {0.5 / eps:.3g}")
+        picture.save(run.path)
     cards = [
         element(
             "figure",
@@ -295,7 +284,7 @@ def _section(run: Run, labels: dict[Path, Label]) -> Safe:
     parts = [
         element("h3", _named(run.path, labels)),
         element("p", _settings(run)),
-        element("pre", f"{command} --out {run.path}"),
+        element("pre", f"{command} --out {shlex.quote(str(run.path))}"),
     ]
     with _readable(run):
         epochs = [row for row in run.rows() if row.get("kind") == "epoch"]
@@ -303,7 +292,8 @@ def _section(run: Run, labels: dict[Path, Label]) -> Safe:
     if drawn is None:
         return join([*parts, element("p", "No epoch is finished yet.")])
     together, alone = drawn
-    together.save(run.path)
+    if os.access(run.path, os.W_OK):
+        together.save(run.path)
     last = epochs[-1]
     if (run.path / MODEL).exists() and "images_per_second" in last:
         speed = f"{last['epoch']} epochs, {last['images_per_second']} images a second in the last."

@@ -49,8 +49,9 @@ from typing import Any
 import torch
 
 from fastiat import __version__
+from fastiat.config import LARGEST, fits, steps_of
 from fastiat.errors import InputError
-from fastiat.run import MODEL, write
+from fastiat.run import MODEL, finite_json, write
 
 EVALUATION = "evaluation.json"
 KINDS = ("evaluation", "sweep", "transfer", "autoattack")
@@ -67,6 +68,17 @@ MEANINGLESS: dict[str, tuple[str, ...]] = {
     "autoattack": ("loss", *PGD),
 }
 """The fields that are null for an attack."""
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("kind", "dataset", "split", "attack", "model"), str),
+    **dict.fromkeys(("norm", "loss", "precision", "source", "source_model"), str | None),
+    **dict.fromkeys(("eps", "alpha"), float | None),
+    **dict.fromkeys(("steps", "restarts", "seed", "batch_size"), int | None),
+    **dict.fromkeys(("n", "errors"), int),
+    "attacks": tuple[str, ...] | None,
+    "random_start": bool | None,
+    "error_percent": float,
+    "interval_95_percent": tuple[float, ...],
+}
 
 
 @dataclass(frozen=True)
@@ -83,14 +95,19 @@ class Rate:
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % confidence interval in percent (Wilson 1927)."""
-        z, n, p = 1.959964, self.n, self.errors / self.n
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return 100 * max(middle - half, 0), 100 * min(middle + half, 1)
+        return wilson(self.errors / self.n, self.n)
 
     def __str__(self) -> str:
         """Write the percentage and how far its interval reaches."""
         return f"{self.percent:.2f}±{max(abs(end - self.percent) for end in self.interval()):.2f}"
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval in percent (Wilson 1927) of a share, 0 to 1, of `n` images."""
+    z = 1.959964
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return 100 * max(middle - half, 0), 100 * min(middle + half, 1)
 
 
 def read_results(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -158,7 +175,9 @@ def fingerprint(model: Path) -> str:
 @lru_cache(maxsize=64)
 def _fingerprint(model: Path, *_: int) -> str:
     with open(model, "rb") as file:
-        file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+        header = int.from_bytes(file.read(8), "little")
+        # What a damaged file claims may be more than can be skipped.
+        file.seek(min(header, model.stat().st_size), os.SEEK_CUR)
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -176,12 +195,12 @@ def _identity(entry: dict[str, Any]) -> str:
 
 def _read(file: Path) -> list[dict[str, Any]]:
     try:
-        entries = json.loads(file.read_text())
+        entries = finite_json(file.read_text())
     except FileNotFoundError:
         return []
     except (ValueError, RecursionError):
         raise InputError(
-            f"{file} is damaged: it is not JSON; remove it and measure again"
+            f"{file} is damaged: it is not JSON with finite numbers; remove it and measure again"
         ) from None
     if not (isinstance(entries, list) and all(map(_is_entry, entries))):
         raise InputError(f"{file} was not written by fastiat: remove it and measure again")
@@ -190,17 +209,33 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 def _is_entry(entry: Any) -> bool:
     """Whether this has what a reader must rely on."""
-    if not isinstance(entry, dict) or not set(IDENTITY) <= entry.keys():
+    return isinstance(entry, dict) and set(IDENTITY) <= entry.keys() and is_figure(entry)
+
+
+def is_figure(entry: dict[str, Any]) -> bool:
+    """Whether an entry's fields have their types and make sense; one that is missing is null."""
+    values: dict[str, Any] = {name: entry.get(name) for name in _TYPES}
+    values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
+    if not all(fits(value, _TYPES[name]) for name, value in values.items()):
         return False
-    interval = entry.get("interval_95_percent")
-    numbers = [entry.get(name) for name in ("n", "errors", "error_percent")]
-    numbers += interval if isinstance(interval, list) and len(interval) == 2 else [None]
-    texts = [entry[name] for name in ("dataset", "split", "attack", "model")]
+    span, percent = values["interval_95_percent"], values["error_percent"]
+    numbers = [v for v in values.values() if isinstance(v, int | float)]
+    # A comparison with NaN is false.
     return (
-        entry["kind"] in KINDS
-        and all(isinstance(text, str) for text in texts)
-        and all(isinstance(number, int | float) for number in numbers)
+        values["kind"] in KINDS
+        and _is_attack(values["attack"])
+        and all(0 <= number <= LARGEST for number in numbers)
+        and 0 <= values["errors"] <= values["n"] != 0
+        and len(span) == 2
+        and all(0 <= share <= 100 for share in (*span, percent))
     )
+
+
+def _is_attack(name: str) -> bool:
+    try:
+        return name in ("worst", "autoattack") or steps_of(name) >= 0
+    except InputError:
+        return False
 
 
 @contextmanager

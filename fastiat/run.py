@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pickle
 import warnings
@@ -227,6 +228,22 @@ def _lines(file: Path) -> list[str]:
     return list(io.StringIO(text, newline="\n"))
 
 
+def finite_json(text: str) -> Any:
+    """Read JSON; raise `ValueError` also for NaN, infinity and numbers too large for a float."""
+
+    def number(word: str) -> float:
+        value = float(word)
+        if not math.isfinite(value):
+            raise ValueError(f"{word[:20]} is not finite")
+        return value
+
+    def whole(word: str) -> int:
+        number(word)
+        return int(word)
+
+    return json.loads(text, parse_constant=number, parse_float=number, parse_int=whole)
+
+
 def _row(line: str) -> dict[str, Any] | None:
     """Read a line of metrics.jsonl, or return None if it is damaged."""
     try:
@@ -245,6 +262,17 @@ def check_free(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()):
         raise InputError(f"{path} is a folder with other files in it: choose another --out")
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file: choose another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there} cannot be written to: choose another --out")
+
+
+def check_place(file: Path) -> None:
+    """Raise `InputError` unless a file can be written at `file`, its folder made first."""
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: name a file with --out")
+    there = next(folder for folder in file.absolute().parents if folder.exists())
     if not there.is_dir():
         raise InputError(f"{there} is a file: choose another --out")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -5,7 +5,7 @@ from itertools import product
 
 from fastiat.config import SweepConfig
 from fastiat.device import pick_device
-from fastiat.evaluate import UNITS, Job, open_runs, prepare, table
+from fastiat.evaluate import UNITS, Job, open_runs, prepare, table, unusual
 from fastiat.measure import error_rates
 from fastiat.results import Rate, provenance
 
@@ -23,7 +23,10 @@ def sweep(config: SweepConfig) -> dict[str, dict[Key, Rate]]:
     config.check()
     jobs = prepare(open_runs(config), config)
     rates = {job.name: _measure(job, config) for job in jobs}
-    for split, eps in product(config.splits, config.eps if len(config.steps) > 1 else (None,)):
+    several = len(set(config.steps)) > 1
+    for split, eps in product(
+        dict.fromkeys(config.splits), dict.fromkeys(config.eps) if several else (None,)
+    ):
         print(_table(rates, config, split, eps), flush=True)
     return rates
 
@@ -46,13 +49,18 @@ def _table(
     rates: dict[str, dict[Key, Rate]], config: SweepConfig, split: str, eps: float | None
 ) -> str:
     """Write a split's rates as text, a row per run: over the steps at `eps`, or over all radii."""
+    at, steps = dict.fromkeys(config.eps), dict.fromkeys(config.steps)
     if eps is None:
-        heading, columns = f"PGD-{config.steps[0]}, eps across", [f"{eps:g}" for eps in config.eps]
+        heading, columns = f"PGD-{config.steps[0]}, eps across", [f"{eps:g}" for eps in at]
     else:
-        heading, columns = f"eps {eps:.4g}, PGD steps across", [str(n) for n in config.steps]
-    rows = {}
-    n = 0
+        heading, columns = f"eps {eps:.4g}, PGD steps across", [str(n) for n in steps]
+    rows, counts = {}, set()
     for name, found in rates.items():
         row = [rate for key, rate in found.items() if key[0] == split and eps in (None, key[1])]
-        rows[name], n = [str(rate) for rate in row], row[0].n
-    return table(f"{split}, {n} images, {config.norm} {heading}: {UNITS}", columns, rows)
+        rows[name] = [str(rate) for rate in row]
+        counts.add(row[0].n)
+    # Runs on different data sets may be swept together.
+    n = " or ".join(map(str, sorted(counts)))
+    return table(
+        f"{split}, {n} images, {config.norm} {heading}{unusual(config)}: {UNITS}", columns, rows
+    )

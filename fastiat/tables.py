@@ -18,8 +18,8 @@ from scipy import stats
 from fastiat.config import fits, flag_of
 from fastiat.errors import InputError
 from fastiat.paper import ROWS, SOURCE, Cell
-from fastiat.results import Rate, fingerprint, read_results
-from fastiat.run import MODEL, Run, write
+from fastiat.results import IDENTITY, fingerprint, is_figure, read_results, wilson
+from fastiat.run import METRICS, MODEL, Run, finite_json, write
 
 HEAD = ("row", "measure", "paper", "ours", "difference", "95 % interval")
 
@@ -88,7 +88,7 @@ class Comparison:
 def read(file: Path) -> Comparison:
     """Read what `Comparison.write` wrote as JSON; raise `InputError` for anything else."""
     try:
-        values = json.loads(file.read_text())
+        values = finite_json(file.read_text())
         lines = tuple(_build(Line, line) for line in values["lines"])
         return _build(Comparison, {**values, "lines": lines})
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -104,6 +104,8 @@ def _build(kind: type[Any], values: dict[str, Any]) -> Any:
         # The lines are built already.
         if name != "lines" and not fits(value, hints[name]):
             raise ValueError(name)
+    if kind is Line and len({taken[name] is None for name in ("ours", "low", "high")}) > 1:
+        raise ValueError("ours")
     return kind(**taken)
 
 
@@ -139,14 +141,22 @@ def results(run: Run) -> list[dict[str, Any]]:
     """Return the measurements of the weights that a run has now, oldest first.
 
     Those of evaluation.json, and before them what earlier versions wrote to metrics.jsonl alone,
-    after the last epoch: what stands before it belongs to weights that are no more.
+    after the last epoch: what stands before it belongs to weights that are no more. All have every
+    field of `fastiat.results.IDENTITY`. Raises `InputError` for rows that fastiat did not write.
     """
+    # Earlier versions did not say which images, and measured on the run's own.
+    unsaid = dict.fromkeys(IDENTITY) | {"dataset": run.config.dataset, "model": ""}
     rows: list[dict[str, Any]] = []
     for row in run.rows():
         if row.get("kind") == "epoch":
             rows.clear()
         elif row.get("kind") == "evaluation" and "model" not in row:
-            rows.append(row)
+            rows.append(unsaid | row)
+    if not all(map(is_figure, rows)):
+        raise InputError(
+            f"{run.path / METRICS} has a row that fastiat did not write, of kind evaluation but "
+            f"without its figures: remove it"
+        )
     return rows + read_results(run.path)
 
 
@@ -176,10 +186,9 @@ def find(
 
     def fitting(row: dict[str, Any]) -> bool:
         origin = row.get("source"), row.get("source_model")
-        # Earlier versions did not say which images, and measured on the run's own.
         return (
             origin in origins
-            and row.get("dataset", dataset) == dataset
+            and row.get("dataset") == dataset
             and all(_same(row.get(name), value) for name, value in wanted.items())
         )
 
@@ -195,9 +204,10 @@ def _same(one: Any, other: Any) -> bool:
 def line(cell: Cell, found: Sequence[dict[str, Any] | None]) -> Line:
     """Put the results of a cell, one for each seed, beside the paper's figure.
 
-    One seed has the interval of its counts (Wilson 1927); several have the mean's, from Student's
-    t over the seeds, which holds the spread of trainings too. The line stays without figures of
-    ours until all seeds are measured.
+    One seed has the interval of its counts (Wilson 1927), which is about the choice of images.
+    Several see the same images, so that this stays as it is for one; independent of it is the
+    spread of trainings, with the mean's interval from Student's t over the seeds, and the reaches
+    of both add up in squares. The line stays without figures of ours until all seeds are measured.
     """
     title, measured = ROWS[cell.row].title, [row for row in found if row is not None]
     if not measured or len(measured) < len(found):
@@ -205,11 +215,13 @@ def line(cell: Cell, found: Sequence[dict[str, Any] | None]) -> Line:
     errors, n = (sum(int(row[name]) for row in measured) for name in ("errors", "n"))
     rates = [100 * row["errors"] / row["n"] for row in measured]
     mean = sum(rates) / len(rates)
-    low, high = Rate(errors, n).interval()
-    if len(rates) > 1:
-        spread = math.sqrt(sum((rate - mean) ** 2 for rate in rates) / (len(rates) - 1))
-        half = float(stats.t.ppf(0.975, len(rates) - 1)) * spread / math.sqrt(len(rates))
-        low, high = max(mean - half, 0.0), min(mean + half, 100.0)
+    seeds = len(rates)
+    low, high = wilson(mean / 100, n // seeds)
+    if seeds > 1:
+        spread = math.sqrt(sum((rate - mean) ** 2 for rate in rates) / (seeds - 1))
+        half = float(stats.t.ppf(0.975, seeds - 1)) * spread / math.sqrt(seeds)
+        low = max(mean - math.hypot(mean - low, half), 0.0)
+        high = min(mean + math.hypot(high - mean, half), 100.0)
     return Line(title, cell.measure, cell.error_percent, mean, low, high, errors, n)
 
 

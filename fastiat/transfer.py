@@ -12,7 +12,7 @@ from fastiat.attack import crafting, pgd
 from fastiat.config import TransferConfig
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.errors import InputError
-from fastiat.evaluate import UNITS, Job, Trained, open_runs, prepare, some, table
+from fastiat.evaluate import UNITS, Job, Trained, open_runs, prepare, some, table, unusual
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
 from fastiat.results import Rate, provenance
@@ -98,7 +98,9 @@ def _check_finished(trained: Trained) -> None:
 def _progress(run: Run) -> tuple[int, int]:
     """Return the last epoch of a run and, with held-out images, the one that was kept."""
     rows = [row for row in run.rows() if isinstance(row.get("epoch"), int)]
-    errors = {row["epoch"]: row["holdout_error_percent"] for row in rows if HOLDOUT in row}
+    errors = {
+        row["epoch"]: row[HOLDOUT] for row in rows if isinstance(row.get(HOLDOUT), int | float)
+    }
     last = max((row["epoch"] for row in rows), default=0)
     return last, min(errors, key=lambda epoch: (errors[epoch], epoch), default=last)
 
@@ -136,7 +138,7 @@ def _table(matrix: Matrix, config: TransferConfig, split: str, eps: float) -> st
     names = short if len(set(short)) == len(short) else list(matrix)
     cells = [list(row.values()) for row in matrix.values()]
     heading = (
-        f"{split}, {cells[0][0].n} images, {config.norm} eps {eps:.4g}, PGD-{config.steps}: "
-        f"{UNITS}\ntarget down, attacking run across"
+        f"{split}, {cells[0][0].n} images, {config.norm} eps {eps:.4g}, PGD-{config.steps}"
+        f"{unusual(config)}: {UNITS}\ntarget down, attacking run across"
     )
     return table(heading, names, dict(zip(names, ([*map(str, row)] for row in cells), strict=True)))

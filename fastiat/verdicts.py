@@ -122,7 +122,7 @@ def white_box(transferred: Tensor | None, own: Tensor) -> Finding:
         )
     verdict = outranks(own, transferred)
     sentence = {
-        "pass": "Examples made for another network fool fewer images than those made for this one.",
+        "pass": "Examples made for another network are no stronger than those made for this one.",
         "warn": f"Examples made for another network seem to beat those made for this, {TOO_FEW}",
         "fail": "Examples made for another network fool more images than those made for this one: "
         "adversarial examples are there, and its own gradients hide them.",
@@ -211,7 +211,8 @@ def cross_entropy(ce: Tensor, margin: Tensor) -> Finding:
     """The margin loss must not find much that cross-entropy, which can saturate, misses."""
     verdict = _lead(ce, margin, MARGIN_POINTS)
     sentence = {
-        "pass": "Attacks through cross-entropy and through the margin of the logits agree.",
+        "pass": "Attacks through the margin of the logits find little that those through "
+        "cross-entropy miss.",
         "warn": "Attacks through the margin of the logits fool more images than those through "
         "cross-entropy: quote the larger error.",
         "fail": "Attacks through the margin of the logits fool far more images than those through "

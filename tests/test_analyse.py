@@ -151,7 +151,8 @@ def test_what_is_read_is_what_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[1]", '[{"check": "a"}]', '[{"check": "a", "verdict": "maybe"}]', "[[["]
+    "content",
+    ["", "{}", "[1]", '[{"check": "a"}]', '[{"check": "a", "verdict": "maybe"}]', "[[[", "[NaN]"],
 )
 def test_a_damaged_file_is_named(tmp_path, content):
     for name, read in ((DIAGNOSIS, read_diagnosis), (NORMS, read_norms)):

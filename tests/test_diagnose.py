@@ -18,6 +18,7 @@ from fastiat import cli, data, verdicts
 from fastiat.analyse import DIAGNOSIS, read_diagnosis
 from fastiat.autoattack import Outcome
 from fastiat.diagnose import examine, precise_loss
+from fastiat.measure import fooled
 from fastiat.run import MODEL, Run
 from fastiat.verdicts import Finding
 
@@ -170,6 +171,18 @@ def test_norms_and_losses_are_those_of_a_linear_network(norm):
     assert findings[LARGER]["eps"][-1] == (1 if norm == "linf" else 4)
 
 
+def test_the_step_is_the_one_asked_for_and_longer_only_in_larger_balls(good, images, monkeypatch):
+    taken = {}
+
+    def spy(*args, eps, alpha, **more):
+        taken[eps] = alpha
+        return fooled(*args, eps=eps, alpha=alpha, **more)
+
+    monkeypatch.setattr("fastiat.diagnose.fooled", spy)
+    examine(fastiat.load(good), images.take(torch.arange(8)), eps=0.04, alpha=0.003)
+    assert taken == pytest.approx({0.04: 0.003, 0.08: 0.01, 0.16: 0.02, 0.32: 0.04, 1: 0.125})
+
+
 def test_autoattacks_error_is_compared_and_its_version_kept(run, monkeypatch):
     asked = []
 
@@ -236,7 +249,7 @@ def test_a_weaker_attack_in_front_fails_unless_chance_explains_it():
         (verdicts.larger_eps({0.1: of(300), 1: of(900)}), "fail", "blinded"),
         (verdicts.larger_eps({0.1: of(600), 0.2: of(500), 1: of(1000)}), "fail", "underestimate"),
         (verdicts.white_box(None, of(300)), "not done", "--partner"),
-        (verdicts.white_box(of(200), of(300)), "pass", "fewer"),
+        (verdicts.white_box(of(200), of(300)), "pass", "no stronger"),
         (verdicts.white_box(of(300), of(200)), "fail", "hide"),
         (verdicts.noise_weaker(of(100), of(150), of(300), eps=1, points=9), "pass", "worth some"),
         (verdicts.noise_weaker(of(100), of(250), of(300), eps=1, points=9), "warn", "little"),
@@ -246,7 +259,7 @@ def test_a_weaker_attack_in_front_fails_unless_chance_explains_it():
         (verdicts.gradients(torch.tensor([0.0] + 19 * [1.0])), "warn", "Some"),
         (verdicts.gradients(torch.tensor([0.0] + 5 * [1.0])), "fail", "blind"),
         (verdicts.gradients(torch.tensor([math.nan] + 99 * [1.0])), "fail", "blind"),
-        (verdicts.cross_entropy(of(600), of(620)), "pass", "agree"),
+        (verdicts.cross_entropy(of(600), of(620)), "pass", "little that"),
         (verdicts.cross_entropy(of(600), of(650)), "warn", "larger error"),
         (verdicts.cross_entropy(of(600), of(750)), "fail", "softmax"),
         (verdicts.cross_entropy(of(6, 10), of(8, 10)), "warn", "larger error"),
@@ -325,6 +338,8 @@ def test_a_lone_model_can_be_diagnosed_and_nothing_is_written(run, tmp_path, cap
         (["--alpha", "0.0001"], "--alpha is 0.0001: 20 such steps do not reach eps 0.03"),
         (["--eps", "8"], "give, say, 8/255"),
         (["--eps", "0"], "--eps is 0"),
+        (["--eps", "1"], "eps 1 allows every image there is"),
+        (["--eps", "9", "--norm", "l2"], "give less than 8"),
         (["--limit", "0"], "--limit is 0"),
         (["--device", "tpu"], "choose from auto, cpu"),
         (["--dataset", "folder", "--data-dir", "absent"], "absent does not exist"),

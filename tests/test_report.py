@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import math
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -115,7 +116,7 @@ def test_the_page_goes_where_it_is_sent_with_its_figures(folder, tmp_path):
 
 
 def test_measurements_that_differ_in_the_attack_do_not_hide_each_other(run):
-    common = {"split": "test", "attack": "pgd-7", "eps": 0.03, "n": 1, "restarts": 1}
+    common = {"split": "test", "attack": "pgd-7", "eps": 0.03, "n": 1, "restarts": 1, "errors": 0}
     common |= {"interval_95_percent": [0.0, 1.0], "loss": "ce"}
     opened = Run.open(run)
     opened.log("evaluation", **common, norm="l2", error_percent=12.34)
@@ -125,6 +126,43 @@ def test_measurements_that_differ_in_the_attack_do_not_hide_each_other(run):
     text = (run / "report.html").read_text()
     assert all(figure in text for figure in ("12.34", "23.45", "34.56"))
     assert "l2 eps 0.03" in text and "margin loss" in text and "9 restarts" in text
+
+
+def test_worst_cases_of_different_attacks_have_columns_of_their_own(run):
+    for attacks in (["--attacks", "fgsm"], ["--attacks", "pgd-2"]):
+        argv = ["evaluate", str(run), "--worst", *attacks, "--limit", "20", "--device", "cpu"]
+        assert cli.main(argv) == 0
+    assert cli.main(["report", str(run)]) == 0
+    shown = Page(run / "report.html").text
+    assert "of none, fgsm" in shown and "of none, pgd-2" in shown
+
+
+def test_the_command_can_be_pasted_whatever_the_folders_name(folder):
+    assert cli.main(["report", str(folder)]) == 0
+    shown = Page(folder / "report.html").text
+    assert f"--out '{folder}/two & <b>more $x$'" in shown
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/page.html", "file/page.html"])
+def test_a_place_for_the_page_that_cannot_be_gets_one_line(
+    complaint, run, tmp_path, contents, place
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / "page.html").mkdir(parents=True)
+    before = contents(run)
+    assert str(tmp_path / place.split("/p")[0]) in complaint(
+        "report", run, "--out", tmp_path / place
+    )
+    assert str(tmp_path / "file") in complaint("norms", run, "--out", tmp_path / "file" / "x")
+    assert contents(run) == before
+
+
+def test_a_run_of_somebody_else_is_shown_and_not_written(run, tmp_path, contents, monkeypatch):
+    before = contents(run)
+    monkeypatch.setattr("os.access", lambda path, *_: Path(path) != run)
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert {"runs", "examples"} <= set(Page(tmp_path / "page.html").ids)
+    assert contents(run) == before
 
 
 def test_sections_without_data_are_left_out(run):
@@ -206,7 +244,19 @@ def test_a_row_of_another_program_is_refused_by_name(complaint, run: Path, row):
     assert not (run / "report.html").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"lines": [{"row": 1}]}', "[" * 5000])
+def of_table(**figures: object) -> str:
+    line = {"row": "r", "measure": "m", "paper": 1.0, "errors": 1, "n": 2}
+    named = dict.fromkeys(("name", "title", "caption", "command"), "")
+    return json.dumps(named | {"lines": [line | {"ours": 1.0, "low": 0.0, "high": 2.0} | figures]})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"lines": [{"row": 1}]}', "[" * 5000),
+        *(of_table(low=None), of_table(ours=math.nan), of_table(high=10**400)),
+    ],
+)
 def test_a_table_of_another_program_is_refused_by_name(complaint, run, content):
     file = run / "table1.json"
     file.write_text(content)

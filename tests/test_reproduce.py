@@ -198,8 +198,14 @@ def test_several_seeds_are_averaged_with_the_interval_of_their_mean(tmp_path):
     line = tables.line(cell, found)
     # Student's t with two degrees of freedom: 4.3027; the deviation is 4 points.
     half = 4.302653 * 4 / math.sqrt(3)
+    # scipy.stats.binomtest(14, 100).proportion_ci(method="wilson")
+    low, high = 8.526344, 22.137188
+    reach = math.hypot(14 - low, half), math.hypot(high - 14, half)
     assert (line.ours, line.errors, line.n) == (14, 42, 300)
-    assert (line.low, line.high) == pytest.approx((14 - half, 14 + half), rel=1e-6)
+    assert (line.low, line.high) == pytest.approx((14 - reach[0], 14 + reach[1]), rel=1e-5)
+    # Seeds that agree by chance do not make the images any more.
+    same = tables.line(cell, [found[1]] * 3)
+    assert (same.low, same.high) == pytest.approx((low, high), rel=1e-5)
     assert tables.line(cell, [found[0], None]).ours is None
 
 
@@ -263,6 +269,7 @@ def test_a_run_of_an_earlier_version_is_taken_over(done):
         ("table3 --epochs 0", "--epochs is 0"),
         ("table3 --limit 0", "--limit is 0"),
         ("table3 --splits val", "choose from test, train"),
+        ("table6 --splits train --dataset digits", "table6 is measured on the test images"),
         ("table3 --splits test test", "--splits names one twice"),
         ("table3 --seeds -1", "--seeds is -1"),
         ("table3 --seeds 1 1", "--seeds names one twice"),
@@ -279,6 +286,15 @@ def test_wrong_arguments_get_one_line_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     assert named in complaint("reproduce", *flags.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_fewer_images_than_a_batch_get_one_line_before_anything_is_measured(complaint, tmp_path):
+    from test_cli import make_tree
+
+    make_tree(tmp_path / "images", count=8)
+    scale = ("--dataset", "folder", "--data-dir", tmp_path / "images", "--arch", "mlp6")
+    line = complaint("reproduce", "table3", *scale, "--dry-run", "--out", tmp_path / "runs")
+    assert "folder has 16 training images" in line and "64 at a time" in line
 
 
 def test_a_folder_of_something_else_under_a_rows_name_is_left_alone(complaint, tmp_path):

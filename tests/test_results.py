@@ -103,6 +103,11 @@ def test_a_run_without_a_model_or_a_measurement_has_no_results(run, tmp_path):
     assert read_results(run) == [] == read_results(tmp_path)
 
 
+def test_a_model_whose_header_claims_too_much_is_named(complaint, run):
+    (run / MODEL).write_bytes(b"\xff" * 64)
+    assert str(run / MODEL) in complaint("report", run)
+
+
 def test_somebody_elses_run_is_measured_and_not_written(run, monkeypatch, contents, capsys):
     before = contents(run)
     monkeypatch.setattr("os.access", lambda *_: False)
@@ -129,6 +134,14 @@ def entry_with(**other: object) -> str:
         (entry_with(n="9"), "not written by fastiat"),
         (entry_with(interval_95_percent=[1]), "not written by fastiat"),
         (entry_with(model=None), "not written by fastiat"),
+        (entry_with(n=0, errors=0), "not written by fastiat"),
+        (entry_with(errors=10), "not written by fastiat"),
+        (entry_with(error_percent=float("nan")), "not JSON"),
+        (entry_with(eps=10**400), "not JSON"),
+        (entry_with(eps=10**300), "not written by fastiat"),
+        (entry_with(eps="8/255"), "not written by fastiat"),
+        (entry_with(attack="pgd-x"), "not written by fastiat"),
+        (entry_with(attacks=[1]), "not written by fastiat"),
     ],
 )
 def test_a_damaged_file_is_named_before_anything_is_measured(complaint, run, contents, text, named):

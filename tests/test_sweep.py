@@ -108,6 +108,14 @@ def test_several_runs_radii_and_steps_make_a_grid(run, other, capsys):
     assert lines[15].split()[1:] == [str(rates[str(other)]["train", 0.1, n]) for n in (2, 5)]
 
 
+def test_a_value_named_twice_is_one_column(run, capsys):
+    for flags in (("--eps", "0.01", "0.01"), ("--steps", "1", "2", "1", "--eps", "0.01", "0.01")):
+        argv = ["sweep", str(run), "--limit", "20", "--device", "cpu", *flags]
+        assert cli.main(argv) == 0
+        _heading, columns, row = capsys.readouterr().out.splitlines()
+        assert len(columns.split()) == len(row.split()) - 1 == len(set(columns.split()))
+
+
 def test_every_run_is_judged_on_every_runs_examples(run, other, test_set, capsys):
     y = test_set[1]
     names = (str(run), str(other))
@@ -241,6 +249,7 @@ def test_model_files_transfer_where_the_images_are_named(run, other, tmp_path, c
         ("sweep x --splits val", "choose from test, train"),
         ("sweep x --restarts 2 --no-random-start", "--restarts"),
         ("transfer x", "at least two runs"),
+        ("transfer x ./x", "x is named twice"),
         ("transfer x y --eps", "--eps"),
         ("transfer x y --steps 0", "--steps is 0"),
         ("transfer x y --steps 9999999", "--steps is 9999999"),
