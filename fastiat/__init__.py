@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from fastiat.run import load
 
 _SUBMODULES = (
-    *("data", "models", "mix", "attack", "train", "evaluate", "report"),
-    *("autoattack", "measure", "results", "sweep", "transfer"),
-    *("config", "errors", "kernels", "run"),
+    *("data", "models", "mix", "attack", "train", "evaluate", "analyse", "report"),
+    *("autoattack", "diagnose", "measure", "reproduce", "results", "sweep", "transfer"),
+    *("config", "engine", "errors", "kernels", "queries", "run", "settings", "step", "trainer"),
 )
 
 

@@ -18,9 +18,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from fastiat.config import NormsConfig, from_json
 from fastiat.errors import InputError
+from fastiat.queries import NormsConfig
 from fastiat.run import ModelCard, Run, check_place, finite_json, load_with_card, write
+from fastiat.settings import from_json
 
 NORMS, DIAGNOSIS = "norms.json", "diagnosis.json"
 Verdict = Literal["pass", "warn", "fail", "not done"]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastiat import data
-from fastiat.config import MeasureConfig
 from fastiat.device import pick_device
 from fastiat.errors import InputError
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
+from fastiat.queries import MeasureConfig
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 TARGETS = 9

@@ -8,9 +8,9 @@ from typing import Any
 
 from fastiat import figure1, figures, paper, tables
 from fastiat.analyse import WeightNorms, read_norms
-from fastiat.config import steps_of
 from fastiat.figures import Picture, Series
 from fastiat.run import Run
+from fastiat.settings import steps_of
 
 Measured = dict[Path, list[dict[str, Any]]]
 """The results of every run, oldest first, with the fields that `fastiat.results` documents."""

@@ -14,22 +14,19 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
-from fastiat.config import (
-    DATASET_DEFAULTS,
-    PRESETS,
+from fastiat.config import DATASET_DEFAULTS, PRESETS, TrainConfig
+from fastiat.errors import InputError, explain_os
+from fastiat.queries import (
     DiagnoseConfig,
     DoctorConfig,
     EvaluateConfig,
     NormsConfig,
     ReportConfig,
     ReproduceConfig,
-    Settings,
     SweepConfig,
-    TrainConfig,
     TransferConfig,
-    flag_of,
 )
-from fastiat.errors import InputError, explain_os
+from fastiat.settings import Settings, flag_of
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from fastiat.analyse import Finding, write_diagnosis
 from fastiat.attack import Loss, Norm, crafting, input_gradient, pgd, start_in_ball
 from fastiat.autoattack import autoattack as run_autoattack
 from fastiat.autoattack import check_classes, library_version
-from fastiat.config import DiagnoseConfig, EvaluateConfig
 from fastiat.device import pick_device
 from fastiat.errors import InputError
 from fastiat.evaluate import Job, open_runs, prepare
 from fastiat.measure import fooled
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
+from fastiat.queries import DiagnoseConfig, EvaluateConfig
 from fastiat.results import provenance
 
 CLIP = (0.0, 1.0)

@@ -7,9 +7,9 @@ import platform
 import torch
 
 from fastiat import __version__, data
-from fastiat.config import DoctorConfig
 from fastiat.device import has_fast_bf16, pick_device, pick_precision
 from fastiat.engine import pick_engine
+from fastiat.queries import DoctorConfig
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "torchattacks", "foolbox")
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from fastiat import data
 from fastiat.autoattack import ATTACKS, autoattack, check_classes, library_version
-from fastiat.config import EvaluateConfig, MeasureConfig, TrainConfig, steps_of
+from fastiat.config import TrainConfig
 from fastiat.device import pick_device, pick_precision
 from fastiat.errors import InputError
 from fastiat.measure import error_rates, fooled, title
+from fastiat.queries import EvaluateConfig, MeasureConfig
 from fastiat.results import Rate, add_results, figures, fingerprint, provenance, read_results
 from fastiat.run import MODEL, ModelCard, Run, load_with_card
+from fastiat.settings import steps_of
 
 __all__ = ["Rate", "error_rate", "error_rates", "evaluate", "read_results"]
 

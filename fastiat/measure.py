@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from fastiat import data, kernels
 from fastiat.attack import crafting, fgsm, input_gradient, start_in_ball
-from fastiat.config import MeasureConfig, steps_of
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
+from fastiat.queries import MeasureConfig
 from fastiat.results import Rate
+from fastiat.settings import steps_of
 
 TITLES = {"none": "No attack", "fgsm": "FGSM", "worst": "Worst", "autoattack": "AutoAttack"}
 

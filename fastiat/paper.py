@@ -10,8 +10,8 @@ import importlib.resources
 from dataclasses import dataclass
 from functools import cache
 
-from fastiat.config import Arch, DatasetName, steps_of
 from fastiat.errors import InputError
+from fastiat.settings import Arch, DatasetName, steps_of
 
 SOURCE = "Lamb, Verma, Kannala, Bengio: Interpolated Adversarial Training, arXiv:1906.06784"
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from fastiat import tables
-from fastiat.config import DATASET_DEFAULTS, ReproduceConfig, TrainConfig, flag_of, paper
+from fastiat.config import DATASET_DEFAULTS, TrainConfig, paper
 from fastiat.errors import InputError
 from fastiat.estimate import images_of
 from fastiat.models import DEFAULT_WIDTH
 from fastiat.paper import ROWS, Cell, table
+from fastiat.queries import ReproduceConfig
 from fastiat.run import CONFIG, MODEL, STATE, Run, check_free, default_out
+from fastiat.settings import flag_of
 
 # What a finished run may have otherwise and still be the row: where it is and what computed it.
 FREE = {

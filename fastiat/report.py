@@ -21,11 +21,12 @@ from fastiat import __version__, data, figure1, figures, tables
 from fastiat.analyse import read_diagnosis
 from fastiat.charts import Label, Measured, label, norm_pictures, sweeps, tradeoff
 from fastiat.cli import resolve
-from fastiat.config import ReportConfig, TrainConfig
+from fastiat.config import TrainConfig
 from fastiat.errors import InputError
 from fastiat.examples import STEPS, data_uri, examples, grid
 from fastiat.figures import Picture
 from fastiat.page import Safe, element, join, page, section, table, text
+from fastiat.queries import ReportConfig
 from fastiat.run import CONFIG, METRICS, MODEL, Run, check_place, write
 
 FIGURES = "figures"

@@ -12,22 +12,22 @@ from typing import Any
 
 from fastiat import figure1
 from fastiat.analyse import weight_norms, write_norms
-from fastiat.config import (
-    EvaluateConfig,
-    ReportConfig,
-    ReproduceConfig,
-    SweepConfig,
-    TransferConfig,
-    steps_of,
-)
 from fastiat.errors import InputError
 from fastiat.estimate import Speed, speed
 from fastiat.evaluate import evaluate
 from fastiat.paper import ROWS, TRAINED, Cell
 from fastiat.plan import Job, Plan
 from fastiat.progress import duration
+from fastiat.queries import (
+    EvaluateConfig,
+    ReportConfig,
+    ReproduceConfig,
+    SweepConfig,
+    TransferConfig,
+)
 from fastiat.report import report
 from fastiat.run import CONFIG, LOG, METRICS, STATE, Run, load
+from fastiat.settings import steps_of
 from fastiat.sweep import sweep
 from fastiat.train import Interrupted, train
 from fastiat.transfer import transfer

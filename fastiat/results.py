@@ -49,9 +49,9 @@ from typing import Any
 import torch
 
 from fastiat import __version__
-from fastiat.config import LARGEST, fits, steps_of
 from fastiat.errors import InputError
 from fastiat.run import MODEL, finite_json, write
+from fastiat.settings import LARGEST, fits, steps_of
 
 EVALUATION = "evaluation.json"
 KINDS = ("evaluation", "sweep", "transfer", "autoattack")

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastiat import __version__, models
-from fastiat.config import TrainConfig, flag_of, from_json
+from fastiat.config import TrainConfig
 from fastiat.errors import InputError
+from fastiat.settings import flag_of, from_json
 
 CONFIG, METRICS, MODEL, STATE, LOG = (
     "config.json",

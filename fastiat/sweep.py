@@ -3,10 +3,10 @@
 import time
 from itertools import product
 
-from fastiat.config import SweepConfig
 from fastiat.device import pick_device
 from fastiat.evaluate import UNITS, Job, open_runs, prepare, table, unusual
 from fastiat.measure import error_rates
+from fastiat.queries import SweepConfig
 from fastiat.results import Rate, provenance
 
 Key = tuple[str, float, int]

@@ -9,12 +9,12 @@ import torch
 
 from fastiat import data
 from fastiat.attack import crafting, pgd
-from fastiat.config import TransferConfig
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.errors import InputError
 from fastiat.evaluate import UNITS, Job, Trained, open_runs, prepare, some, table, unusual
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
+from fastiat.queries import TransferConfig
 from fastiat.results import Rate, provenance
 from fastiat.run import Run
 

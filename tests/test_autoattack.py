@@ -12,8 +12,8 @@ from torch import nn
 
 from fastiat import cli, data
 from fastiat.autoattack import autoattack
-from fastiat.config import EvaluateConfig
 from fastiat.evaluate import read_results
+from fastiat.queries import EvaluateConfig
 from fastiat.run import ModelCard, Run
 
 CPU = ("--device", "cpu", "--precision", "fp32")

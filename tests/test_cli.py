@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastiat import __version__, cli, config, data
-from fastiat.config import PRESETS, TrainConfig, from_json
+from fastiat import __version__, cli, data, settings
+from fastiat.config import PRESETS, TrainConfig
+from fastiat.settings import from_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +35,7 @@ def test_help_documents_every_setting_within_the_terminal(monkeypatch, capsys, n
     words = " ".join(text.split())
     for field in fields(kind):
         if field.name not in kind.positional:
-            assert config.flag_of(field.name) in text
+            assert settings.flag_of(field.name) in text
         # Hyphens may be broken at, so only the start of the text is compared.
         assert " ".join(kind.docs()[field.name].split()[:2]).rstrip(".") in words
 

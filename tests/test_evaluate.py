@@ -14,8 +14,8 @@ from scipy.stats import binomtest
 import fastiat
 from fastiat import cli, data
 from fastiat.attack import pgd
-from fastiat.config import EvaluateConfig
 from fastiat.evaluate import Rate, evaluate
+from fastiat.queries import EvaluateConfig
 from fastiat.run import MODEL, Run
 
 CPU = ("--device", "cpu", "--precision", "fp32")

@@ -10,9 +10,9 @@ from torch import nn
 
 from fastiat import data
 from fastiat.attack import fgsm, pgd
-from fastiat.config import EvaluateConfig
 from fastiat.errors import InputError
 from fastiat.measure import error_rates, fooled
+from fastiat.queries import EvaluateConfig
 
 EPS, ALPHA = 0.1, 0.02
 

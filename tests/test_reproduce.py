@@ -12,8 +12,8 @@ import pytest
 
 from fastiat import cli, paper, plan, tables
 from fastiat import train as training
-from fastiat.config import ReproduceConfig
 from fastiat.estimate import Images, Speed
+from fastiat.queries import ReproduceConfig
 from fastiat.run import CONFIG, METRICS, MODEL, STATE, Run
 
 SCALE = (

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastiat import __version__, cli
-from fastiat.config import EvaluateConfig
 from fastiat.evaluate import Rate, evaluate, read_results
+from fastiat.queries import EvaluateConfig
 from fastiat.results import EVALUATION, IDENTITY, fingerprint
 from fastiat.run import MODEL, Run, load_with_card
 
