@@ -340,7 +340,13 @@ def _page(findings: Sequence[Finding]) -> str:
         )
         lines.append(f"{finding.verdict:<10}{finding.check}")
         for text in (figures, finding.sentence):
-            lines += textwrap.wrap(text, 90, initial_indent=INDENT, subsequent_indent=INDENT)
+            lines += textwrap.wrap(
+                text,
+                90,
+                initial_indent=INDENT,
+                subsequent_indent=INDENT,
+                break_on_hyphens=False,
+            )
     counts = Counter(finding.verdict for finding in findings)
     lines.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     lines.append("A pass says that the error under attack can be believed, not that it is low.")
