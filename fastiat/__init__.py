@@ -17,6 +17,7 @@ _SUBMODULES = (
     *("autoattack", "diagnose", "measure", "reproduce", "results", "sweep", "transfer"),
     *(
         "config",
+        "distributed",
         "engine",
         "errors",
         "kernels",

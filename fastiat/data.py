@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastiat import folder
+from fastiat.distributed import ranks
 from fastiat.errors import InputError
 
 DATASETS: tuple[str, ...] = ("cifar10", "svhn", "fashion-mnist", "digits", "folder")
@@ -126,6 +127,11 @@ def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool
         raise InputError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     if name == "digits":
         return _digits()
+    with ranks().one_first():
+        return _load(name, data_dir, progress)
+
+
+def _load(name: str, data_dir: str | os.PathLike[str] | None, progress: bool) -> Dataset:
     if data_dir is not None:
         root = Path(os.path.expanduser(data_dir))
         if not os.path.exists(root):  # Path.exists would raise for a path no system takes

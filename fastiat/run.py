@@ -204,6 +204,25 @@ class Run:
         return state
 
 
+class Onlooker(Run):
+    """A run directory that another process of the same training writes."""
+
+    def append(self, name: str, content: bytes) -> None:
+        """Leave it to the other."""
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Leave it to the other."""
+
+    def rewind(self, step: int, epoch: int) -> None:
+        """Leave it to the other."""
+
+    def save_model(self, weights: Mapping[str, Tensor], card: ModelCard) -> None:
+        """Leave it to the other."""
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Leave it to the other."""
+
+
 def _settings(config: TrainConfig) -> dict[str, Any]:
     return asdict(replace(config, **MOVABLE))
 

@@ -6,7 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,9 +15,10 @@ import torch
 
 from fastiat import data, models
 from fastiat.config import TrainConfig
-from fastiat.errors import InputError, explain_os
+from fastiat.distributed import ranks
+from fastiat.errors import InputError, Lost, explain_os
 from fastiat.progress import Events, Progress, duration
-from fastiat.run import STATE, Run, check_free, default_out
+from fastiat.run import STATE, Onlooker, Run, check_free, default_out
 from fastiat.trainer import Trainer, Update
 
 LOG_EVERY = 20
@@ -40,28 +42,40 @@ class Interrupted(Exception):
 def train(config: TrainConfig) -> Path:
     """Train as `config` says and return the run directory.
 
+    The ranks of a job (`fastiat.distributed`) train together, and the first writes the directory.
     Raises `InputError` before anything is written if the settings or the data are wrong, and
-    `Interrupted` after a checkpoint when SIGINT or SIGTERM ends it.
+    `Interrupted` after a checkpoint when SIGINT or SIGTERM ends it, and `Lost` where another rank
+    ended without a word.
     """
     config.check()
     path = Path(config.out) if config.out else default_out(config)
-    run = None
+    run, job = None, ranks()
     if config.resume:
         run = Run.open(path)
         run.check_same(config)
-    else:
+    elif job.first:
         check_free(path)
+    if not job.first:
+        run = Onlooker(path, run.config if run else config)
     trainer = Trainer(config, data.load(config.dataset, config.data_dir))
     judged, seconds = 0, 0.0
     try:
         if run is None:
             run = Run.create(path, config)
-        else:
+        elif config.resume:
             judged, seconds = _restore(trainer, run)
+        # All have read the checkpoint before the first writes another.
+        what, weights = "settings, data and weights", trainer.model.state_dict().values()
+        settings = replace(config, out=None, data_dir=None, resume=False)
+        job.check_same(what, settings, trainer.fingerprint, trainer.step, *weights)
         if judged == trainer.epoch and trainer.finished:
             run.say(f"{path} is trained already, {trainer.epoch} epochs: nothing to resume")
         else:
             _loop(trainer, run, judged, seconds)
+        job.wait()  # until the first has written the model
+    except Lost as lost:
+        way = f"; go on with: {_way_on(path)}" if (path / STATE).exists() else ""
+        raise Lost(f"{lost} at step {trainer.step}{way}") from None
     except OSError as error:
         if isinstance(error, BrokenPipeError) or not (path / STATE).exists():
             raise
@@ -93,7 +107,7 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
     `judged` counts the epochs that are measured, which the checkpoint may not be for its last one;
     `seconds` is what the updates of the epoch under way have taken so far.
     """
-    config = trainer.config
+    config, job = trainer.config, trainer.ranks
     per_epoch = len(trainer.loader) * config.batch_size
     saved = started = time.monotonic()
     events = Events(run.append, trainer.step)
@@ -104,6 +118,7 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
 
     def stop() -> NoReturn:
         save()
+        job.wait()  # as torchrun ends all when one has ended
         raise Interrupted(
             signals.received,
             f"stopped at step {trainer.step}, checkpoint written; go on with: {_way_on(run.path)}",
@@ -125,9 +140,11 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
                         if trainer.step % LOG_EVERY == 0:
                             run.log("step", **row)
                             events.add("step", row)
+                    old = job.first and time.monotonic() - saved > SAVE_EVERY
+                    signals.received, due = job.agree(signals.received, old)
                     if signals.received:
                         stop()
-                    if time.monotonic() - saved > SAVE_EVERY:
+                    if due:
                         save()
                         saved = time.monotonic()
             _check_finite(trainer)
@@ -138,7 +155,8 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
             }
             best, judging = trainer.best, time.monotonic()
             try:
-                with signals.at_once():
+                # Ranks that count together must all come to the end of it.
+                with signals.at_once() if job.alone else nullcontext():
                     better = trainer.judge(row)
             except _Now:
                 trainer.best = best
@@ -151,6 +169,7 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
             run.say(_epoch_line(config, row))
             if better:
                 run.save_model(trainer.evaluated.state_dict(), trainer.card)
+            (signals.received,) = job.agree(signals.received)
             if signals.received:
                 stop()
         save()
@@ -162,7 +181,7 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
 
 
 def _way_on(path: Path) -> str:
-    return f"fastiat train --resume --out {shlex.quote(str(path))}"
+    return f"{ranks().launcher} train --resume --out {shlex.quote(str(path))}"
 
 
 def _check_finite(trainer: Trainer) -> None:
