@@ -30,7 +30,7 @@ import timing  # noqa: E402
 from fastiat import cli, data  # noqa: E402
 from fastiat.config import TrainConfig  # noqa: E402
 from fastiat.errors import InputError  # noqa: E402
-from fastiat.run import LOG, METRICS, STATE  # noqa: E402
+from fastiat.run import LOG, METRICS, PREVIOUS, STATE  # noqa: E402
 from fastiat.trainer import Trainer  # noqa: E402
 
 ATTACKS = ("none", "pgd-20")
@@ -65,7 +65,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     write_report(report, found)
     left = 60 * arguments.session - (time.monotonic() - started)
-    if (run / STATE).exists():
+    if (run / STATE).exists() or (run / PREVIOUS).exists():
         command = ["train", "--resume", "--out", str(run), "--data-dir", common[3]]
     else:
         # What a training left that was killed before its first checkpoint.
