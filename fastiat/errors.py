@@ -36,6 +36,10 @@ def complain(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+class Damaged(InputError):
+    """A file that we wrote is not what it was; where there is an older one, that may do."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on the host or, which torch tells by a `RuntimeError`, elsewhere."""
     signs = (
@@ -43,6 +47,8 @@ def out_of_memory(error: BaseException) -> bool:
         "not enough memory",
         "can't allocate memory",
         "calculation overflowed",
+        "bad_alloc",
+        "ALLOC_FAILED",
     )
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

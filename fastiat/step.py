@@ -129,6 +129,7 @@ class Step:
     per_sample: whether lambda comes as (B,).
     compiled, captured: whether passes are compiled, and pieces captured as CUDA graphs.
     average: replaces tensors by their means over the `ranks` of a training.
+    accept: asked before the optimizer's step, which is left out where it says no.
 
     The rest is as for `algorithm1`, and so are the results: un-compiled, bit for bit.
     """
@@ -149,8 +150,9 @@ class Step:
         per_sample: bool = False,
         average: Callable[[list[Tensor]], None] = lambda tensors: None,
         ranks: int = 1,
+        accept: Callable[[Update], bool] | None = None,
     ) -> None:
-        self.model, self.optimizer, self.dtype = model, optimizer, dtype
+        self.model, self.optimizer, self.dtype, self.accept = model, optimizer, dtype, accept
         self.compiled, self.loss, self.mix_pixels = compiled, loss, mix_pixels
         self.share = (clean_weight, 1 - clean_weight) if attack else (1.0, 0.0)
         parameters = list(model.parameters())
@@ -200,8 +202,10 @@ class Step:
             self._run(("adversarial", layers[1]), lambda: self._half(1, layers[1]))
         # Between graphs, as collectives are kept out of them.
         self.average(self.averaged)
-        self._run("optimizer", self.optimizer.step)
-        return Update.of(self.figures.clone(), self.ranks)
+        update = Update.of(self.figures.clone(), self.ranks)
+        if self.accept is None or self.accept(update):
+            self._run("optimizer", self.optimizer.step)
+        return update
 
     def _run(self, name: Hashable, piece: Callable[[], object]) -> None:
         if self._captured is None:

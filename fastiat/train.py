@@ -16,19 +16,15 @@ import torch
 from fastiat import data, models
 from fastiat.config import TrainConfig
 from fastiat.distributed import ranks
-from fastiat.errors import InputError, Lost, explain_os
+from fastiat.errors import InputError, Lost, explain_os, out_of_memory
 from fastiat.progress import Events, Progress, duration
-from fastiat.run import STATE, Onlooker, Run, check_free, default_out
+from fastiat.run import MODEL, PREVIOUS, STATE, Onlooker, Run, check_free, default_out
 from fastiat.trainer import Trainer, Update
 
 LOG_EVERY = 20
 """Steps between two looks at the losses, each of which waits for the device."""
-SAVE_EVERY = 120.0
-"""Seconds between two checkpoints; the end of the training and a signal write one too."""
-
-
-BEST = {"epoch": int, "errors": int}
-"""What `Trainer.best` holds."""
+MOST_SKIPPED = 20
+"""Updates in a row that may be left out by --on-nan skip before the training ends."""
 
 
 class Interrupted(Exception):
@@ -43,136 +39,226 @@ def train(config: TrainConfig) -> Path:
     """Train as `config` says and return the run directory.
 
     The ranks of a job (`fastiat.distributed`) train together, and the first writes the directory.
-    Raises `InputError` before anything is written if the settings or the data are wrong, and
-    `Interrupted` after a checkpoint when SIGINT or SIGTERM ends it, and `Lost` where another rank
-    ended without a word.
+    Raises `InputError` before anything is written if the settings or the data are wrong or another
+    process trains there, `Interrupted` after a checkpoint when SIGINT or SIGTERM ends it, and
+    `Lost` where another rank has ended.
     """
     config.check()
     path = Path(config.out) if config.out else default_out(config)
     run, job = None, ranks()
+    kind = Run if job.first else Onlooker
     if config.resume:
-        run = Run.open(path)
+        run = kind.open(path)
         run.check_same(config)
+        run.lock()
     elif job.first:
         check_free(path)
-    if not job.first:
-        run = Onlooker(path, run.config if run else config)
-    trainer = Trainer(config, data.load(config.dataset, config.data_dir))
-    judged, seconds = 0, 0.0
     try:
+        trainer = Trainer(config, data.load(config.dataset, config.data_dir))
         if run is None:
-            run = Run.create(path, config)
-        elif config.resume:
-            judged, seconds = _restore(trainer, run)
-        # All have read the checkpoint before the first writes another.
-        what, weights = "settings, data and weights", trainer.model.state_dict().values()
-        settings = replace(config, out=None, data_dir=None, resume=False)
-        job.check_same(what, settings, trainer.fingerprint, trainer.step, *weights)
-        if judged == trainer.epoch and trainer.finished:
-            run.say(f"{path} is trained already, {trainer.epoch} epochs: nothing to resume")
-        else:
-            _loop(trainer, run, judged, seconds)
-        job.wait()  # until the first has written the model
-    except Lost as lost:
-        way = f"; go on with: {_way_on(path)}" if (path / STATE).exists() else ""
-        raise Lost(f"{lost} at step {trainer.step}{way}") from None
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) or not (path / STATE).exists():
-            raise
-        raise InputError(f"{explain_os(error)}; then go on with: {_way_on(path)}") from None
+            run = Run.create(path, config) if job.first else Onlooker(path, config)
+        with _saying_the_way_on(trainer, run):
+            _train(trainer, run)
+            job.wait()  # until the first has written the model
+    finally:
+        if run is not None:
+            run.unlock()
     return path
 
 
-def _restore(trainer: Trainer, run: Run) -> tuple[int, float]:
-    """Put the trainer where the checkpoint is; return what `_loop` keeps there: judged, seconds."""
-    state = run.load_state()
+@contextmanager
+def _saying_the_way_on(trainer: Trainer, run: Run) -> Iterator[None]:
+    """Add, to what the machine refuses, how to go on where that is mended."""
     try:
-        judged, seconds, best = int(state["judged"]), float(state["seconds"]), state["best"]
-        if type(state["step"]) is not int or not (
-            best is None or {name: type(value) for name, value in best.items()} == BEST
-        ):
-            raise InputError("the checkpoint's step or best epoch is no number")
-        trainer.load_state_dict(state)
-    except InputError as error:
-        raise InputError(f"{run.path} cannot be resumed: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{run.path} cannot be resumed: {STATE} lacks {error}") from None
-    run.rewind(trainer.step, judged)
-    return judged, seconds
+        yield
+    except BrokenPipeError:
+        raise
+    except Lost as lost:
+        way = f"; go on with: {_way_on(run.path)}" if run.has_state() else ""
+        raise Lost(f"{lost} at step {trainer.step}{way}") from None
+    except (OSError, RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            wrong = (
+                "this takes more memory than there is: start again with a lower --batch-size "
+                "or --width, or free some"
+            )
+        elif isinstance(error, OSError) and run.has_state():
+            wrong = explain_os(error)
+        else:
+            raise
+        raise InputError(f"{wrong}; then go on with: {_way_on(run.path)}") from None
 
 
-def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
-    """Train to the end.
+def _train(trainer: Trainer, run: Run) -> None:
+    """Train from the run's checkpoint, or from the start where there is none yet."""
+    session = _Session(trainer, run)
+    begun = run.has_state()
+    if begun:
+        try:
+            run.load_state(trainer.load_state_dict)
+        except InputError as error:
+            raise InputError(f"{run.path} cannot be resumed: {error}") from None
+        session.saved_step = trainer.step
+    else:
+        _check_unbegun(run)
+    run.rewind(trainer.step, trainer.judged)
+    if trainer.judged == trainer.epoch and trainer.finished:
+        run.say(f"{run.path} is trained already, {trainer.epoch} epochs: nothing to resume")
+        return
+    # All have looked for a checkpoint, and read the same, before the first writes one.
+    settings = replace(trainer.config, out=None, data_dir=None, resume=False)
+    weights = trainer.model.state_dict().values()
+    trainer.ranks.check_same(
+        "settings, data and weights", settings, trainer.fingerprint, trainer.step, *weights
+    )
+    if not begun:
+        session.save()
+    _loop(session)
 
-    `judged` counts the epochs that are measured, which the checkpoint may not be for its last one;
-    `seconds` is what the updates of the epoch under way have taken so far.
-    """
-    config, job = trainer.config, trainer.ranks
-    per_epoch = len(trainer.loader) * config.batch_size
-    saved = started = time.monotonic()
-    events = Events(run.append, trainer.step)
 
-    def save() -> None:
-        _check_finite(trainer)
-        run.save_state(trainer.state_dict() | {"judged": judged, "seconds": seconds})
-
-    def stop() -> NoReturn:
-        save()
-        job.wait()  # as torchrun ends all when one has ended
-        raise Interrupted(
-            signals.received,
-            f"stopped at step {trainer.step}, checkpoint written; go on with: {_way_on(run.path)}",
+def _check_unbegun(run: Run) -> None:
+    """Raise `InputError` for a run whose checkpoints are lost, as starting over would double it."""
+    if (run.path / MODEL).exists() or any(row.get("kind") == "epoch" for row in run.rows()):
+        raise InputError(
+            f"{run.path} has lost {STATE} and {PREVIOUS}: put one back, or start again with "
+            f"another --out"
         )
 
+
+class _Session:
+    """The part of a training that this process does: when it saves, and how it ends."""
+
+    def __init__(self, trainer: Trainer, run: Run) -> None:
+        self.trainer, self.run = trainer, run
+        self.signals = _Signals()
+        self.saved_at, self.saved_step = time.monotonic(), 0
+
+    def agree(self) -> tuple[int, int]:
+        """Return the signal that is to end the training, or 0, and whether a checkpoint is due.
+
+        All ranks get the same: a signal that came to any of them, and the first one's clock.
+        """
+        ranks, age = self.trainer.ranks, time.monotonic() - self.saved_at
+        old = ranks.first and age >= self.trainer.config.checkpoint_every
+        number, due = ranks.agree(self.signals.received, old)
+        if number:
+            self.signals.received = number
+        return number, due
+
+    def save(self) -> None:
+        """Write a checkpoint; raise `InputError` instead for a training that has diverged."""
+        self.check_finite()
+        self.run.save_state(self.trainer.state_dict())
+        self.saved_at, self.saved_step = time.monotonic(), self.trainer.step
+
+    def stop(self) -> NoReturn:
+        """Write a checkpoint and say how to go on."""
+        self.save()
+        self.trainer.ranks.wait()  # as torchrun ends all where one has ended
+        raise Interrupted(
+            self.signals.received,
+            f"stopped at step {self.trainer.step}, checkpoint written; "
+            f"go on with: {_way_on(self.run.path)}",
+        )
+
+    def check_finite(self) -> None:
+        """Raise `InputError` for a training that has diverged, so that nothing of it is saved."""
+        state = self.trainer.state_dict()
+        groups = [state["model"], state["average"] or {}, *state["optimizer"]["state"].values()]
+        tensors = [tensor for group in groups for tensor in group.values()]
+        if not torch.stack(
+            [tensor.isfinite().all() for tensor in [state["totals"], *tensors]]
+        ).all():
+            self.diverged()
+
+    def diverged(self) -> NoReturn:
+        """Raise `InputError` with the ways out."""
+        raise InputError(
+            f"the training diverged: its loss or weights are not finite at step "
+            f"{self.trainer.step}; the checkpoint of step {self.saved_step} is intact: leave such "
+            f"updates out with {_way_on(self.run.path)} --on-nan skip, or start again with another "
+            f"--out and a lower --lr, or --schedule cosine, which warms up"
+        )
+
+    def check_skipped(self) -> None:
+        """Say that the first update of an epoch was left out; end a training that skips them all.
+
+        Raises `InputError` then, with the last checkpoint intact.
+        """
+        trainer = self.trainer
+        if trainer.skipped_in_a_row >= MOST_SKIPPED or trainer.skipped == len(trainer.loader):
+            raise InputError(
+                f"the training diverged: the loss or gradient of {trainer.skipped_in_a_row} "
+                f"updates in a row, the last at step {trainer.step}, was not finite; the "
+                f"checkpoint of step {self.saved_step} is intact: start again with another --out "
+                f"and a lower --lr, or --schedule cosine, which warms up"
+            )
+        if trainer.skipped_in_a_row and trainer.skipped == 1:
+            self.run.say(
+                f"warning: the loss or gradient of step {trainer.step} is not finite; it is left "
+                f"out, and so is every other such step of this epoch"
+            )
+
+
+def _loop(session: _Session) -> None:
+    """Train to the end."""
+    trainer, run, signals = session.trainer, session.run, session.signals
+    config = trainer.config
+    per_epoch = len(trainer.loader) * config.batch_size
+    started = time.monotonic()
+    events = Events(run.append, trainer.step)
     run.say(_headline(trainer))
     images = trainer.step * config.batch_size
-    with _Signals() as signals, Progress("training", config.epochs * per_epoch, images) as progress:
-        while judged < trainer.epoch or not trainer.finished:
-            trained = judged == trainer.epoch
+    with signals, Progress("training", config.epochs * per_epoch, images) as progress:
+        while trainer.judged < trainer.epoch or not trainer.finished:
+            trained = trainer.judged == trainer.epoch
             if trained:
-                begun, first = time.monotonic() - seconds, trainer.step
+                begun, first = time.monotonic() - trainer.seconds, trainer.step
                 for update in trainer.epoch_updates():
-                    seconds = time.monotonic() - begun
+                    trainer.seconds = time.monotonic() - begun
                     progress.advance(config.batch_size)
+                    if trainer.skipped_in_a_row:
+                        progress.clear()
+                        session.check_skipped()
                     if trainer.step % LOG_EVERY == 0 or trainer.step == first + 1:
                         row = _step_row(trainer, update)
-                        progress.show(**_figures(config, row))
+                        if not trainer.skipped_in_a_row:
+                            if not math.isfinite(row["clean_loss"] + row["adv_loss"]):
+                                session.diverged()
+                            progress.show(**_figures(config, row))
                         if trainer.step % LOG_EVERY == 0:
                             run.log("step", **row)
                             events.add("step", row)
-                    old = job.first and time.monotonic() - saved > SAVE_EVERY
-                    signals.received, due = job.agree(signals.received, old)
-                    if signals.received:
-                        stop()
+                    stopping, due = session.agree()
+                    if stopping:
+                        session.stop()
                     if due:
-                        save()
-                        saved = time.monotonic()
-            _check_finite(trainer)
+                        session.save()
+            session.check_finite()
             if trained:  # by now the device has finished, too
-                seconds = time.monotonic() - begun
+                trainer.seconds = time.monotonic() - begun
             row = _epoch_row(trainer) | {
-                "images_per_second": round(per_epoch / max(seconds, 1e-9), 1)
+                "images_per_second": round(per_epoch / max(trainer.seconds, 1e-9), 1)
             }
             best, judging = trainer.best, time.monotonic()
             try:
                 # Ranks that count together must all come to the end of it.
-                with signals.at_once() if job.alone else nullcontext():
+                with signals.at_once() if trainer.ranks.alone else nullcontext():
                     better = trainer.judge(row)
             except _Now:
                 trainer.best = best
-                stop()
-            row["seconds"] = round(seconds + time.monotonic() - judging, 3)
-            judged, seconds = trainer.epoch, 0.0
+                session.stop()
+            row["seconds"] = round(trainer.seconds + time.monotonic() - judging, 3)
+            trainer.judged, trainer.seconds = trainer.epoch, 0.0
             run.log("epoch", **row)
             events.add("epoch", row)
             progress.clear()
             run.say(_epoch_line(config, row))
             if better:
                 run.save_model(trainer.evaluated.state_dict(), trainer.card)
-            (signals.received,) = job.agree(signals.received)
-            if signals.received:
-                stop()
-        save()
+            if session.agree()[0]:
+                session.stop()
+        session.save()
     kept = f", epoch {trainer.best['epoch']} kept" if trainer.best else ""
     run.say(
         f"trained {trainer.epoch} epochs{kept}, this time in "
@@ -182,20 +268,6 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
 
 def _way_on(path: Path) -> str:
     return f"{ranks().launcher} train --resume --out {shlex.quote(str(path))}"
-
-
-def _check_finite(trainer: Trainer) -> None:
-    """Raise `InputError` for a training that has diverged, so that nothing of it is saved."""
-    tensors = [trainer.totals, *trainer.model.parameters()]
-    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-        _diverged(trainer)
-
-
-def _diverged(trainer: Trainer) -> NoReturn:
-    raise InputError(
-        f"the training diverged: its loss or weights are not finite at step {trainer.step}; "
-        f"start again with another --out and a lower --lr, or --schedule cosine, which warms up"
-    )
 
 
 class _Now(BaseException):
@@ -254,27 +326,26 @@ def _headline(trainer: Trainer) -> str:
 
 def _step_row(trainer: Trainer, update: Update) -> dict[str, Any]:
     batch, attacked = trainer.config.batch_size, trainer.config.adv != "none"
-    row = {
-        "step": trainer.step,
+    place = {"step": trainer.step, "learning_rate": trainer.lr, "skipped": trainer.skipped}
+    if trainer.skipped_in_a_row:  # its figures are no numbers
+        return place
+    return place | {
         "clean_loss": float(update.clean_loss),
         "adv_loss": float(update.adv_loss) if attacked else 0.0,
         "clean_accuracy_percent": 100 * float(update.clean_correct) / batch,
         "adv_accuracy_percent": 100 * float(update.adv_correct) / batch,
-        "learning_rate": trainer.lr,
     }
-    if not math.isfinite(row["clean_loss"] + row["adv_loss"]):
-        _diverged(trainer)
-    return row
 
 
 def _epoch_row(trainer: Trainer) -> dict[str, Any]:
-    steps = len(trainer.loader)
+    steps = len(trainer.loader) - trainer.skipped
     clean_loss, adv_loss, clean, adv = (trainer.totals / steps).tolist()
     batch = trainer.config.batch_size
     return {
         "step": trainer.step,
         "epoch": trainer.epoch,
         "learning_rate": trainer.lr,
+        "skipped": trainer.skipped,
         "clean_loss": clean_loss,
         "adv_loss": adv_loss,
         "clean_accuracy_percent": 100 * clean / batch,
@@ -305,4 +376,6 @@ def _epoch_line(config: TrainConfig, row: dict[str, Any]) -> str:
         del parts[3]
     if "holdout_error_percent" in row:
         parts.insert(-2, f"held-out error {row['holdout_error_percent']:.2f} %")
+    if row["skipped"]:
+        parts.insert(-2, f"{row['skipped']} updates left out")
     return ", ".join(parts)
