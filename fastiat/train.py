@@ -52,8 +52,11 @@ def train(config: TrainConfig) -> Path:
         trainer = Trainer(config, data.load(config.dataset, config.data_dir))
         if run is None:
             run = Run.create(path, config)
-        with _saying_the_way_on(run):
-            _train(trainer, run)
+        session = _Session(trainer, run)
+        with _saying_the_way_on(run), session.signals:
+            _train(session)
+            if session.signal():  # it came after the last update
+                session.stop()
     finally:
         if run is not None:
             run.unlock()
@@ -80,9 +83,9 @@ def _saying_the_way_on(run: Run) -> Iterator[None]:
         raise InputError(f"{wrong}; then go on with: {_way_on(run.path)}") from None
 
 
-def _train(trainer: Trainer, run: Run) -> None:
+def _train(session: "_Session") -> None:
     """Train from the run's checkpoint, or from the start where there is none yet."""
-    session = _Session(trainer, run)
+    trainer, run = session.trainer, session.run
     if run.has_state():
         try:
             run.load_state(trainer.load_state_dict)
@@ -188,7 +191,7 @@ def _loop(session: _Session) -> None:
     events = Events(run.append, trainer.step)
     run.say(_headline(trainer))
     images = trainer.step * config.batch_size
-    with signals, Progress("training", config.epochs * per_epoch, images) as progress:
+    with Progress("training", config.epochs * per_epoch, images) as progress:
         while trainer.judged < trainer.epoch or not trainer.finished:
             trained = trainer.judged == trainer.epoch
             if trained:
