@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastiat import data, models
+from fastiat import data, loaders, models
 from fastiat import mix as mixing
 from fastiat.attack import PGD, BatchNormMode, count_errors, pgd
 from fastiat.config import TrainConfig
@@ -51,7 +51,7 @@ class Trainer:
         prepare(self.device, config.deterministic)
         self.precision = partial(autocast, self.device, self.arithmetic)
         evaluation_loader = partial(
-            data.ResidentLoader, batch_size=EVAL_BATCH, device=self.device, train=False
+            loaders.ResidentLoader, batch_size=EVAL_BATCH, device=self.device, train=False
         )
         train, test, self.holdout = dataset.train, dataset.test, None
         kept_out = min(1000, len(train) // 10) if config.holdout is None else config.holdout
@@ -80,7 +80,7 @@ class Trainer:
             purpose: torch.Generator(place).manual_seed(config.seed * 1000 + number)
             for number, (purpose, place) in enumerate(places.items())
         }
-        self.loader = data.ResidentLoader(
+        self.loader = loaders.ResidentLoader(
             train,
             config.batch_size,
             device=self.device,
@@ -292,7 +292,7 @@ class Trainer:
         self.best = {"epoch": self.epoch, "errors": errors}
         return True
 
-    def _errors(self, batches: data.ResidentLoader, attack: Attack | None) -> int:
+    def _errors(self, batches: loaders.ResidentLoader, attack: Attack | None) -> int:
         return count_errors(self.evaluated, batches, attack)
 
     def state_dict(self) -> dict[str, Any]:

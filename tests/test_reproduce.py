@@ -256,6 +256,7 @@ def test_a_run_of_an_earlier_version_is_taken_over(done):
     (path / "evaluation.json").unlink()
     (path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in found))
     (path / STATE).write_bytes(b"of another format")
+    (path / PREVIOUS).unlink()
     config = cli.parse(["reproduce", "table3", *SCALE, "--out", str(done)])[1]
     (first, *_) = plan.Plan(config).jobs
     assert first.finished and plan.Plan(config).missing(first) == []
