@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastiat import __version__, models
 from fastiat.config import TrainConfig
 from fastiat.errors import InputError
-from fastiat.settings import flag_of, from_json
+from fastiat.settings import flag_of, from_json, is_beton
 
 CONFIG, METRICS, MODEL, STATE, LOG = (
     "config.json",
@@ -32,6 +32,8 @@ CONFIG, METRICS, MODEL, STATE, LOG = (
 T = TypeVar("T")
 # Where a run lies and where its data lie may change between stop and resume.
 MOVABLE: dict[str, Any] = {"out": None, "data_dir": None, "resume": False}
+# All loaders make the same batches of the same images, which the checkpoint recognises.
+INTERCHANGEABLE: dict[str, Any] = {"loader": "auto"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class ModelCard:
 
 def default_out(config: TrainConfig) -> Path:
     """Return the directory of a run that was given none."""
-    name = f"{config.dataset}-{config.arch}-{config.adv}-{config.mix}-s{config.seed}"
-    return Path("runs") / name
+    images = Path(config.dataset).stem
+    return Path("runs") / f"{images}-{config.arch}-{config.adv}-{config.mix}-s{config.seed}"
 
 
 class Run:
@@ -73,6 +75,8 @@ class Run:
         # The data's place is no setting of the method, but `evaluate` must find them again.
         if config.data_dir is not None:
             kept["data_dir"] = str(Path(config.data_dir).absolute())
+        if is_beton(config.dataset):
+            kept["dataset"] = str(Path(config.dataset).expanduser().absolute())
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -205,7 +209,9 @@ class Run:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    return asdict(replace(config, **MOVABLE))
+    """Return what makes a training this one, wherever its data lie."""
+    settings = asdict(replace(config, **MOVABLE, **INTERCHANGEABLE))
+    return settings | {"dataset": Path(config.dataset).name}
 
 
 def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any, Any] | None:

@@ -51,7 +51,7 @@ def train(config: TrainConfig) -> Path:
         run.check_same(config)
     else:
         check_free(path)
-    trainer = Trainer(config, data.load(config.dataset, config.data_dir))
+    trainer = Trainer(config, data.load(config.dataset, config.data_dir, loader=config.loader))
     judged, seconds = 0, 0.0
     try:
         if run is None:
