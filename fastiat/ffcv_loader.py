@@ -136,7 +136,10 @@ def _compiled(path: Path, _: tuple[int, int, int], threads: int) -> Any:
             read, images = self.memory_read, Compiler.get_iterator()
             decode_jpeg, copy = Compiler.compile(imdecode), Compiler.compile(memcpy)
 
-            def decode(batch_indices, destination, metadata, storage_state):  # type: ignore[no-untyped-def]
+            # numba reads no annotations.
+            def decode(
+                batch_indices: Any, destination: Any, metadata: Any, storage_state: Any
+            ) -> Any:
                 pixels, failed = destination
                 for i in images(len(batch_indices)):
                     field = metadata[batch_indices[i]]
@@ -155,7 +158,7 @@ def _compiled(path: Path, _: tuple[int, int, int], threads: int) -> Any:
             decode.is_parallel = True  # type: ignore[attr-defined]
             return decode
 
-    class Pass(EpochIterator):  # type: ignore[misc]
+    class Pass(EpochIterator):
         """FFCV's pass, whose thread ends when it is closed and hands on what it raises."""
 
         error: BaseException | None = None
