@@ -64,7 +64,7 @@ def fooled(
     """
     names = tuple(dict.fromkeys(("none", *attacks) if worst else attacks))
     one_pass = _Pass(model, names, eps, alpha, config, worst)
-    batches = loaders.ResidentLoader(split, config.batch_size, device=one_pass.device, train=False)
+    batches = loaders.make(split, config.batch_size, device=one_pass.device, train=False)
     text = ", ".join(map(title, names))
     found = []
     with Progress(f"worst of {text}" if worst else text, len(split)) as progress:

@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> Path:
     else:
         check_free(path)
     try:
-        trainer = Trainer(config, data.load(config.dataset, config.data_dir))
+        trainer = Trainer(config, data.load(config.dataset, config.data_dir, loader=config.loader))
         if run is None:
             run = Run.create(path, config)
         session = _Session(trainer, run)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastiat import data, loaders, models
+from fastiat import convert, data, loaders, models
 from fastiat import mix as mixing
 from fastiat.attack import PGD, BatchNormMode, count_errors, pgd
 from fastiat.config import TrainConfig
@@ -50,8 +50,11 @@ class Trainer:
         self.arithmetic = pick_precision(config.precision, self.device)
         prepare(self.device, config.deterministic)
         self.precision = partial(autocast, self.device, self.arithmetic)
+        kind, self.loader_reason = loaders.choose(config.loader, dataset, self.device)
+        if kind == "ffcv" and not dataset.stored:
+            dataset = convert.cached_dataset(dataset)
         evaluation_loader = partial(
-            loaders.ResidentLoader, batch_size=EVAL_BATCH, device=self.device, train=False
+            loaders.make, batch_size=EVAL_BATCH, kind=kind, device=self.device, train=False
         )
         train, test, self.holdout = dataset.train, dataset.test, None
         kept_out = min(1000, len(train) // 10) if config.holdout is None else config.holdout
@@ -80,9 +83,10 @@ class Trainer:
             purpose: torch.Generator(place).manual_seed(config.seed * 1000 + number)
             for number, (purpose, place) in enumerate(places.items())
         }
-        self.loader = loaders.ResidentLoader(
+        self.loader = loaders.make(
             train,
             config.batch_size,
+            kind=kind,
             device=self.device,
             train=True,
             pad=config.pad,
@@ -292,7 +296,7 @@ class Trainer:
         self.best = {"epoch": self.epoch, "errors": errors}
         return True
 
-    def _errors(self, batches: loaders.ResidentLoader, attack: Attack | None) -> int:
+    def _errors(self, batches: loaders.Loader, attack: Attack | None) -> int:
         return count_errors(self.evaluated, batches, attack)
 
     def state_dict(self) -> dict[str, Any]:
