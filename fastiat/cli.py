@@ -17,6 +17,7 @@ from fastiat import __version__
 from fastiat.config import DATASET_DEFAULTS, PRESETS, TrainConfig
 from fastiat.errors import InputError, Lost, complain, explain_os, out_of_memory
 from fastiat.queries import (
+    ConvertConfig,
     DiagnoseConfig,
     DoctorConfig,
     EvaluateConfig,
@@ -61,6 +62,9 @@ COMMANDS = {
     "reproduce": Command(
         ReproduceConfig, "fastiat.reproduce:reproduce", "put a table of the paper beside one's own"
     ),
+    "convert": Command(
+        ConvertConfig, "fastiat.convert:convert", "write images to one file for FFCV, of any size"
+    ),
     "report": Command(ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
     "doctor": Command(
         DoctorConfig, "fastiat.doctor:doctor", "show what this machine has and what a run takes"
@@ -77,6 +81,8 @@ EXAMPLES = {
     "diagnose": "fastiat diagnose runs/cifar10-preact18-pgd-manifold-s0 --limit 500",
     "reproduce": "fastiat reproduce table3 --dry-run\n"
     "fastiat reproduce table3 --epochs 10 --width 16 --limit 1000",
+    "convert": "fastiat convert my-images my-images.beton --max-side 64\n"
+    "fastiat train --dataset my-images.beton",
     "report": "fastiat report runs",
     "doctor": "fastiat doctor",
 }
@@ -91,6 +97,7 @@ METAVARS = {
     "run": "RUN",
     "partner": "RUN",
     "dir": "DIR",
+    "dataset": "DATASET",
     "out": "PATH",
     "data_dir": "DIR",
     "attacks": "ATTACK",

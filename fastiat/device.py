@@ -1,5 +1,6 @@
 """The device and the arithmetic a run takes."""
 
+import os
 import platform
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,6 +33,25 @@ def pick_device(name: str) -> torch.device:
             there = f"{count} CUDA device{'s' * (count != 1)}" if count else "no CUDA device"
             raise InputError(f"--device {name}: this machine has {there}; use --device cpu or auto")
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a CUDA device, or for this process in the system."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = []
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
+    except (OSError, KeyError, ValueError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    group = Path("/sys/fs/cgroup")  # a container's own limit
+    try:
+        most = int((group / "memory.max").read_text())
+        limits.append(max(most - int((group / "memory.current").read_text()), 0))
+    except (OSError, ValueError):  # there is none
+        pass
+    return min(limits)
 
 
 def _own_gpu(name: str) -> torch.device:

@@ -69,7 +69,7 @@ def fooled(
     one_pass = _Pass(model, names, eps, alpha, config, worst)
     job, size = ranks(), config.batch_size
     shard = loaders.Shard(job.rank, job.count)
-    batches = loaders.ResidentLoader(split, size, device=one_pass.device, train=False, shard=shard)
+    batches = loaders.make(split, size, device=one_pass.device, train=False, shard=shard)
     text = ", ".join(map(title, names))
     found = torch.zeros(len(names), len(split), dtype=torch.uint8, device=one_pass.device)
     place = 0

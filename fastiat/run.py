@@ -24,7 +24,7 @@ from fastiat.config import TrainConfig
 from fastiat.distributed import ranks
 from fastiat.errors import Damaged, InputError
 from fastiat.lock import Lock, alone, check_unused
-from fastiat.settings import flag_of, from_json
+from fastiat.settings import flag_of, from_json, is_beton
 
 CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
     "config.json",
@@ -37,8 +37,8 @@ CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
 )
 T = TypeVar("T")
 # What may change between stop and resume, as it changes no weight: where a run and its data lie,
-# when it is saved, and what follows an update that cannot be made.
-MOVABLE = {"out", "data_dir", "resume", "checkpoint_every", "on_nan"}
+# how these are read, when it is saved, and what follows an update that cannot be made.
+MOVABLE = {"out", "data_dir", "loader", "resume", "checkpoint_every", "on_nan"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class ModelCard:
 
 def default_out(config: TrainConfig) -> Path:
     """Return the directory of a run that was given none."""
-    name = f"{config.dataset}-{config.arch}-{config.adv}-{config.mix}-s{config.seed}"
-    return Path("runs") / name
+    images = Path(config.dataset).stem
+    return Path("runs") / f"{images}-{config.arch}-{config.adv}-{config.mix}-s{config.seed}"
 
 
 class Run:
@@ -85,6 +85,8 @@ class Run:
         # `evaluate` must find the data again.
         if config.data_dir is not None:
             kept["data_dir"] = str(Path(config.data_dir).absolute())
+        if is_beton(config.dataset):
+            kept["dataset"] = str(Path(config.dataset).expanduser().absolute())
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         run = cls(path, config)
         try:
@@ -320,7 +322,8 @@ class Onlooker(Run):
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Return what makes the training, and so must be the same after a resume."""
-    return {name: value for name, value in asdict(config).items() if name not in MOVABLE}
+    settings = {name: value for name, value in asdict(config).items() if name not in MOVABLE}
+    return settings | {"dataset": Path(config.dataset).name}  # a .beton may have moved
 
 
 def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any, Any] | None:

@@ -54,12 +54,15 @@ def train(config: TrainConfig) -> Path:
     elif job.first:
         check_free(path)
     try:
-        trainer = Trainer(config, data.load(config.dataset, config.data_dir))
+        trainer = Trainer(config, data.load(config.dataset, config.data_dir, loader=config.loader))
         if run is None:
             run = Run.create(path, config) if job.first else Onlooker(path, config)
-        with _saying_the_way_on(trainer, run):
-            _train(trainer, run)
-            job.wait()  # until the first has written the model
+        session = _Session(trainer, run)
+        with _saying_the_way_on(trainer, run), session.signals:
+            _train(session)
+            # A signal may have come after the last update; and all wait for the first to write.
+            if session.agree()[0]:
+                session.stop()
     finally:
         if run is not None:
             run.unlock()
@@ -89,9 +92,9 @@ def _saying_the_way_on(trainer: Trainer, run: Run) -> Iterator[None]:
         raise InputError(f"{wrong}; then go on with: {_way_on(run.path)}") from None
 
 
-def _train(trainer: Trainer, run: Run) -> None:
+def _train(session: "_Session") -> None:
     """Train from the run's checkpoint, or from the start where there is none yet."""
-    session = _Session(trainer, run)
+    trainer, run = session.trainer, session.run
     begun = run.has_state()
     if begun:
         try:
@@ -209,7 +212,7 @@ def _loop(session: _Session) -> None:
     events = Events(run.append, trainer.step)
     run.say(_headline(trainer))
     images = trainer.step * config.batch_size
-    with signals, Progress("training", config.epochs * per_epoch, images) as progress:
+    with Progress("training", config.epochs * per_epoch, images) as progress:
         while trainer.judged < trainer.epoch or not trainer.finished:
             trained = trainer.judged == trainer.epoch
             if trained:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastiat import data, loaders, models
+from fastiat import convert, data, loaders, models
 from fastiat import mix as mixing
 from fastiat.ascent import skip_start
 from fastiat.attack import PGD, BatchNormMode, count_errors, pgd
@@ -60,9 +60,14 @@ class Trainer:
         self.arithmetic = pick_precision(config.precision, self.device)
         prepare(self.device, config.deterministic)
         self.precision = partial(autocast, self.device, self.arithmetic)
+        kind, self.loader_reason = loaders.choose(config.loader, dataset, self.device)
+        if kind == "ffcv" and not dataset.stored:
+            with self.ranks.one_first():
+                dataset = convert.cached_dataset(dataset)
         evaluation_loader = partial(
-            loaders.ResidentLoader,
+            loaders.make,
             batch_size=EVAL_BATCH,
+            kind=kind,
             device=self.device,
             train=False,
             shard=shard,
@@ -105,9 +110,10 @@ class Trainer:
         self.own = self.random
         if not self.ranks.alone:
             self.own = {name: torch.Generator(places[name]) for name in ("mix", "attack")}
-        self.loader = loaders.ResidentLoader(
+        self.loader = loaders.make(
             train,
             config.batch_size,
+            kind=kind,
             device=self.device,
             train=True,
             pad=config.pad,
@@ -339,7 +345,7 @@ class Trainer:
         self.best = {"epoch": self.epoch, "errors": errors}
         return True
 
-    def _errors(self, batches: loaders.ResidentLoader, attack: PGD | None) -> int:
+    def _errors(self, batches: loaders.Loader, attack: PGD | None) -> int:
         """Count over all ranks; a batch is attacked from the same points whoever has it."""
         gaps = batches.shard.gaps()
 
