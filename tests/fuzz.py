@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -92,6 +93,7 @@ def again(seed: int, name: str, number: int, keep: Path | None) -> Tally:
 def _world() -> Iterator[tuple[World, Path]]:
     """Make the valid files, and an empty folder for each input's copy of them."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     sys.dont_write_bytecode = True
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder = Path(name).resolve()
@@ -152,8 +154,9 @@ def _tally(
         _, status = os.waitpid(process, 0)
         if status:
             number = left.pop(0)
-            by = f"signal {signal.Signals(os.WTERMSIG(status)).name}"
-            why = f"died of {by}" if os.WIFSIGNALED(status) else f"exited with {status >> 8}"
+            why = f"exited with {status >> 8}"
+            if os.WIFSIGNALED(status):
+                why = f"died of {signal.Signals(os.WTERMSIG(status)).name}"
             tally.outcomes["failed"] += 1
             tally.failures.append(_failure(seed, target, number, why))
     return tally

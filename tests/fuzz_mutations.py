@@ -169,7 +169,7 @@ def of_value(random: Random, value: Any) -> Any:
             return [*value[:at], of_value(random, value[at]), *value[at + 1 :]]
         return value[:at] if kind < 0.9 else value + [value[at]] * random.choice((1, 1000))
     if isinstance(value, int | float) and not isinstance(value, bool) and random.random() < 0.5:
-        return random.choice((-value, value + 1, value - 1, value * 10, value / 2, value * 1e9))
+        return random.choice((-value, value + 1, value - 1, value * 10, value // 2, value * 10**9))
     return random.choice(HOSTILE)
 
 
