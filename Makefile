@@ -6,6 +6,7 @@
 # make bench     throughput of attack, training step and kernels
 # make gpu       all that needs a GPU, tests and measurements, in nine minutes; nothing is installed
 # make gpu-train DATA=DIR RUN=DIR   train IAT on an image tree by the clock, and measure it
+# make gpu-results DATA=DIR RUN=DIR   speed run, Table 3, AutoAttack and diagnosis, nine minutes each
 # PYTHON=python3.12 make demo   chooses the interpreter that .venv is made with
 
 PYTHON ?= python3
@@ -34,7 +35,7 @@ ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DATA ?= my-images
 RUN ?= runs/gpu-train
 
-.PHONY: demo test quick test-gpu test-oldest lint bench gpu gpu-train clean FORCE
+.PHONY: demo test quick test-gpu test-oldest lint bench gpu gpu-train gpu-results clean FORCE
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -67,6 +68,9 @@ gpu:
 
 gpu-train:
 	$(ANY) bench/gpu_train.py --data-dir $(DATA) --out $(RUN) $(ARGS)
+
+gpu-results:
+	$(ANY) bench/gpu_results.py --data-dir $(DATA) --out $(RUN) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info

@@ -30,7 +30,7 @@ import timing  # noqa: E402
 from fastiat import cli, data  # noqa: E402
 from fastiat.config import TrainConfig  # noqa: E402
 from fastiat.errors import InputError  # noqa: E402
-from fastiat.run import LOG, METRICS, STATE  # noqa: E402
+from fastiat.run import LOG, METRICS, PREVIOUS, STATE  # noqa: E402
 from fastiat.trainer import Trainer  # noqa: E402
 
 ATTACKS = ("none", "pgd-20")
@@ -63,24 +63,24 @@ def main() -> int:
         print(f"gpu_train.py: {error}", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    _write(report, found)
+    write_report(report, found)
     left = 60 * arguments.session - (time.monotonic() - started)
-    if (run / STATE).exists():
+    if (run / STATE).exists() or (run / PREVIOUS).exists():
         command = ["train", "--resume", "--out", str(run), "--data-dir", common[3]]
     else:
         # What a training left that was killed before its first checkpoint.
         shutil.rmtree(run, ignore_errors=True)
         command = [*found["argv"], "--epochs", str(found["epochs"]), "--out", str(run)]
-    status = _fastiat(command, left - TO_STOP, run / LOG)
+    status = run_fastiat(command, left - TO_STOP, run / LOG)
     found["sessions"].append(
         {
             "ended": {0: "trained", 128 + signal.SIGTERM: "stopped"}.get(status, "failed"),
             "seconds": round(time.monotonic() - started, 1),
             "step": _step(run),
-            "last_epoch": (_rows(run, "epoch") or [None])[-1],
+            "last_epoch": (read_rows(run, "epoch") or [None])[-1],
         }
     )
-    _write(report, found)
+    write_report(report, found)
     if status == 128 + signal.SIGTERM:
         print("gpu_train.py: the session is over; the same command goes on", flush=True)
         return 0
@@ -91,10 +91,10 @@ def main() -> int:
     if missing:
         left = 60 * arguments.session - (time.monotonic() - started)
         command = ["evaluate", str(run), *common, "--attacks", *missing]
-        status = _fastiat(command, left, run / METRICS)
+        status = run_fastiat(command, left, run / METRICS)
     found["errors"] = _errors(run)
     found["measured"] = all(attack in found["errors"] for attack in ATTACKS)
-    _write(report, found)
+    write_report(report, found)
     if not found["measured"]:
         print("gpu_train.py: trained, but not measured in time; the same command does it")
     return int(status not in (0, 128 + signal.SIGTERM, -signal.SIGTERM))
@@ -154,7 +154,7 @@ def _timed(config: TrainConfig) -> dict[str, float]:
     }
 
 
-def _fastiat(argv: list[str], seconds: float, begun: Path) -> int:
+def run_fastiat(argv: list[str], seconds: float, begun: Path) -> int:
     """Run a command of fastiat's and return its status.
 
     It is ended with SIGTERM after `seconds`, if the file `begun` shows that this saves something.
@@ -179,7 +179,7 @@ def _fastiat(argv: list[str], seconds: float, begun: Path) -> int:
         return child.wait()
 
 
-def _rows(run: Path, kind: str) -> list[dict[str, Any]]:
+def read_rows(run: Path, kind: str) -> list[dict[str, Any]]:
     file = run / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [row for row in rows if row["kind"] == kind]
@@ -187,7 +187,7 @@ def _rows(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def _errors(run: Path) -> dict[str, dict[str, Any]]:
     keys = ("error_percent", "interval_95_percent", "n")
-    return {row["attack"]: {k: row[k] for k in keys} for row in _rows(run, "evaluation")}
+    return {row["attack"]: {k: row[k] for k in keys} for row in read_rows(run, "evaluation")}
 
 
 def _step(run: Path) -> int | None:
@@ -197,7 +197,7 @@ def _step(run: Path) -> int | None:
     return load(file, map_location="cpu", weights_only=True)["step"] if file.exists() else None
 
 
-def _write(file: Path, found: dict[str, Any]) -> None:
+def write_report(file: Path, found: dict[str, Any]) -> None:
     beside = file.with_suffix(".part")
     beside.write_text(json.dumps(found, indent=1))
     os.replace(beside, file)

@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import math
+import os
 import platform
 import random
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -150,14 +152,19 @@ def pytorch_defaults() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Return what a measurement must be read with: device, driver, versions, commit."""
+    """Return what a measurement must be read with: device, driver, versions, commit, command.
+
+    A copy without its history is told its commit by $FASTIAT_COMMIT.
+    """
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if ON_GPU else "cpu",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": os.environ.get("FASTIAT_COMMIT")
+        or _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "changed_files": _output("git", "-C", str(ROOT), "status", "--porcelain"),
         "packages": {name: _version(name) for name in PACKAGES},
     }

@@ -15,7 +15,18 @@ if TYPE_CHECKING:
 _SUBMODULES = (
     *("data", "models", "mix", "attack", "train", "evaluate", "analyse", "report"),
     *("autoattack", "diagnose", "measure", "reproduce", "results", "sweep", "transfer"),
-    *("config", "engine", "errors", "kernels", "queries", "run", "settings", "step", "trainer"),
+    *(
+        "config",
+        "engine",
+        "errors",
+        "kernels",
+        "loaders",
+        "queries",
+        "run",
+        "settings",
+        "step",
+        "trainer",
+    ),
 )
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
 from fastiat.config import DATASET_DEFAULTS, PRESETS, TrainConfig
-from fastiat.errors import InputError, explain_os
+from fastiat.errors import InputError, explain_os, out_of_memory
 from fastiat.queries import (
     DiagnoseConfig,
     DoctorConfig,
@@ -141,19 +141,6 @@ def explain(error: Exception) -> tuple[int | None, str]:
         return 2, "this takes more memory than there is: lower --batch-size or --width"
     signum = getattr(error, "signum", None)
     return (None, "") if signum is None else (128 + signum, str(error))
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on the host or, which torch tells by a `RuntimeError`, elsewhere."""
-    signs = (
-        "out of memory",
-        "not enough memory",
-        "can't allocate memory",
-        "calculation overflowed",
-    )
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    )
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Settings]:

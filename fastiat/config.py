@@ -22,6 +22,7 @@ class TrainConfig(Settings):
         "device": "machine",
         "seed": "run",
     }
+    added: ClassVar[tuple[str, ...]] = ("checkpoint_every", "on_nan")
 
     preset: Preset = "paper"
     """Defaults of the other settings: "paper" (section 4.1 of the paper), or "modern": stronger
@@ -116,6 +117,12 @@ class TrainConfig(Settings):
 
     seed: int = 0
     """Seed of everything random."""
+    checkpoint_every: float = 300.0
+    """Seconds between two checkpoints; 0 writes one after every step. The start, the end and a
+    signal write one too. A resume may change it."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What follows an update whose loss or gradient is not finite: "stop" ends the training, "skip"
+    leaves the update out, for which every step waits for the device. A resume may change it."""
     eval_limit: int | None = None
     """Evaluate on this many test images only, a stratified draw."""
     out: str | None = None

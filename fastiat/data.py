@@ -1,8 +1,4 @@
-"""Images: the data sets, a stratified hold-out, and the loader that keeps a set on the device.
-
-`load` returns a `Dataset` of two `Split`s in memory; `ResidentLoader` copies a split to the
-training device once and yields uint8 batches, randomly cropped and mirrored for training.
-"""
+"""Images: the data sets as a `Dataset` of two `Split`s in memory, and a stratified hold-out."""
 
 import contextlib
 import hashlib
@@ -23,7 +19,6 @@ from torch import Tensor
 
 from fastiat import folder
 from fastiat.errors import InputError
-from fastiat.kernels import crop_flip
 
 DATASETS: tuple[str, ...] = ("cifar10", "svhn", "fashion-mnist", "digits", "folder")
 
@@ -308,86 +303,3 @@ def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     for label, take in enumerate(quota.tolist()):
         held[shuffled[split.labels[shuffled] == label][:take]] = True
     return split.take(~held), split.take(held)
-
-
-class ResidentLoader:
-    """Batches of a split that lives on the device as uint8: 154 MB for CIFAR-10.
-
-    Iterating yields (x, y): x (B, C, H, W) uint8 and channels-last, y (B,) int64, both on
-    `device`. With `train`, a pass is shuffled, its partial last batch dropped, and every image
-    is shifted by up to `pad` pixels each way over zeros and, with `flip`, mirrored half the time
-    (section 4.1 of the IAT paper, after Madry et al. 2018). Without, images come in their order,
-    untouched, the last batch as short as it is; those x are views of the resident images and
-    must not be written to.
-
-    `order`, a CPU generator, gives each pass its permutation; `augment`, a generator on
-    `device`, each batch its shifts and flips; None stands for torch's default generators. No
-    batch waits for the device. Raises `InputError` where no full training batch exists.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        device: torch.device | str = "cpu",
-        train: bool,
-        pad: int = 2,
-        flip: bool = False,
-        order: torch.Generator | None = None,
-        augment: torch.Generator | None = None,
-    ) -> None:
-        if batch_size < 1 or pad < 0:
-            raise InputError(
-                f"batch size {batch_size} with padding {pad}: give at least 1 and at least 0"
-            )
-        if train and batch_size > len(split):
-            raise InputError(
-                f"a batch of {batch_size} is larger than the {len(split)} training images: "
-                f"give a batch size of {len(split)} or less"
-            )
-        self.images = split.images.to(device)
-        self.labels = split.labels.to(device)
-        self.device = self.images.device
-        self.batch_size, self.train, self.pad, self.flip = batch_size, train, pad, flip
-        self.order, self.augment = order, augment
-
-    def __len__(self) -> int:
-        """Batches in a pass."""
-        full, rest = divmod(len(self.labels), self.batch_size)
-        return full if self.train or rest == 0 else full + 1
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.epoch()
-
-    def epoch(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return one pass that starts at batch `skip`.
-
-        `order` is drawn from here and now, `augment` when a batch is made. So with `order` as it
-        was at the start of a pass and `augment` as it was after `skip` batches of it, the rest
-        of that pass repeats exactly.
-        """
-        if not self.train:
-            return self._in_order(skip)
-        order = torch.randperm(len(self.labels), generator=self.order)
-        return self._augmented(order.to(self.device), skip)
-
-    def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in range(skip, len(self)):
-            span = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            yield self.images[span].permute(0, 3, 1, 2), self.labels[span]
-
-    def _augmented(self, order: Tensor, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        size = self.batch_size
-        for batch in range(skip, len(self)):
-            index = order[batch * size : (batch + 1) * size]
-            dy, dx = self._draw(2 * self.pad + 1, (2, size))
-            if self.flip:
-                flip = self._draw(2, (size,)).bool()
-            else:
-                flip = torch.zeros(size, dtype=torch.bool, device=self.device)
-            x = crop_flip(self.images, index, dy, dx, flip, self.pad)
-            yield x, self.labels[index]
-
-    def _draw(self, high: int, shape: tuple[int, ...]) -> Tensor:
-        return torch.randint(high, shape, generator=self.augment, device=self.device)

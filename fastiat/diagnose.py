@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastiat import data, verdicts
+from fastiat import data, loaders, verdicts
 from fastiat.analyse import Finding, write_diagnosis
 from fastiat.attack import Loss, Norm, crafting, input_gradient, pgd, start_in_ball
 from fastiat.autoattack import autoattack as run_autoattack
@@ -201,7 +201,9 @@ class _Probe:
 
     def batches(self, title: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels and labels with the network in eval mode, and show the progress."""
-        loader = data.ResidentLoader(self.split, self.batch_size, device=self.device, train=False)
+        loader = loaders.ResidentLoader(
+            self.split, self.batch_size, device=self.device, train=False
+        )
         with Progress(title, len(self.split)) as progress, crafting(self.model, "eval"):
             for images, y in loader:
                 yield to_pixels(images), y

@@ -20,6 +20,25 @@ class InputError(ValueError):
     """
 
 
+class Damaged(InputError):
+    """A file that we wrote is not what it was; where there is an older one, that may do."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or, which torch tells by a `RuntimeError`, elsewhere."""
+    signs = (
+        "out of memory",
+        "not enough memory",
+        "can't allocate memory",
+        "calculation overflowed",
+        "bad_alloc",
+        "ALLOC_FAILED",
+    )
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
+
+
 def explain_os(error: OSError) -> str:
     """Say in one line what the system refused, where, and what mends it."""
     where = f": {error.filename}" if error.filename else ""

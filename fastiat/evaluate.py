@@ -91,11 +91,13 @@ class Job(Trained):
     def keep(self, entry: dict[str, Any]) -> None:
         """Write a result to the run's metrics.jsonl and evaluation.json.
 
+        Measured again to the same figures, as a resume does after a kill, it is not written twice.
         A model without its run has no place for it, and somebody else's run is only read.
         """
         if self._writable:
             assert self.run is not None
-            self.run.log(**entry)
+            if not self.run.has_row({k: v for k, v in entry.items() if k != "seconds"}):
+                self.run.log(**entry)
             add_results(self.run.path, [entry])
 
     def say(self, text: str) -> None:

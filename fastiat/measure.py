@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastiat import data, kernels
+from fastiat import data, kernels, loaders
 from fastiat.attack import crafting, fgsm, input_gradient, start_in_ball
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.models import to_pixels
@@ -64,7 +64,7 @@ def fooled(
     """
     names = tuple(dict.fromkeys(("none", *attacks) if worst else attacks))
     one_pass = _Pass(model, names, eps, alpha, config, worst)
-    batches = data.ResidentLoader(split, config.batch_size, device=one_pass.device, train=False)
+    batches = loaders.ResidentLoader(split, config.batch_size, device=one_pass.device, train=False)
     text = ", ".join(map(title, names))
     found = []
     with Progress(f"worst of {text}" if worst else text, len(split)) as progress:

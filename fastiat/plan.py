@@ -7,7 +7,7 @@ from typing import Any
 
 from fastiat import tables
 from fastiat.config import DATASET_DEFAULTS, TrainConfig, paper
-from fastiat.errors import InputError
+from fastiat.errors import Damaged, InputError
 from fastiat.estimate import images_of
 from fastiat.models import DEFAULT_WIDTH
 from fastiat.paper import ROWS, Cell, table
@@ -18,7 +18,7 @@ from fastiat.settings import flag_of
 # What a finished run may have otherwise and still be the row: where it is and what computed it.
 FREE = {
     *("preset", "out", "data_dir", "resume", "eval_limit"),
-    *("device", "engine", "precision", "loader"),
+    *("device", "engine", "precision", "loader", "checkpoint_every", "on_nan"),
 }
 
 # The paper says of Figure 1's networks: six layers of 512 units, Fashion-MNIST. The rest is ours.
@@ -227,17 +227,14 @@ def _job(row: str, wanted: TrainConfig) -> Job:
         if line.get("kind") == "epoch" and isinstance(line.get("epoch"), int):
             last = line["epoch"]
     complete = last >= wanted.epochs and (path / MODEL).exists()
-    if (path / STATE).exists():
+    if run.has_state():
         try:
-            state = run.load_state()
+            step, epochs = run.load_state(_position)
         except InputError:
             # Only a resume needs the checkpoint, and an earlier version wrote it otherwise.
             if complete:
                 return Job(row, wanted, 0, True)
             raise
-        step, epochs = state.get("step"), state.get("judged")
-        if not isinstance(step, int) or not isinstance(epochs, int):
-            raise InputError(f"{path / STATE} is not a checkpoint of fastiat: move the run away")
         return Job(row, wanted, step, epochs >= wanted.epochs)
     if (path / MODEL).exists() and not complete:
         raise InputError(
@@ -245,6 +242,14 @@ def _job(row: str, wanted: TrainConfig) -> Job:
             f"put that back, or move the run away"
         )
     return Job(row, wanted, 0, complete)
+
+
+def _position(state: dict[str, Any]) -> tuple[int, int]:
+    """Return the updates that are done and the epochs that are measured."""
+    step, epochs = state.get("step"), state.get("judged")
+    if not isinstance(step, int) or not isinstance(epochs, int):
+        raise Damaged("it is not a checkpoint of fastiat")
+    return step, epochs
 
 
 def _setting(config: TrainConfig, name: str) -> Any:

@@ -26,7 +26,7 @@ from fastiat.queries import (
     TransferConfig,
 )
 from fastiat.report import report
-from fastiat.run import CONFIG, LOG, METRICS, STATE, Run, load
+from fastiat.run import CONFIG, Run, load
 from fastiat.settings import steps_of
 from fastiat.sweep import sweep
 from fastiat.train import Interrupted, train
@@ -73,15 +73,11 @@ def _train(job: Job) -> None:
     """Train what a job lacks, from its checkpoint where it has one."""
     if job.finished:
         return
-    if (job.path / STATE).exists():
+    if (job.path / CONFIG).exists():
         own = Run.open(job.path).config
         data_dir = job.config.data_dir or own.data_dir
         train(replace(own, out=job.config.out, data_dir=data_dir, resume=True))
         return
-    # Killed before its first checkpoint: nothing in it is worth keeping.
-    for name in (CONFIG, METRICS, LOG, "events.out.tfevents.*"):
-        for file in job.path.glob(name):
-            file.unlink()
     train(job.config)
 
 

@@ -32,14 +32,12 @@ Entries with the same settings replace each other, the newest last: those fields
 an entry's identity. Entries of weights that the run no longer has are dropped.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, lru_cache
@@ -50,6 +48,7 @@ import torch
 
 from fastiat import __version__
 from fastiat.errors import InputError
+from fastiat.lock import alone
 from fastiat.run import MODEL, finite_json, write
 from fastiat.settings import LARGEST, fits, steps_of
 
@@ -133,7 +132,7 @@ def add_results(run_dir: Path, entries: Iterable[dict[str, Any]]) -> None:
         dict.fromkeys(IDENTITY) | entry | dict.fromkeys(MEANINGLESS.get(entry["attack"], ())) | now
         for entry in entries
     ]
-    with _locked(run_dir):
+    with alone(run_dir):
         kept = {_identity(entry): entry for entry in read_results(run_dir)}
         for entry in new:
             kept.pop(_identity(entry), None)
@@ -236,14 +235,3 @@ def _is_attack(name: str) -> bool:
         return name in ("worst", "autoattack") or steps_of(name) >= 0
     except InputError:
         return False
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other commands from changing the same results meanwhile."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(opened)

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import pickle
+import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,19 +21,23 @@ from torch import Tensor, nn
 
 from fastiat import __version__, models
 from fastiat.config import TrainConfig
-from fastiat.errors import InputError
+from fastiat.errors import Damaged, InputError
+from fastiat.lock import Lock, alone, check_unused
 from fastiat.settings import flag_of, from_json
 
-CONFIG, METRICS, MODEL, STATE, LOG = (
+CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
     "config.json",
     "metrics.jsonl",
     "model.safetensors",
     "state.pt",
+    "state.previous.pt",
     "stdout.log",
+    ".lock",
 )
 T = TypeVar("T")
-# Where a run lies and where its data lie may change between stop and resume.
-MOVABLE: dict[str, Any] = {"out": None, "data_dir": None, "resume": False}
+# What may change between stop and resume, as it changes no weight: where a run and its data lie,
+# when it is saved, and what follows an update that cannot be made.
+MOVABLE = {"out", "data_dir", "resume", "checkpoint_every", "on_nan"}
 
 
 @dataclass(frozen=True)
@@ -59,30 +65,44 @@ def default_out(config: TrainConfig) -> Path:
 
 
 class Run:
-    """A run directory, `path`, and the configuration in it."""
+    """A run directory, `path`, and the configuration in it.
+
+    Who trains in it holds its lock, from `create` or `lock` to `unlock`.
+    """
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path = path
         self.config = config
+        self._lock: Lock | None = None
+        self._newest_damaged = False
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> "Run":
-        """Make the directory; raise `InputError` if it already holds a run or is a file."""
+        """Make the directory and lock it; raise `InputError` if it holds a run or is a file."""
         check_free(path)
-        kept = asdict(replace(config, **MOVABLE))
-        # The data's place is no setting of the method, but `evaluate` must find them again.
+        kept = asdict(config) | {"out": None, "resume": False}
+        # `evaluate` must find the data again.
         if config.data_dir is not None:
             kept["data_dir"] = str(Path(config.data_dir).absolute())
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        run = cls(path, config)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write(path / CONFIG, json.dumps(kept, indent=1).encode() + b"\n")
+            run.lock()
+            try:
+                if (path / CONFIG).exists():
+                    raise InputError(f"{path} has become another's run: choose another --out")
+                write(path / CONFIG, json.dumps(kept, indent=1).encode() + b"\n")
+            except BaseException:
+                (path / LOCK).unlink(missing_ok=True)
+                run.unlock()
+                raise
         except BaseException:
             for folder in made:
                 with suppress(OSError):
                     folder.rmdir()
             raise
-        return cls(path, config)
+        return run
 
     @classmethod
     def open(cls, path: Path) -> "Run":
@@ -94,6 +114,9 @@ class Run:
                 raise InputError("it is not a JSON object")
             config = from_json(TrainConfig, values)
             config.check()
+            for field in fields(TrainConfig):
+                if field.name not in values and field.name not in TrainConfig.added:
+                    raise InputError(f"it lacks the setting {field.name!r}: put the run's own back")
         except FileNotFoundError:
             raise InputError(f"{path} holds no run: there is no {CONFIG} in it") from None
         except (NotADirectoryError, IsADirectoryError):
@@ -114,12 +137,43 @@ class Run:
                 f"resume without that flag, or start a new run with another --out"
             )
 
+    def lock(self) -> None:
+        """Lock the directory for training; raise `InputError` where another process trains in it.
+
+        What a killed process has left half written is removed.
+        """
+        lock = Lock(self.path / LOCK)
+        if not lock.take():
+            check_unused(self.path / LOCK)
+            raise InputError(f"{self.path} is in training by another process")
+        self._lock = lock
+        for name in (CONFIG, METRICS, MODEL, STATE, PREVIOUS):
+            for file in self.path.glob(f".{name}.*"):
+                file.unlink(missing_ok=True)
+
+    def unlock(self) -> None:
+        """Let others train here."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _check_there(self) -> None:
+        """Raise `InputError` if the directory that we train in is no longer at its place."""
+        if self._lock is not None and not self._lock.intact():
+            raise InputError(
+                f"{self.path} was removed, replaced or unmounted while it was trained in: "
+                f"put it back and resume it, or start again with another --out"
+            )
+
     def log(self, kind: str, **values: Any) -> None:
-        """Append one row, a JSON object on a line, to metrics.jsonl."""
-        file = self.path / METRICS
-        if file.exists() and _last_byte(file) not in (b"", b"\n"):
-            self._keep_rows(lambda row: True)
-        self.append(METRICS, json.dumps({"kind": kind, **values}).encode() + b"\n")
+        """Append one row, a JSON object on a line, to metrics.jsonl.
+
+        A last line that a crash cut short is removed first.
+        """
+        self._check_there()
+        with alone(self.path):
+            _drop_cut_line(self.path / METRICS)
+            self.append(METRICS, json.dumps({"kind": kind, **values}).encode() + b"\n")
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of metrics.jsonl; raise `InputError` at a line that is none.
@@ -134,6 +188,12 @@ class Run:
             if row is not None:
                 yield row
 
+    def has_row(self, values: dict[str, Any]) -> bool:
+        """Whether a row of metrics.jsonl has all these values."""
+        wanted = json.loads(json.dumps(values))
+        rows = map(_row, _lines(self.path / METRICS))
+        return any(row is not None and row | wanted == row for row in rows)
+
     def rewind(self, step: int, epoch: int) -> None:
         """Drop the rows of later steps and epochs, so that a resume does not double them.
 
@@ -146,13 +206,11 @@ class Run:
             name, last = ("epoch", epoch) if row.get("kind") == "epoch" else ("step", step)
             return isinstance(row.get(name), int) and row[name] <= last
 
-        self._keep_rows(before)
-
-    def _keep_rows(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        lines = _lines(self.path / METRICS)
-        kept = [line for line in lines if (row := _row(line)) is not None and keep(row)]
-        if kept != lines:
-            write(self.path / METRICS, "".join(kept).encode())
+        with alone(self.path):
+            lines = _lines(self.path / METRICS)
+            kept = [line for line in lines if (row := _row(line)) is not None and before(row)]
+            if kept != lines:
+                write(self.path / METRICS, "".join(kept).encode())
 
     def say(self, text: str) -> None:
         """Print a text, and keep it in stdout.log."""
@@ -162,6 +220,7 @@ class Run:
     def append(self, name: str, content: bytes) -> None:
         """Append to a file of the run; an `OSError` says which."""
         file = self.path / name
+        self._check_there()
         try:
             with open(file, "ab") as out:
                 out.write(content)
@@ -171,29 +230,61 @@ class Run:
     def save_model(self, weights: Mapping[str, Tensor], card: ModelCard) -> None:
         """Write model.safetensors: the weights, and the card that rebuilds the network."""
         metadata = {"format": "pt", "fastiat": __version__, "card": json.dumps(asdict(card))}
+        self._check_there()
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         write(self.path / MODEL, safetensors.torch.save(tensors, metadata))
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write state.pt: everything that a resume needs."""
+        """Write state.pt, everything that a resume needs; the one before is state.previous.pt."""
+        self._check_there()
         buffer = io.BytesIO()
         torch.save(state | {"config": _settings(self.config)}, buffer)
-        write(self.path / STATE, buffer.getbuffer())
+        # What the checkpoint has behind it must not be lost with the machine's memory.
+        if (self.path / METRICS).exists():
+            with open(self.path / METRICS, "rb") as metrics:
+                os.fsync(metrics.fileno())
+        older = None if self._newest_damaged else self.path / PREVIOUS
+        write(self.path / STATE, buffer.getbuffer(), older)
+        self._newest_damaged = False
 
-    def load_state(self) -> dict[str, Any]:
-        """Read state.pt without executing anything in it; raise `InputError` if that fails."""
-        file = self.path / STATE
-        if not file.exists():
-            raise InputError(
-                f"{self.path} has no checkpoint yet: start again with another --out, "
-                f"or remove the folder"
-            )
-        return _read(file, lambda: self._read_state(file))
+    def has_state(self) -> bool:
+        """Whether there is a checkpoint, readable or not."""
+        return (self.path / STATE).exists() or (self.path / PREVIOUS).exists()
+
+    def load_state(self, take: Callable[[dict[str, Any]], T]) -> T:
+        """Hand the checkpoint to `take` and return what that does.
+
+        It is state.pt or, with a line of warning, state.previous.pt where that one is missing or
+        `Damaged`, which `take` may raise too. Nothing in the files is executed. Raises
+        `InputError` where neither does, or where the file is another run's.
+        """
+        if not self.has_state():
+            raise InputError(f"{self.path} has no checkpoint yet: resume it, or remove the folder")
+        wrong = []
+        for file in (self.path / STATE, self.path / PREVIOUS):
+            try:
+                if not file.exists():
+                    raise Damaged(f"{file} is missing")
+                state = _read(file, lambda file=file: self._read_state(file))  # type: ignore[misc]
+            except Damaged as error:
+                wrong.append(str(error))
+                continue
+            try:
+                taken = take(state)
+            except Damaged as error:
+                wrong.append(f"{file}: {error}")
+                continue
+            if wrong:
+                print(f"fastiat: warning: {wrong[0]}; taking {file.name}", file=sys.stderr)
+                self._newest_damaged = True
+            return taken
+        raise InputError(f"{'; '.join(wrong)}: put one back, or start again with another --out")
 
     def _read_state(self, file: Path) -> dict[str, Any]:
+        _check_sums(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-            raise InputError("it is not a checkpoint of fastiat: put the run's own back")
+            raise Damaged("it is not a checkpoint of fastiat")
         difference = _difference(_settings(self.config), state["config"])
         if difference:
             name, mine, theirs = difference
@@ -205,21 +296,41 @@ class Run:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    return asdict(replace(config, **MOVABLE))
+    """Return what makes the training, and so must be the same after a resume."""
+    return {name: value for name, value in asdict(config).items() if name not in MOVABLE}
 
 
 def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """Return the name and both values of the first setting that differs."""
+    theirs = {name: getattr(TrainConfig, name) for name in TrainConfig.added} | theirs
     for name, value in mine.items():
         if theirs.get(name) != value:
             return name, value, theirs.get(name)
     return None
 
 
-def _last_byte(file: Path) -> bytes:
-    with open(file, "rb") as opened:
-        opened.seek(max(opened.seek(0, os.SEEK_END) - 1, 0))
-        return opened.read(1)
+def _check_sums(file: Path) -> None:
+    """Raise `Damaged` for a torch file with a wrong bit: torch itself compares no checksums."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise Damaged("it is not a checkpoint of fastiat")
+        wrong = archive.testzip()
+    if wrong is not None:
+        raise Damaged(f"it is damaged: {wrong[:50]} has a wrong checksum")
+
+
+def _drop_cut_line(file: Path) -> None:
+    """Cut a file after its last whole line."""
+    try:
+        with open(file, "r+b") as opened:
+            end = opened.seek(0, os.SEEK_END)
+            opened.seek(max(end - 1, 0))
+            if opened.read(1) in (b"", b"\n"):
+                return
+            opened.seek(0)
+            opened.truncate(opened.read().rfind(b"\n") + 1)
+    except FileNotFoundError:
+        pass
 
 
 def _lines(file: Path) -> list[str]:
@@ -257,10 +368,14 @@ def _row(line: str) -> dict[str, Any] | None:
 def check_free(path: Path) -> None:
     """Raise `InputError` unless a new run can be made at `path`."""
     if (path / CONFIG).exists():
+        check_unused(path / LOCK)
         raise InputError(
             f"{path} already holds a run: continue it with --resume, or choose another --out"
         )
-    if path.is_dir() and any(path.iterdir()):
+    # A process that was killed while it made the run may have left two files.
+    if path.is_dir() and any(
+        file.name != LOCK and not file.name.startswith(f".{CONFIG}.") for file in path.iterdir()
+    ):
         raise InputError(f"{path} is a folder with other files in it: choose another --out")
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir():
@@ -328,9 +443,9 @@ def _read(file: Path, reader: Callable[[], T]) -> T:
         with warnings.catch_warnings(action="ignore"):
             return reader()
     except InputError as error:
-        raise InputError(f"{file}: {error}") from None
+        raise type(error)(f"{file}: {error}") from None
     except pickle.UnpicklingError:
-        raise InputError(
+        raise Damaged(
             f"{file} is refused: it is damaged, or holds code that loading would run"
         ) from None
     except OSError:
@@ -338,17 +453,22 @@ def _read(file: Path, reader: Callable[[], T]) -> T:
     # torch's and our own readers raise whatever a damaged file makes them stumble on.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file} is damaged or truncated ({reason[:100]})") from None
+        raise Damaged(f"{file} is damaged or truncated ({reason[:100]})") from None
 
 
-def write(file: Path, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all: beside it, flushed to the disk, then renamed onto it."""
+def write(file: Path, content: bytes | memoryview, older: Path | None = None) -> None:
+    """Write a file whole or not at all: beside it, flushed to the disk, then renamed onto it.
+
+    What was there before is `older` from then on, if that is given.
+    """
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with open(beside, "wb") as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
+        if older is not None and file.exists():
+            _keep(file, older)
         os.replace(beside, file)
     except BaseException as error:
         beside.unlink(missing_ok=True)
@@ -360,3 +480,16 @@ def write(file: Path, content: bytes | memoryview) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _keep(file: Path, older: Path) -> None:
+    """Make `file` be `older` too, without a moment in which it is not there."""
+    beside = older.with_name(f".{older.name}.{os.getpid()}")
+    try:
+        os.link(file, beside)
+    except OSError:  # this file system has no links
+        os.replace(file, older)
+        return
+    os.replace(beside, older)
+    # The system leaves both names where they were the same file already.
+    beside.unlink(missing_ok=True)

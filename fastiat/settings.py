@@ -32,6 +32,8 @@ class Settings:
     """The headings of `--help`, each keyed by the first field under it."""
     bare: ClassVar[dict[str, Any]] = {}
     """Values of the fields whose flag can stand without any."""
+    added: ClassVar[tuple[str, ...]] = ()
+    """Fields that files of earlier versions lack; they then have their defaults."""
 
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""

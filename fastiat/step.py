@@ -106,6 +106,7 @@ class Step:
     dtype: type that the network computes in by autocast, or None.
     per_sample: whether lambda comes as (B,).
     compiled, captured: whether passes are compiled, and pieces captured as CUDA graphs.
+    accept: asked before the optimizer's step, which is left out where it says no.
 
     The rest is as for `algorithm1`, and so are the results: un-compiled, bit for bit.
     """
@@ -124,8 +125,9 @@ class Step:
         loss: Any = "ce",
         mix_pixels: bool = False,
         per_sample: bool = False,
+        accept: Callable[[Update], bool] | None = None,
     ) -> None:
-        self.model, self.optimizer, self.dtype = model, optimizer, dtype
+        self.model, self.optimizer, self.dtype, self.accept = model, optimizer, dtype, accept
         self.compiled, self.loss, self.mix_pixels = compiled, loss, mix_pixels
         self.share = (clean_weight, 1 - clean_weight) if attack else (1.0, 0.0)
         parameters = list(model.parameters())
@@ -171,8 +173,10 @@ class Step:
         if self.climb is not None:
             self.climb()
             self._run(("adversarial", layers[1]), lambda: self._half(1, layers[1]))
-        self._run("optimizer", self.optimizer.step)
-        return Update(*self.figures.clone().unbind())
+        update = Update(*self.figures.clone().unbind())
+        if self.accept is None or self.accept(update):
+            self._run("optimizer", self.optimizer.step)
+        return update
 
     def _run(self, name: Hashable, piece: Callable[[], object]) -> None:
         if self._captured is None:

@@ -14,19 +14,15 @@ import torch
 
 from fastiat import data, models
 from fastiat.config import TrainConfig
-from fastiat.errors import InputError, explain_os
+from fastiat.errors import InputError, explain_os, out_of_memory
 from fastiat.progress import Events, Progress, duration
-from fastiat.run import STATE, Run, check_free, default_out
+from fastiat.run import MODEL, PREVIOUS, STATE, Run, check_free, default_out
 from fastiat.trainer import Trainer, Update
 
 LOG_EVERY = 20
 """Steps between two looks at the losses, each of which waits for the device."""
-SAVE_EVERY = 120.0
-"""Seconds between two checkpoints; the end of the training and a signal write one too."""
-
-
-BEST = {"epoch": int, "errors": int}
-"""What `Trainer.best` holds."""
+MOST_SKIPPED = 20
+"""Updates in a row that may be left out by --on-nan skip before the training ends."""
 
 
 class Interrupted(Exception):
@@ -40,8 +36,8 @@ class Interrupted(Exception):
 def train(config: TrainConfig) -> Path:
     """Train as `config` says and return the run directory.
 
-    Raises `InputError` before anything is written if the settings or the data are wrong, and
-    `Interrupted` after a checkpoint when SIGINT or SIGTERM ends it.
+    Raises `InputError` before anything is written if the settings or the data are wrong or another
+    process trains there, and `Interrupted` after a checkpoint when SIGINT or SIGTERM ends it.
     """
     config.check()
     path = Path(config.out) if config.out else default_out(config)
@@ -49,92 +45,178 @@ def train(config: TrainConfig) -> Path:
     if config.resume:
         run = Run.open(path)
         run.check_same(config)
+        run.lock()
     else:
         check_free(path)
-    trainer = Trainer(config, data.load(config.dataset, config.data_dir))
-    judged, seconds = 0, 0.0
     try:
+        trainer = Trainer(config, data.load(config.dataset, config.data_dir))
         if run is None:
             run = Run.create(path, config)
-        else:
-            judged, seconds = _restore(trainer, run)
-        if judged == trainer.epoch and trainer.finished:
-            run.say(f"{path} is trained already, {trainer.epoch} epochs: nothing to resume")
-        else:
-            _loop(trainer, run, judged, seconds)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) or not (path / STATE).exists():
-            raise
-        raise InputError(f"{explain_os(error)}; then go on with: {_way_on(path)}") from None
+        with _saying_the_way_on(run):
+            _train(trainer, run)
+    finally:
+        if run is not None:
+            run.unlock()
     return path
 
 
-def _restore(trainer: Trainer, run: Run) -> tuple[int, float]:
-    """Put the trainer where the checkpoint is; return what `_loop` keeps there: judged, seconds."""
-    state = run.load_state()
+@contextmanager
+def _saying_the_way_on(run: Run) -> Iterator[None]:
+    """Add, to what the machine refuses, how to go on where that is mended."""
     try:
-        judged, seconds, best = int(state["judged"]), float(state["seconds"]), state["best"]
-        if type(state["step"]) is not int or not (
-            best is None or {name: type(value) for name, value in best.items()} == BEST
-        ):
-            raise InputError("the checkpoint's step or best epoch is no number")
-        trainer.load_state_dict(state)
-    except InputError as error:
-        raise InputError(f"{run.path} cannot be resumed: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{run.path} cannot be resumed: {STATE} lacks {error}") from None
-    run.rewind(trainer.step, judged)
-    return judged, seconds
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            wrong = (
+                "this takes more memory than there is: start again with a lower --batch-size "
+                "or --width, or free some"
+            )
+        elif isinstance(error, OSError) and run.has_state():
+            wrong = explain_os(error)
+        else:
+            raise
+        raise InputError(f"{wrong}; then go on with: {_way_on(run.path)}") from None
 
 
-def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
-    """Train to the end.
+def _train(trainer: Trainer, run: Run) -> None:
+    """Train from the run's checkpoint, or from the start where there is none yet."""
+    session = _Session(trainer, run)
+    if run.has_state():
+        try:
+            run.load_state(trainer.load_state_dict)
+        except InputError as error:
+            raise InputError(f"{run.path} cannot be resumed: {error}") from None
+        session.saved_step = trainer.step
+    else:
+        _check_unbegun(run)
+    run.rewind(trainer.step, trainer.judged)
+    if trainer.judged == trainer.epoch and trainer.finished:
+        run.say(f"{run.path} is trained already, {trainer.epoch} epochs: nothing to resume")
+        return
+    if not run.has_state():
+        session.save()
+    _loop(session)
 
-    `judged` counts the epochs that are measured, which the checkpoint may not be for its last one;
-    `seconds` is what the updates of the epoch under way have taken so far.
-    """
-    config = trainer.config
-    per_epoch = len(trainer.loader) * config.batch_size
-    saved = started = time.monotonic()
-    events = Events(run.append, trainer.step)
 
-    def save() -> None:
-        _check_finite(trainer)
-        run.save_state(trainer.state_dict() | {"judged": judged, "seconds": seconds})
-
-    def stop() -> NoReturn:
-        save()
-        raise Interrupted(
-            signals.received,
-            f"stopped at step {trainer.step}, checkpoint written; go on with: {_way_on(run.path)}",
+def _check_unbegun(run: Run) -> None:
+    """Raise `InputError` for a run whose checkpoints are lost, as starting over would double it."""
+    if (run.path / MODEL).exists() or any(row.get("kind") == "epoch" for row in run.rows()):
+        raise InputError(
+            f"{run.path} has lost {STATE} and {PREVIOUS}: put one back, or start again with "
+            f"another --out"
         )
 
+
+class _Session:
+    """The part of a training that this process does: when it saves, and how it ends."""
+
+    def __init__(self, trainer: Trainer, run: Run) -> None:
+        self.trainer, self.run = trainer, run
+        self.signals = _Signals()
+        self.saved_at, self.saved_step = time.monotonic(), 0
+
+    def checkpoint_due(self) -> bool:
+        """Whether the last checkpoint is old enough for another."""
+        return time.monotonic() - self.saved_at >= self.trainer.config.checkpoint_every
+
+    def signal(self) -> int:
+        """Return the number of the signal that is to end the training, or 0."""
+        return self.signals.received
+
+    def save(self) -> None:
+        """Write a checkpoint; raise `InputError` instead for a training that has diverged."""
+        self.check_finite()
+        self.run.save_state(self.trainer.state_dict())
+        self.saved_at, self.saved_step = time.monotonic(), self.trainer.step
+
+    def stop(self) -> NoReturn:
+        """Write a checkpoint and say how to go on."""
+        self.save()
+        raise Interrupted(
+            self.signal(),
+            f"stopped at step {self.trainer.step}, checkpoint written; "
+            f"go on with: {_way_on(self.run.path)}",
+        )
+
+    def check_finite(self) -> None:
+        """Raise `InputError` for a training that has diverged, so that nothing of it is saved."""
+        state = self.trainer.state_dict()
+        groups = [state["model"], state["average"] or {}, *state["optimizer"]["state"].values()]
+        tensors = [tensor for group in groups for tensor in group.values()]
+        if not torch.stack(
+            [tensor.isfinite().all() for tensor in [state["totals"], *tensors]]
+        ).all():
+            self.diverged()
+
+    def diverged(self) -> NoReturn:
+        """Raise `InputError` with the ways out."""
+        raise InputError(
+            f"the training diverged: its loss or weights are not finite at step "
+            f"{self.trainer.step}; the checkpoint of step {self.saved_step} is intact: leave such "
+            f"updates out with {_way_on(self.run.path)} --on-nan skip, or start again with another "
+            f"--out and a lower --lr, or --schedule cosine, which warms up"
+        )
+
+    def check_skipped(self) -> None:
+        """Say that the first update of an epoch was left out; end a training that skips them all.
+
+        Raises `InputError` then, with the last checkpoint intact.
+        """
+        trainer = self.trainer
+        if trainer.skipped_in_a_row >= MOST_SKIPPED or trainer.skipped == len(trainer.loader):
+            raise InputError(
+                f"the training diverged: the loss or gradient of {trainer.skipped_in_a_row} "
+                f"updates in a row, the last at step {trainer.step}, was not finite; the "
+                f"checkpoint of step {self.saved_step} is intact: start again with another --out "
+                f"and a lower --lr, or --schedule cosine, which warms up"
+            )
+        if trainer.skipped_in_a_row and trainer.skipped == 1:
+            self.run.say(
+                f"warning: the loss or gradient of step {trainer.step} is not finite; it is left "
+                f"out, and so is every other such step of this epoch"
+            )
+
+
+def _loop(session: _Session) -> None:
+    """Train to the end."""
+    trainer, run, signals = session.trainer, session.run, session.signals
+    config = trainer.config
+    per_epoch = len(trainer.loader) * config.batch_size
+    started = time.monotonic()
+    events = Events(run.append, trainer.step)
     run.say(_headline(trainer))
     images = trainer.step * config.batch_size
-    with _Signals() as signals, Progress("training", config.epochs * per_epoch, images) as progress:
-        while judged < trainer.epoch or not trainer.finished:
-            trained = judged == trainer.epoch
+    with signals, Progress("training", config.epochs * per_epoch, images) as progress:
+        while trainer.judged < trainer.epoch or not trainer.finished:
+            trained = trainer.judged == trainer.epoch
             if trained:
-                begun, first = time.monotonic() - seconds, trainer.step
+                begun, first = time.monotonic() - trainer.seconds, trainer.step
                 for update in trainer.epoch_updates():
-                    seconds = time.monotonic() - begun
+                    trainer.seconds = time.monotonic() - begun
                     progress.advance(config.batch_size)
+                    if trainer.skipped_in_a_row:
+                        progress.clear()
+                        session.check_skipped()
                     if trainer.step % LOG_EVERY == 0 or trainer.step == first + 1:
                         row = _step_row(trainer, update)
-                        progress.show(**_figures(config, row))
+                        if not trainer.skipped_in_a_row:
+                            if not math.isfinite(row["clean_loss"] + row["adv_loss"]):
+                                session.diverged()
+                            progress.show(**_figures(config, row))
                         if trainer.step % LOG_EVERY == 0:
                             run.log("step", **row)
                             events.add("step", row)
-                    if signals.received:
-                        stop()
-                    if time.monotonic() - saved > SAVE_EVERY:
-                        save()
-                        saved = time.monotonic()
-            _check_finite(trainer)
+                    if session.signal():
+                        session.stop()
+                    if session.checkpoint_due():
+                        session.save()
+            session.check_finite()
             if trained:  # by now the device has finished, too
-                seconds = time.monotonic() - begun
+                trainer.seconds = time.monotonic() - begun
             row = _epoch_row(trainer) | {
-                "images_per_second": round(per_epoch / max(seconds, 1e-9), 1)
+                "images_per_second": round(per_epoch / max(trainer.seconds, 1e-9), 1)
             }
             best, judging = trainer.best, time.monotonic()
             try:
@@ -142,18 +224,18 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
                     better = trainer.judge(row)
             except _Now:
                 trainer.best = best
-                stop()
-            row["seconds"] = round(seconds + time.monotonic() - judging, 3)
-            judged, seconds = trainer.epoch, 0.0
+                session.stop()
+            row["seconds"] = round(trainer.seconds + time.monotonic() - judging, 3)
+            trainer.judged, trainer.seconds = trainer.epoch, 0.0
             run.log("epoch", **row)
             events.add("epoch", row)
             progress.clear()
             run.say(_epoch_line(config, row))
             if better:
                 run.save_model(trainer.evaluated.state_dict(), trainer.card)
-            if signals.received:
-                stop()
-        save()
+            if session.signal():
+                session.stop()
+        session.save()
     kept = f", epoch {trainer.best['epoch']} kept" if trainer.best else ""
     run.say(
         f"trained {trainer.epoch} epochs{kept}, this time in "
@@ -163,20 +245,6 @@ def _loop(trainer: Trainer, run: Run, judged: int, seconds: float) -> None:
 
 def _way_on(path: Path) -> str:
     return f"fastiat train --resume --out {shlex.quote(str(path))}"
-
-
-def _check_finite(trainer: Trainer) -> None:
-    """Raise `InputError` for a training that has diverged, so that nothing of it is saved."""
-    tensors = [trainer.totals, *trainer.model.parameters()]
-    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-        _diverged(trainer)
-
-
-def _diverged(trainer: Trainer) -> NoReturn:
-    raise InputError(
-        f"the training diverged: its loss or weights are not finite at step {trainer.step}; "
-        f"start again with another --out and a lower --lr, or --schedule cosine, which warms up"
-    )
 
 
 class _Now(BaseException):
@@ -235,27 +303,26 @@ def _headline(trainer: Trainer) -> str:
 
 def _step_row(trainer: Trainer, update: Update) -> dict[str, Any]:
     batch, attacked = trainer.config.batch_size, trainer.config.adv != "none"
-    row = {
-        "step": trainer.step,
+    place = {"step": trainer.step, "learning_rate": trainer.lr, "skipped": trainer.skipped}
+    if trainer.skipped_in_a_row:  # its figures are no numbers
+        return place
+    return place | {
         "clean_loss": float(update.clean_loss),
         "adv_loss": float(update.adv_loss) if attacked else 0.0,
         "clean_accuracy_percent": 100 * float(update.clean_correct) / batch,
         "adv_accuracy_percent": 100 * float(update.adv_correct) / batch,
-        "learning_rate": trainer.lr,
     }
-    if not math.isfinite(row["clean_loss"] + row["adv_loss"]):
-        _diverged(trainer)
-    return row
 
 
 def _epoch_row(trainer: Trainer) -> dict[str, Any]:
-    steps = len(trainer.loader)
+    steps = len(trainer.loader) - trainer.skipped
     clean_loss, adv_loss, clean, adv = (trainer.totals / steps).tolist()
     batch = trainer.config.batch_size
     return {
         "step": trainer.step,
         "epoch": trainer.epoch,
         "learning_rate": trainer.lr,
+        "skipped": trainer.skipped,
         "clean_loss": clean_loss,
         "adv_loss": adv_loss,
         "clean_accuracy_percent": 100 * clean / batch,
@@ -286,4 +353,6 @@ def _epoch_line(config: TrainConfig, row: dict[str, Any]) -> str:
         del parts[3]
     if "holdout_error_percent" in row:
         parts.insert(-2, f"held-out error {row['holdout_error_percent']:.2f} %")
+    if row["skipped"]:
+        parts.insert(-2, f"{row['skipped']} updates left out")
     return ", ".join(parts)

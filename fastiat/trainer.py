@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastiat import data, models
+from fastiat import data, loaders, models
 from fastiat import mix as mixing
 from fastiat.attack import PGD, BatchNormMode, count_errors, pgd
 from fastiat.config import TrainConfig
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.engine import Engine, pick_engine, prepare
-from fastiat.errors import InputError
+from fastiat.errors import Damaged, InputError, out_of_memory
 from fastiat.mix import Mix
 from fastiat.run import ModelCard
 from fastiat.step import Attack, Step, Update, algorithm1
@@ -51,7 +51,7 @@ class Trainer:
         prepare(self.device, config.deterministic)
         self.precision = partial(autocast, self.device, self.arithmetic)
         evaluation_loader = partial(
-            data.ResidentLoader, batch_size=EVAL_BATCH, device=self.device, train=False
+            loaders.ResidentLoader, batch_size=EVAL_BATCH, device=self.device, train=False
         )
         train, test, self.holdout = dataset.train, dataset.test, None
         kept_out = min(1000, len(train) // 10) if config.holdout is None else config.holdout
@@ -80,7 +80,7 @@ class Trainer:
             purpose: torch.Generator(place).manual_seed(config.seed * 1000 + number)
             for number, (purpose, place) in enumerate(places.items())
         }
-        self.loader = data.ResidentLoader(
+        self.loader = loaders.ResidentLoader(
             train,
             config.batch_size,
             device=self.device,
@@ -119,6 +119,10 @@ class Trainer:
         # Sums over the epoch so far: the four figures of an `Update`.
         self.totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         self.best: dict[str, int] | None = None
+        # Epochs that are measured, and what the updates of the one under way have taken so far.
+        self.judged, self.seconds = 0, 0.0
+        # Updates left out: of the epoch so far, and without one between that was made.
+        self.skipped = self.skipped_in_a_row = 0
 
     @property
     def evaluated(self) -> nn.Module:
@@ -150,6 +154,7 @@ class Trainer:
         else:
             self.order_before_epoch = self.random["order"].get_state()
             self.totals.zero_()
+            self.skipped = 0
         self.model.train()
         for images, y in self.loader.epoch(skip):
             yield self.update(images, y)
@@ -158,6 +163,8 @@ class Trainer:
         """Make one update on a uint8 batch (B, C, H, W) with labels (B,)."""
         config = self.config
         self.lr_tensor.fill_(learning_rate(config, self.step, len(self.loader)))
+        skipping = config.on_nan == "skip"
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers() if skipping]
         if self.engine == "eager":
             self.optimizer.zero_grad()
             update = algorithm1(
@@ -172,7 +179,8 @@ class Trainer:
                 mix_pixels=config.mix_space == "pixel",
                 precision=self.precision,
             )
-            self.optimizer.step()
+            if not skipping or self._sound(update):
+                self.optimizer.step()
         else:
             # The step copies the draws into its buffers, so they may stay on the CPU.
             cpu = torch.device("cpu")
@@ -180,12 +188,25 @@ class Trainer:
             other = mix if config.shared_mix or self.craft is None else self._draw(cpu)
             update = self.fast_step(images, y, (mix, other))
         self.step += 1
+        if self.skipped_in_a_row:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            return update
         if self.average is not None:
             _average(self.average, self.model, config.ema, self.step)
         self.totals += torch.stack(
             [update.clean_loss, update.adv_loss, update.clean_correct, update.adv_correct]
         )
         return update
+
+    def _sound(self, update: Update) -> bool:
+        """Whether an update's losses and gradients are finite; count it as skipped if not."""
+        figures = [update.clean_loss, update.adv_loss]
+        figures += [p.grad for p in self.model.parameters() if p.grad is not None]
+        sound = bool(torch.stack([figure.isfinite().all() for figure in figures]).all())
+        self.skipped += not sound
+        self.skipped_in_a_row = 0 if sound else self.skipped_in_a_row + 1
+        return sound
 
     @cached_property
     def craft(self) -> Attack | None:
@@ -209,6 +230,7 @@ class Trainer:
             loss=config.loss,
             mix_pixels=config.mix_space == "pixel",
             per_sample=config.lam_per_sample,
+            accept=self._sound if config.on_nan == "skip" else None,
         )
 
     @cached_property
@@ -270,7 +292,7 @@ class Trainer:
         self.best = {"epoch": self.epoch, "errors": errors}
         return True
 
-    def _errors(self, batches: data.ResidentLoader, attack: Attack | None) -> int:
+    def _errors(self, batches: loaders.ResidentLoader, attack: Attack | None) -> int:
         return count_errors(self.evaluated, batches, attack)
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,11 +306,17 @@ class Trainer:
             "order_before_epoch": self.order_before_epoch,
             "totals": self.totals,
             "best": self.best,
+            "judged": self.judged,
+            "seconds": self.seconds,
+            "skipped": [self.skipped, self.skipped_in_a_row],
             "data": self.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned; raise `InputError` if it is another training's."""
+        """Take over what `state_dict` returned.
+
+        Raises `InputError` if it is of other data, `Damaged` if it is not of this network.
+        """
         if state.get("data") != self.fingerprint:
             raise InputError("the data set is not the one that this run was started with")
         try:
@@ -306,9 +334,19 @@ class Trainer:
             self.order_before_epoch = state["order_before_epoch"]
             self.totals.copy_(state["totals"])
             self.step, self.best = state["step"], state["best"]
+            best = self.best and {name: type(value) for name, value in self.best.items()}
+            if type(self.step) is not int or best not in (None, {"epoch": int, "errors": int}):
+                raise TypeError("its step or best epoch is no number")
+            self.judged, self.seconds = int(state["judged"]), float(state["seconds"])
+            # Earlier versions left none out; one that stops at the first has none in a row.
+            skipped, in_a_row = map(int, state.get("skipped", (0, 0)))
+            self.skipped = skipped
+            self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"the checkpoint is not of this network ({reason[:100]})") from None
+            raise Damaged(f"the checkpoint is not of this network ({reason[:100]})") from None
 
 
 def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

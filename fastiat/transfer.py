@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastiat import data
+from fastiat import loaders
 from fastiat.attack import crafting, pgd
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.errors import InputError
@@ -63,7 +63,7 @@ def _attack(
     )  # fmt: skip
     split = source.splits[split_name]
     errors = torch.zeros(len(targets), dtype=torch.int64, device=device)
-    batches = data.ResidentLoader(split, config.batch_size, device=device, train=False)
+    batches = loaders.ResidentLoader(split, config.batch_size, device=device, train=False)
     with Progress(f"{Path(source.name).name}'s examples, eps {eps:.4g}", len(split)) as progress:
         for images, y in batches:
             with autocast(device, precision):

@@ -1,4 +1,4 @@
-"""`make gpu` and `make gpu-train`, rehearsed on the CPU with tiny sizes."""
+"""`make gpu`, `make gpu-train` and `make gpu-results`, rehearsed on the CPU with tiny sizes."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+MIXES = ("none", "mixup", "manifold")
 PARTS = ["ceilings", "tests", "preact18", "wrn28_10", "kernels", "profile"]
 
 
@@ -129,13 +130,13 @@ def test_gpu_run_without_a_gpu_says_so():
     assert "there is no CUDA device; rehearse with --device cpu --tiny" in done.stderr
 
 
-def image_tree(root: Path) -> None:
+def image_tree(root: Path, n_train: int = 8, classes: int = 2) -> None:
     random = np.random.default_rng(0)
-    for split, n in (("train", 8), ("test", 4)):
-        for label, name in enumerate(("dark", "light")):
+    for split, n in (("train", n_train), ("test", 4)):
+        for label, name in enumerate(("dark", "light", "lighter", "lightest")[:classes]):
             (root / split / name).mkdir(parents=True)
             for i in range(n):
-                pixels = random.integers(100 * label, 100 * label + 100, (8, 8, 3), np.uint8)
+                pixels = random.integers(50 * label, 50 * label + 100, (8, 8, 3), np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
 
 
@@ -173,3 +174,33 @@ def test_training_stopped_by_the_clock_goes_on_where_it_was(train):
     steps = [s["step"] for s in second["sessions"]]
     assert 0 < first["sessions"][0]["step"] == steps[0] < steps[1]
     assert "errors" not in second
+
+
+@pytest.mark.slow
+def test_first_results_go_on_after_a_session_and_leave_what_is_to_be_kept(tmp_path):
+    image_tree(tmp_path / "tree", 16, 4)
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    flags = ["--data-dir", tmp_path / "tree", "--out", out, "--device", "cpu", "--tiny"]
+
+    def session(*more: object) -> str:
+        cache = str(tmp_path / "cache")
+        done = script("gpu_results.py", *flags, *more, FASTIAT_CACHE=cache, OUT=str(kept))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.splitlines()[-1]
+
+    assert "speed is not finished; the same command goes on" in session("--session", 0)
+    assert "all done" in session("--epochs", 1)
+    report = json.loads((kept / "gpu_results.json").read_text())
+    (tried,) = report["speed"]
+    assert 0 < tried["epochs_s"] < tried["wall_s"]
+    assert tried["errors"]["pgd-50"]["n"] == 16 and tried["errors"]["pgd-50"]["eps"] == 8 / 255
+    assert {command["status"] for command in report["commands"]} == {0}
+    rows = {file.parent.name for file in (kept / "table3").glob("*/evaluation.json")}
+    assert rows == {f"folder-mlp6-{a}-{m}-s0" for a in ("none", "pgd") for m in MIXES}
+    run = kept / "table3" / "folder-mlp6-pgd-manifold-s0"
+    attacks = [entry["attack"] for entry in json.loads((run / "evaluation.json").read_text())]
+    assert "autoattack" in attacks and (run / "diagnosis.json").exists()
+    assert (kept / "table3" / "table3.md").exists()
+    assert not [*kept.rglob("*.safetensors"), *kept.rglob("*.pt")]
+    assert "all done" in session("--stages", "speed", "autoattack", "diagnose")
+    assert json.loads((out / "gpu_results.json").read_text()) == report

@@ -14,7 +14,7 @@ from fastiat import cli, paper, plan, tables
 from fastiat import train as training
 from fastiat.estimate import Images, Speed
 from fastiat.queries import ReproduceConfig
-from fastiat.run import CONFIG, METRICS, MODEL, STATE, Run
+from fastiat.run import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
 
 SCALE = (
     *("--dataset", "digits", "--arch", "mlp6", "--width", "8", "--epochs", "1"),
@@ -149,7 +149,7 @@ def test_an_interrupted_row_is_resumed_by_the_same_command(
 
 def test_a_row_that_was_killed_before_its_first_checkpoint_starts_again(done):
     path = _path(done, "pgd-none")
-    for name in (STATE, MODEL, "evaluation.json", METRICS):
+    for name in (STATE, PREVIOUS, MODEL, "evaluation.json", METRICS):
         (path / name).unlink()
     assert _reproduce("table3", done) == 0
     assert (path / MODEL).exists()
@@ -256,6 +256,7 @@ def test_a_run_of_an_earlier_version_is_taken_over(done):
     (path / "evaluation.json").unlink()
     (path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in found))
     (path / STATE).write_bytes(b"of another format")
+    (path / PREVIOUS).unlink()
     config = cli.parse(["reproduce", "table3", *SCALE, "--out", str(done)])[1]
     (first, *_) = plan.Plan(config).jobs
     assert first.finished and plan.Plan(config).missing(first) == []

@@ -15,7 +15,7 @@ import fastiat
 from fastiat import cli
 from fastiat.config import TrainConfig
 from fastiat.errors import InputError
-from fastiat.run import CONFIG, METRICS, MODEL, STATE, Run, load_with_card, write
+from fastiat.run import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run, load_with_card, write
 
 
 class Bomb:
@@ -90,6 +90,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_without_running_it(
         torch.save({"config": {}, "step": Bomb(mark)}, file)
     else:
         shutil.copy(stranger / name, file)
+    if name == STATE:
+        shutil.copy(file, run / PREVIOUS)
     before = contents(run)
     argv = ["train", "--resume", "--out", run] if name == STATE else ["evaluate", run]
     line = complaint(*argv)
@@ -148,7 +150,8 @@ def test_a_model_without_a_card_is_refused(complaint, tmp_path):
 
 
 def test_a_state_without_a_config_is_refused(complaint, run):
-    torch.save({"step": 3}, run / STATE)
+    for name in (STATE, PREVIOUS):
+        torch.save({"step": 3}, run / name)
     assert "not a checkpoint of fastiat" in complaint("train", "--resume", "--out", run)
 
 
@@ -157,13 +160,15 @@ def test_a_state_without_a_config_is_refused(complaint, run):
 )
 def test_a_state_with_wrong_values_is_refused(complaint, run, change):
     state = torch.load(run / STATE, weights_only=True)
-    torch.save(state | change, run / STATE)
+    for name in (STATE, PREVIOUS):
+        torch.save(state | change, run / name)
     assert str(run) in complaint("train", "--resume", "--out", run)
 
 
-def test_a_run_without_a_checkpoint_says_so(complaint, run):
-    (run / STATE).unlink()
-    assert "no checkpoint yet" in complaint("train", "--resume", "--out", run)
+def test_a_run_that_lost_its_checkpoints_says_so(complaint, run):
+    for name in (STATE, PREVIOUS):
+        (run / name).unlink()
+    assert "has lost state.pt and state.previous.pt" in complaint("train", "--resume", "--out", run)
     (run / MODEL).unlink()
     assert f"{run}: no trained model in it yet" in complaint("evaluate", run)
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastiat import data
-from fastiat.data import Dataset, ResidentLoader, Split
+from fastiat.data import Dataset, Split
 from fastiat.errors import InputError
+from fastiat.loaders import ResidentLoader, Shard
 
 
 def make_split(n: int, shape: tuple[int, int, int] = (8, 8, 3), classes: int = 3) -> Split:
@@ -230,6 +231,41 @@ def test_batch_larger_than_the_data_is_refused_in_training_alone() -> None:
 def test_batch_size_below_one_and_negative_padding_are_refused(batch_size: int, pad: int) -> None:
     with pytest.raises(InputError, match=f"batch size {batch_size} with padding {pad}"):
         ResidentLoader(make_split(12), batch_size, train=True, pad=pad)
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+def test_shards_of_a_training_pass_make_the_batches_that_one_process_sees(skip: int) -> None:
+    def loader(shard: Shard) -> ResidentLoader:
+        seeds = {"order": generator(3), "augment": generator(4)}
+        return ResidentLoader(make_split(41), 6, train=True, flip=True, shard=shard, **seeds)
+
+    whole = list(loader(Shard(0, 1)).epoch(skip))
+    parts = [list(loader(Shard(rank, 3)).epoch(skip)) for rank in range(3)]
+    assert len(whole) == 6 - skip
+    for (x, y), *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([part for part, _ in shares]), x)
+        assert torch.equal(torch.cat([part for _, part in shares]), y)
+
+
+@pytest.mark.parametrize("n", [1, 12, 13, 41])
+def test_shards_of_a_measured_split_are_its_batches_each_once(n: int) -> None:
+    split = make_split(n)
+    whole = list(ResidentLoader(split, 4, train=False))
+    seen = []
+    for rank in range(3):
+        part = ResidentLoader(split, 4, train=False, shard=Shard(rank, 3))
+        batches = list(part)
+        assert len(part) == len(batches)
+        seen += [(rank + 3 * i, *batch) for i, batch in enumerate(batches)]
+    assert [number for number, *_ in sorted(seen, key=lambda b: b[0])] == list(range(len(whole)))
+    for number, x, y in seen:
+        assert torch.equal(x, whole[number][0])
+        assert torch.equal(y, whole[number][1])
+
+
+def test_batch_that_the_ranks_cannot_share_equally_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a batch of 8 images .* a multiple of 3"):
+        ResidentLoader(make_split(12), 8, train=True, shard=Shard(0, 3))
 
 
 @pytest.mark.gpu

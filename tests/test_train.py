@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastiat import cli, train
+from fastiat import cli
 from fastiat.run import METRICS, MODEL, STATE, Run
 from fastiat.trainer import Trainer
 
@@ -133,14 +133,14 @@ def test_a_killed_training_resumes_from_its_last_checkpoint(whole, tmp_path):
     out = tmp_path / "run"
     script = f"""
 import os, signal
-from fastiat import cli, train, trainer
-train.SAVE_EVERY, original = 0, trainer.Trainer.update
+from fastiat import cli, trainer
+original = trainer.Trainer.update
 def update(self, *batch):
     if self.step == 31:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, *batch)
 trainer.Trainer.update = update
-cli.main({["train", *flags, "--out", str(out)]!r})
+cli.main({["train", *flags, "--checkpoint-every", "0", "--out", str(out)]!r})
 """
     root = Path(__file__).parent.parent
     ended = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True)
@@ -162,17 +162,16 @@ def test_a_kill_between_a_row_and_its_checkpoint_doubles_no_row(whole, tmp_path,
             raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "SAVE_EVERY", 0)
         patch.setattr(Run, "say", die)
         with pytest.raises(SystemExit):
-            cli.main(["train", *flags, "--out", str(out)])
+            cli.main(["train", *flags, "--checkpoint-every", "0", "--out", str(out)])
     assert torch.load(out / STATE, weights_only=True)["step"] == 2 * steps
     assert cli.main(["train", "--resume", "--out", str(out)]) == 0
     assert_same(never_stopped, out)
 
 
-def test_a_training_killed_before_its_first_checkpoint_says_so(
-    small, tmp_path, monkeypatch, complaint
+def test_a_training_killed_before_its_first_checkpoint_starts_from_step_0(
+    trained, small, tmp_path, monkeypatch
 ):
     out = tmp_path / "run"
 
@@ -180,10 +179,12 @@ def test_a_training_killed_before_its_first_checkpoint_says_so(
         raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", die)
+        patch.setattr(Run, "save_state", die)
         with pytest.raises(SystemExit):
             cli.main(["train", *small, "--out", str(out)])
-    assert "has no checkpoint yet: start again" in complaint("train", "--resume", "--out", out)
+    assert (out / "config.json").exists() and not (out / STATE).exists()
+    assert cli.main(["train", "--resume", "--out", str(out)]) == 0
+    assert_same(trained, out)
 
 
 def test_a_finished_run_resumes_to_its_errors_and_stays_as_it_is(run, capsys, contents):
@@ -233,7 +234,6 @@ def test_a_training_that_diverges_ends_in_one_line_and_keeps_its_checkpoint(
     small, tmp_path, monkeypatch, complaint
 ):
     out = tmp_path / "run"
-    monkeypatch.setattr(train, "SAVE_EVERY", 0)
     original = Trainer.update
 
     def update(self, *batch):
@@ -243,7 +243,9 @@ def test_a_training_that_diverges_ends_in_one_line_and_keeps_its_checkpoint(
         return result
 
     monkeypatch.setattr(Trainer, "update", update)
-    assert "diverged" in complaint("train", *small, "--out", out)
+    line = complaint("train", *small, "--checkpoint-every", "0", "--out", out)
+    assert "diverged" in line and "the checkpoint of step 24 is intact" in line
+    assert f"fastiat train --resume --out {out} --on-nan skip" in line
     state = torch.load(out / STATE, weights_only=True)
     assert state["step"] == 24
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -279,14 +281,13 @@ def test_a_full_disk_ends_in_one_line_with_the_checkpoint_intact(
         signal_in(patch, "update", signal.SIGTERM, 30)
         assert cli.main(["train", *flags, "--out", str(stopped)]) == 143
     small_disk.mkdir()
-    monkeypatch.setattr(train, "SAVE_EVERY", 0)
     # Room for the run as it stands, not for its next checkpoint beside it.
     size = sum(-(-file.stat().st_size // 4096) * 4096 for file in stopped.iterdir()) + 16384
     copy = shutil.copytree(stopped, tmp_path / "copy")
     with little_space(small_disk, size, (stopped / STATE).stat().st_size // 2):
         out = small_disk / "run"
         shutil.copytree(copy, out) if os.path.ismount(small_disk) else copy.rename(out)
-        line = complaint("train", "--resume", "--out", out)
+        line = complaint("train", "--resume", "--checkpoint-every", "0", "--out", out)
         assert "No space left" in line or "File too large" in line
         assert line.endswith(f"go on with: fastiat train --resume --out {out}\n")
         kept = Path(shutil.move(out, tmp_path / "kept"))

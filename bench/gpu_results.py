@@ -1,0 +1,203 @@
+"""First results on a GPU: a speed run, Table 3, AutoAttack and a diagnosis: `make gpu-results`.
+
+    python bench/gpu_results.py --data-dir DIR --out DIR [--session 9] [--epochs 20]
+
+DIR is an image tree, CIFAR-10's for the paper's table. In order, each as far as it is missing:
+
+- speed: `--preset modern` with few epochs, more with every try, until PGD-50 with 10 restarts at
+  eps 8/255 errs on 54 % or less (Wong et al. 2020, "Fast is better than free"), timed from the
+  start of the process to its end, compiling included;
+- table3: `fastiat reproduce table3`, the paper's recipe with the schedule scaled to `--epochs`;
+- autoattack, diagnose: of adversarial training and of both rows of IAT, on 1,000 test images.
+
+A session ends after `--session` minutes, a training with a checkpoint; the same command goes on
+from there. DIR/gpu_results.json says what has been found, with machine and commands; what is worth
+keeping of every run, all but the weights, is copied to DIR/keep, and to $OUT where that is set.
+`--device cpu --tiny` rehearses it all.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import timing  # noqa: E402
+from gpu_train import TO_STOP, read_rows, run_fastiat, write_report  # noqa: E402
+
+from fastiat.run import CONFIG, LOG, METRICS, MODEL, STATE  # noqa: E402
+
+MARK = 54.0
+"""PGD-50-10 error in % that ends the speed run."""
+SPEED_EPOCHS = (6, 9, 13, 18, 25, 35, 50)
+ATTACKED = ("pgd-none", "pgd-mixup", "pgd-manifold")
+"""The rows of Table 3 whose robustness is looked into, as run directories name them."""
+KEPT = ("*.json", "*.jsonl", "*.md", "*.csv", LOG)
+
+
+class Session:
+    """What is left of this session's time, and what all sessions have found."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.deadline = time.monotonic() + 60 * arguments.session
+        self.out = Path(arguments.out).resolve()
+        self.report = self.out / "gpu_results.json"
+        self.data = ["--data-dir", str(Path(arguments.data_dir).resolve())]
+        self.machine = ["--device", arguments.device]
+        self.found: dict[str, Any] = {"machine": timing.machine(), "speed": [], "commands": []}
+        if self.report.exists():
+            self.found = json.loads(self.report.read_text())
+
+    def fastiat(self, argv: list[str], begun: Path) -> bool:
+        """Run a command, and whether it ended well within the session; note both."""
+        left = self.deadline - TO_STOP - time.monotonic()
+        if left <= 0:
+            return False
+        started = time.monotonic()
+        status = run_fastiat(argv, left, begun)
+        seconds = round(time.monotonic() - started, 2)
+        self.found["commands"].append({"argv": argv, "status": status, "seconds": seconds})
+        write_report(self.report, self.found)
+        if status not in (0, 143, -15):
+            raise SystemExit(f"gpu_results.py: failed with status {status}: {' '.join(argv)}")
+        return status == 0
+
+    def speed(self) -> bool:
+        """Try ever longer trainings until one passes the mark; whether that is over."""
+        tiny = ["--arch", "mlp6", "--width", "8", "--batch-size", "8"] if self.tiny else []
+        for epochs in SPEED_EPOCHS[:1] if self.tiny else SPEED_EPOCHS:
+            run = self.out / f"speed-{epochs}"
+            tried = next((t for t in self.found["speed"] if t["epochs"] == epochs), None)
+            if tried is None:
+                # Timed as a whole, so a try that a session cut short is made anew.
+                shutil.rmtree(run, ignore_errors=True)
+                flags = ["--preset", "modern", "--epochs", str(epochs), *tiny]
+                flags += ["--holdout", "0", "--patience", "0", "--dataset", "folder", *self.data]
+                started = time.monotonic()
+                if not self.fastiat(["train", *flags, *self.machine, "--out", str(run)], run / LOG):
+                    return False
+                tried = {"epochs": epochs, "wall_s": round(time.monotonic() - started, 2)}
+                tried["epochs_s"] = sum(row["seconds"] for row in read_rows(run, "epoch"))
+                self.found["speed"].append(tried)
+            if "errors" not in tried:
+                attack = ["--attacks", "none", "pgd-50", "--restarts", "1" if self.tiny else "10"]
+                attack += ["--eps", "8/255", "--alpha", "2/255"]
+                argv = ["evaluate", str(run), *self.data, *self.machine, *attack]
+                if not self.fastiat(argv, run / METRICS):
+                    return False
+                tried["errors"] = _errors(run)
+                write_report(self.report, self.found)
+            if tried["errors"]["pgd-50"]["error_percent"] <= MARK:
+                break
+        return True
+
+    def table3(self) -> bool:
+        """Train and measure the six rows; whether that is over."""
+        argv = ["reproduce", "table3", "--dataset", "folder", *self.data, *self.machine]
+        argv += ["--epochs", str(self.arguments.epochs), "--splits", "test"]
+        argv += ["--arch", "mlp6", "--width", "8"] if self.tiny else []
+        out = self.out / "table3"
+        return self.fastiat([*argv, "--out", str(out)], out)
+
+    def autoattack(self) -> bool:
+        """Run AutoAttack on the adversarially trained rows; whether that is over."""
+        return all(
+            "autoattack" in _errors(run)
+            or self.fastiat(
+                ["evaluate", str(run), *self.data, *self.machine, *self.limit, "--autoattack"],
+                run / METRICS,
+            )
+            for run in self.attacked
+        )
+
+    def diagnose(self) -> bool:
+        """Diagnose the adversarially trained rows; whether that is over."""
+        return all(
+            (run / "diagnosis.json").exists()
+            or self.fastiat(["diagnose", str(run), *self.data, *self.machine, *self.limit], run)
+            for run in self.attacked
+        )
+
+    @property
+    def tiny(self) -> bool:
+        """Whether this is a rehearsal."""
+        return bool(self.arguments.tiny)
+
+    @property
+    def limit(self) -> list[str]:
+        """The test images that AutoAttack and the diagnosis take."""
+        return ["--limit", "8" if self.tiny else "1000"]
+
+    @property
+    def attacked(self) -> list[Path]:
+        """The runs that AutoAttack and the diagnosis look into."""
+        runs = [file.parent for file in (self.out / "table3").glob("*/" + CONFIG)]
+        attacked = sorted(run for run in runs if any(name in run.name for name in ATTACKED))
+        if len(attacked) < len(ATTACKED):
+            raise SystemExit("gpu_results.py: the rows of Table 3 come first: --stages table3")
+        return attacked[:1] if self.tiny else attacked
+
+    def keep(self) -> None:
+        """Copy all but weights and checkpoints to where it is fetched from."""
+        for place in filter(None, (str(self.out / "keep"), os.environ.get("OUT"))):
+            for pattern in KEPT:
+                for file in self.out.rglob(pattern):
+                    inside = file.relative_to(self.out)
+                    if inside.parts[0] == "keep" or file.name in (MODEL, STATE):
+                        continue
+                    (Path(place) / inside.parent).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, Path(place) / inside)
+
+
+def main() -> int:
+    """Run one session; 0 unless something failed."""
+    arguments = _arguments()
+    if not Path(arguments.data_dir).is_dir():
+        print(f"gpu_results.py: {arguments.data_dir} is no folder", file=sys.stderr)
+        return 2
+    session = Session(arguments)
+    session.out.mkdir(parents=True, exist_ok=True)
+    write_report(session.report, session.found)
+    try:
+        left = next((stage for stage in arguments.stages if not getattr(session, stage)()), None)
+    finally:
+        session.keep()
+    if left:
+        print(f"gpu_results.py: {left} is not finished; the same command goes on")
+    else:
+        print(f"gpu_results.py: all done: {session.report}")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", required=True, help="tree of train/CLASS/*, test/CLASS/*")
+    parser.add_argument("--out", required=True, help="folder of the runs and the report")
+    parser.add_argument("--session", type=float, default=9.0, help="minutes of this session")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of Table 3's trainings")
+    stages = ("speed", "table3", "autoattack", "diagnose")
+    parser.add_argument("--stages", nargs="+", choices=stages, default=stages)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks and few images")
+    return parser.parse_args()
+
+
+def _errors(run: Path) -> dict[str, dict[str, Any]]:
+    """Return a run's last error under each attack, from its evaluation.json."""
+    file = run / "evaluation.json"
+    if not file.exists():
+        return {}
+    keys = ("error_percent", "interval_95_percent", "n", "restarts", "eps", "alpha")
+    entries = json.loads(file.read_text())
+    return {entry["attack"]: {key: entry.get(key) for key in keys} for entry in entries}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
