@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
 from fastiat.config import DATASET_DEFAULTS, PRESETS, TrainConfig
-from fastiat.errors import InputError, explain_os, out_of_memory
+from fastiat.errors import InputError, explain_os, one_line, out_of_memory
 from fastiat.queries import (
     DiagnoseConfig,
     DoctorConfig,
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, line = explain(error)
         if status is None:
             raise
-        print(f"fastiat: {line}", file=sys.stderr)
+        print(f"fastiat: {one_line(line)}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
         print("fastiat: interrupted", file=sys.stderr)

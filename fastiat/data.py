@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fastiat import folder
-from fastiat.errors import InputError
+from fastiat.errors import InputError, one_line
+from fastiat.guard import read_npz
 
 DATASETS: tuple[str, ...] = ("cifar10", "svhn", "fashion-mnist", "digits", "folder")
 
@@ -150,14 +151,21 @@ def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool
 
 def _digits() -> Dataset:
     source = importlib.resources.files("fastiat").joinpath("digits.npz")
-    with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+    try:
+        with source.open("rb") as file:
+            arrays = read_npz(file, largest=2**20)
         images = torch.from_numpy(arrays["images"])[..., None]
         labels = torch.from_numpy(arrays["labels"]).long()
         in_test = torch.zeros(len(labels), dtype=torch.bool)
         in_test[torch.from_numpy(arrays["test"])] = True
-    everything = Split(images, labels)
-    train, test = everything.take(~in_test), everything.take(in_test)
-    return Dataset("digits", tuple("0123456789"), train, test, flip=False)
+        everything = Split(images, labels)
+        train, test = everything.take(~in_test), everything.take(in_test)
+        return Dataset("digits", tuple("0123456789"), train, test, flip=False)
+    # zipfile, NumPy and torch raise whatever a damaged file makes them stumble on.
+    except Exception as error:
+        raise InputError(
+            f"{source} is damaged ({one_line(error)[:100]}): install fastiat again"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ def _outcome(
         return "failed", f"a line of {len(complaint)} characters"
     wild = {character for character in said + complaint if not _harmless(character)}
     if wild and outcome != "failed":
-        return "failed", f"printed {ascii(sorted(wild))}"
+        return "failed", f"printed {sorted(wild)!a}"
     return outcome, why
 
 

@@ -31,7 +31,7 @@ from torchvision.datasets import CIFAR10, SVHN, FashionMNIST
 import fastiat
 from fastiat import analyse, cli, data, folder, paper, results, tables
 from fastiat.errors import InputError
-from fastiat.run import CONFIG, METRICS, MODEL, STATE, Run
+from fastiat.run import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
 from fastiat.trainer import Trainer
 
 OUTSIDE = "outside"
@@ -320,6 +320,8 @@ def in_run(name: str, *uses: Callable[[Path], None]) -> Callable[[Path, bytes, R
         run = place / "runs" / "finished"
         if name == STATE:
             run, content = place / "runs" / RUNS[content[0]], content[1:]
+            if random.random() < 0.8:
+                (run / PREVIOUS).unlink(missing_ok=True)
         file = run.parent / name if name.startswith("table") else run / name
         file.write_bytes(content)
         use(run)
@@ -497,7 +499,7 @@ def use_packaged(name: str) -> Callable[[Path, bytes, Random], None]:
 
     def use(place: Path, content: bytes, random: Random) -> None:
         (place / name).write_bytes(content)
-        paper._lines.cache_clear()
+        paper._cells.cache_clear()
         paper.table.cache_clear()
         with mock.patch("importlib.resources.files", lambda _: place):
             try:
@@ -505,10 +507,10 @@ def use_packaged(name: str) -> Callable[[Path, bytes, Random], None]:
                     data.load("digits")
                 else:
                     for number in range(1, 8):
-                        paper.table(f"table{number}").rows
-                        [cell.measure for cell in paper.table(f"table{number}").cells]
+                        table = paper.table(f"table{number}")
+                        assert all(cell.measure for cell in table.cells) and table.rows
             finally:
-                paper._lines.cache_clear()
+                paper._cells.cache_clear()
                 paper.table.cache_clear()
 
     return use
