@@ -109,7 +109,10 @@ def _cells() -> tuple[tuple[str, Cell], ...]:
     file = importlib.resources.files("fastiat").joinpath("paper.csv")
     try:
         lines = csv.DictReader(file.read_text().splitlines(), strict=True)
-        return tuple((line["table"], _cell(line)) for line in lines)
+        cells = tuple((line["table"], _cell(line)) for line in lines)
+        if {of for of, _ in cells} != _TITLES.keys():
+            raise ValueError("it lacks a table")
+        return cells
     except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise InputError(
             f"{file} is damaged ({one_line(error)[:100]}): install fastiat again"

@@ -354,7 +354,9 @@ class Trainer:
                 raise ValueError("its best epoch is still to come")
             # Earlier versions left none out; one that stops at the first has none in a row.
             skipped, in_a_row = map(int, state.get("skipped", (0, 0)))
-            self.skipped = max(skipped, 0)
+            if not 0 <= skipped < len(self.loader):
+                raise ValueError("it has left out more updates than an epoch has")
+            self.skipped = skipped
             self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if out_of_memory(error):

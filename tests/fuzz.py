@@ -251,7 +251,7 @@ def _outcome(
         return "failed", "wrote outside"
     if outcome == "refused" and len(complaint.splitlines()) != 1:
         return "failed", f"not one line: {complaint[:300]!r}"
-    if len(complaint) > 2000:
+    if len(complaint) > 2500:
         return "failed", f"a line of {len(complaint)} characters"
     wild = {character for character in said + complaint if not _harmless(character)}
     if wild and outcome != "failed":
