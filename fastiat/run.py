@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from fastiat import __version__, models
 from fastiat.config import TrainConfig
+from fastiat.distributed import ranks
 from fastiat.errors import Damaged, InputError, one_line
 from fastiat.guard import check_checkpoint, is_endless, read_json_text
 from fastiat.lock import Lock, alone, check_unused
-from fastiat.settings import flag_of, from_json
+from fastiat.settings import flag_of, from_json, is_beton
 
 CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
     "config.json",
@@ -37,8 +38,8 @@ CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
 )
 T = TypeVar("T")
 # What may change between stop and resume, as it changes no weight: where a run and its data lie,
-# when it is saved, and what follows an update that cannot be made.
-MOVABLE = {"out", "data_dir", "resume", "checkpoint_every", "on_nan"}
+# how these are read, when it is saved, and what follows an update that cannot be made.
+MOVABLE = {"out", "data_dir", "loader", "resume", "checkpoint_every", "on_nan"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class ModelCard:
 
 def default_out(config: TrainConfig) -> Path:
     """Return the directory of a run that was given none."""
-    name = f"{config.dataset}-{config.arch}-{config.adv}-{config.mix}-s{config.seed}"
-    return Path("runs") / name
+    images = Path(config.dataset).stem
+    return Path("runs") / f"{images}-{config.arch}-{config.adv}-{config.mix}-s{config.seed}"
 
 
 class Run:
@@ -85,6 +86,8 @@ class Run:
         # `evaluate` must find the data again.
         if config.data_dir is not None:
             kept["data_dir"] = str(Path(config.data_dir).absolute())
+        if is_beton(config.dataset):
+            kept["dataset"] = str(Path(config.dataset).expanduser().absolute())
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         run = cls(path, config)
         try:
@@ -275,10 +278,10 @@ class Run:
             except Damaged as error:
                 wrong.append(f"{file}: {error}")
                 continue
-            if wrong:
+            if wrong and ranks().first:
                 warning = one_line(f"warning: {wrong[0]}; taking {file.name}")
                 print(f"fastiat: {warning}", file=sys.stderr)
-                self._newest_damaged = True
+            self._newest_damaged = bool(wrong)
             return taken
         raise InputError(f"{'; '.join(wrong)}: put one back, or start again with another --out")
 
@@ -297,9 +300,32 @@ class Run:
         return state
 
 
+class Onlooker(Run):
+    """A run directory that another process of the same training writes."""
+
+    def lock(self) -> None:
+        """Leave it to the other."""
+
+    def append(self, name: str, content: bytes) -> None:
+        """Leave it to the other."""
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Leave it to the other."""
+
+    def rewind(self, step: int, epoch: int) -> None:
+        """Leave it to the other."""
+
+    def save_model(self, weights: Mapping[str, Tensor], card: ModelCard) -> None:
+        """Leave it to the other."""
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Leave it to the other."""
+
+
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Return what makes the training, and so must be the same after a resume."""
-    return {name: value for name, value in asdict(config).items() if name not in MOVABLE}
+    settings = {name: value for name, value in asdict(config).items() if name not in MOVABLE}
+    return settings | {"dataset": Path(config.dataset).name}  # a .beton may have moved
 
 
 def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any, Any] | None:
