@@ -245,7 +245,7 @@ class Run:
         torch.save(state | {"config": _settings(self.config)}, buffer)
         # What the checkpoint has behind it must not be lost with the machine's memory.
         if (self.path / METRICS).exists():
-            with open(self.path / METRICS, "rb") as metrics:
+            with open(self.path / METRICS, "rb", opener=_of_the_run) as metrics:
                 os.fsync(metrics.fileno())
         older = None if self._newest_damaged else self.path / PREVIOUS
         write(self.path / STATE, buffer.getbuffer(), older)
@@ -490,7 +490,7 @@ def write(file: Path, content: bytes | memoryview, older: Path | None = None) ->
     """
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with open(beside, "wb") as out:
+        with open(beside, "wb", opener=_of_the_run) as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())

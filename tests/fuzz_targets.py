@@ -267,7 +267,7 @@ def make_cache(random: Random, world: World) -> bytes:
 def use_cache(place: Path, content: bytes, random: Random) -> None:
     """Read an image tree whose cache this is."""
     root = place / "tree"
-    listing = folder._scan(root)
+    listing = folder.scan(root)
     old = Path(os.environ["FASTIAT_CACHE"])
     for file in old.glob("*.npz"):
         file.unlink()
