@@ -19,6 +19,7 @@ _SUBMODULES = (
         "beton",
         "config",
         "convert",
+        "distributed",
         "engine",
         "errors",
         "kernels",

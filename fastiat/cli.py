@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
 from fastiat.config import DATASET_DEFAULTS, PRESETS, TrainConfig
-from fastiat.errors import InputError, explain_os, out_of_memory
+from fastiat.errors import InputError, Lost, complain, explain_os, out_of_memory
 from fastiat.queries import (
     ConvertConfig,
     DiagnoseConfig,
@@ -88,6 +88,9 @@ EXAMPLES = {
 }
 
 
+# What several processes of torchrun can do together.
+SHARED = {"train", "evaluate", "sweep", "doctor"}
+
 METAVARS = {
     "target": "TABLE",
     "runs": "RUN",
@@ -110,25 +113,48 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the complaint and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        complain(f"{self.prog}: {message} (see {self.prog} --help)")
+        self.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for bad input, 128 + N for signal N."""
+    """Run the command line and return its exit status: 0, 2 for bad input, 128 + N for signal N.
+
+    It is 1 where the other processes of a job that torchrun started, or a reader, went away.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return _run(argv)
+    from fastiat.distributed import together
+
+    return together(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
-        command, config = parse(sys.argv[1:] if argv is None else argv)
+        command, config = parse(argv)
+        _check_shared(command)
         module, function = COMMANDS[command].target.split(":")
         getattr(importlib.import_module(module), function)(config)
     except Exception as error:
         status, line = explain(error)
         if status is None:
             raise
-        print(f"fastiat: {line}", file=sys.stderr)
+        complain(f"fastiat: {line}")
         return status
     except KeyboardInterrupt:
-        print("fastiat: interrupted", file=sys.stderr)
+        complain("fastiat: interrupted")
         return 130
     return 0
+
+
+def _check_shared(command: str) -> None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and command not in SHARED:
+        raise InputError(
+            f"{command} runs in one process, and torchrun has started {count}: "
+            f"give it as fastiat {command}"
+        )
 
 
 def explain(error: Exception) -> tuple[int | None, str]:
@@ -146,6 +172,8 @@ def explain(error: Exception) -> tuple[int | None, str]:
         return 2, explain_os(error)
     if out_of_memory(error):
         return 2, "this takes more memory than there is: lower --batch-size or --width"
+    if isinstance(error, Lost):
+        return 1, str(error)
     signum = getattr(error, "signum", None)
     return (None, "") if signum is None else (128 + signum, str(error))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastiat import beton, folder
 from fastiat.device import free_memory
+from fastiat.distributed import ranks
 from fastiat.errors import InputError
 from fastiat.ffcv_package import installed
 from fastiat.settings import DATASETS, is_beton
@@ -194,6 +195,13 @@ def load(
         return _stored_as(name, str(data_dir))
     if name == "digits":
         return _digits()
+    with ranks().one_first():
+        return _load(name, data_dir, loader, progress)
+
+
+def _load(
+    name: str, data_dir: str | os.PathLike[str] | None, loader: str, progress: bool
+) -> Dataset:
     root = tree_root(data_dir) if name == "folder" or data_dir is not None else default_dir()
     if name == "folder":
         if loader == "ffcv" or (loader == "auto" and _needs_converting(root)):

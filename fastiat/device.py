@@ -8,13 +8,19 @@ from typing import Literal
 
 import torch
 
+from fastiat.distributed import ranks
 from fastiat.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that is there, or raise `InputError`."""
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that is there, or raise `InputError`.
+
+    Where torchrun has started several processes on this machine, each takes a GPU of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not ranks().alone and name.startswith("cuda"):
+        return _own_gpu(name)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -46,6 +52,23 @@ def free_memory(device: torch.device) -> int:
     except (OSError, ValueError):  # there is none
         pass
     return min(limits)
+
+
+def _own_gpu(name: str) -> torch.device:
+    """Return the GPU of this process among those that share a machine."""
+    processes = ranks().local_count
+    if name != "cuda" and processes > 1:
+        raise InputError(
+            f"--device {name} would be shared by the {processes} processes of this machine: "
+            f"leave it out, and each takes a GPU of its own"
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if processes > count:
+        raise InputError(
+            f"{processes} processes on this machine need a GPU each, and it has {count}: "
+            f"give torchrun --nproc-per-node {count}, or fastiat --device cpu"
+        )
+    return torch.device(name if name != "cuda" else f"cuda:{ranks().local_rank}")
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from fastiat import __version__, data
 from fastiat.device import free_memory, has_fast_bf16, pick_device, pick_precision
+from fastiat.distributed import ranks
 from fastiat.engine import pick_engine
 from fastiat.ffcv_package import install_hint, installed
 from fastiat.queries import DoctorConfig
@@ -31,6 +32,7 @@ def doctor(config: DoctorConfig) -> None:
     rows += [(package, _version(package)) for package in PACKAGES]
     fast = "fast bf16" if has_fast_bf16(device) else "no fast bf16"
     rows += [
+        ("processes", f"{ranks().count} started by torchrun" if not ranks().alone else "1"),
         ("data", config.data_dir or str(data.default_dir())),
         ("device", f"a run takes {device} ({fast})"),
         ("precision", f"a run takes {pick_precision('auto', device)}"),

@@ -1,6 +1,8 @@
 """The one exception that means "your input is wrong, and here is what would mend it"."""
 
 import errno
+import sys
+from collections.abc import Callable
 
 MENDS = {
     errno.ENOSPC: "free some space on that disk",
@@ -18,6 +20,20 @@ class InputError(ValueError):
     The command line prints it as one line and exits with status 2. It is a `ValueError`, so
     library users need not know it.
     """
+
+
+class Lost(Exception):
+    """Another process of the same job ended before its time, so that this one cannot go on."""
+
+
+# Of several processes that end together, one says why.
+may_speak: Callable[[], bool] = lambda: True  # noqa: E731
+
+
+def complain(line: str) -> None:
+    """Print the line that a command ends with."""
+    if may_speak():
+        print(line, file=sys.stderr, flush=True)
 
 
 class Damaged(InputError):

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ class Shard(NamedTuple):
 
     rank: int
     ranks: int
+
+    def gaps(self) -> Iterator[int]:
+        """Yield, for each of its whole batches, how many of others come since its last."""
+        return chain((self.rank,), repeat(self.ranks - 1))
 
 
 WHOLE = Shard(0, 1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastiat import __version__, models
 from fastiat.config import TrainConfig
+from fastiat.distributed import ranks
 from fastiat.errors import Damaged, InputError
 from fastiat.lock import Lock, alone, check_unused
 from fastiat.settings import flag_of, from_json, is_beton
@@ -276,9 +277,9 @@ class Run:
             except Damaged as error:
                 wrong.append(f"{file}: {error}")
                 continue
-            if wrong:
+            if wrong and ranks().first:
                 print(f"fastiat: warning: {wrong[0]}; taking {file.name}", file=sys.stderr)
-                self._newest_damaged = True
+            self._newest_damaged = bool(wrong)
             return taken
         raise InputError(f"{'; '.join(wrong)}: put one back, or start again with another --out")
 
@@ -295,6 +296,28 @@ class Run:
                 "put the run's own back"
             )
         return state
+
+
+class Onlooker(Run):
+    """A run directory that another process of the same training writes."""
+
+    def lock(self) -> None:
+        """Leave it to the other."""
+
+    def append(self, name: str, content: bytes) -> None:
+        """Leave it to the other."""
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Leave it to the other."""
+
+    def rewind(self, step: int, epoch: int) -> None:
+        """Leave it to the other."""
+
+    def save_model(self, weights: Mapping[str, Tensor], card: ModelCard) -> None:
+        """Leave it to the other."""
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Leave it to the other."""
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

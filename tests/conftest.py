@@ -6,8 +6,13 @@ complaints. Under CI nothing may be skipped: what a test relies on must be there
 
 import os
 import shutil
+import signal
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +20,7 @@ import pytest
 import torch
 
 from fastiat import cli
+from fastiat.trainer import Trainer
 
 # No test may fail because the machine is busy.
 hypothesis.settings.register_profile(
@@ -32,6 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "kernel_only": on_gpu or INTERPRETED,
         # The interpreter stands in for the CPU's reference.
         "reference_only": not INTERPRETED,
+        "mounts": can_mount(),
     }
     out = [marker for marker, here in applies.items() if not here]
     dropped = [item for item in items if any(map(item.get_closest_marker, out))]
@@ -101,6 +108,47 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of the finished run."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The training of `trained`, stopped at step 30, with checkpoints of steps 29 and 30."""
+    out, original = tmp_path / "stopped", Trainer.update
+
+    def update(self, *batch):  # type: ignore[no-untyped-def]
+        result = original(self, *batch)
+        if self.step == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", update)
+        command = ["train", *SMALL, "--checkpoint-every", "0", "--out", str(out)]
+        assert cli.main(command) == 143
+    return out
+
+
+@contextmanager
+def disk(folder: Path, *options: str) -> Iterator[None]:
+    """Make `folder` a disk of its own while the block runs."""
+    mount = ["mount", "-t", "tmpfs", *(f"-o{option}" for option in options), "tmpfs", str(folder)]
+    subprocess.run(mount, check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        if os.path.ismount(folder):
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+@cache
+def can_mount() -> bool:
+    """Whether we may mount: as root, where the container allows it."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with disk(Path(folder)):
+                return True
+        except (OSError, subprocess.SubprocessError):
+            return False
 
 
 @pytest.fixture(scope="session")

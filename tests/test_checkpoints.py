@@ -1,0 +1,183 @@
+"""Checkpoints: two generations, when they come, what a kill or an earlier version has left."""
+
+import errno
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import assert_same, rows_of, signal_in
+
+from fastiat import cli
+from fastiat.errors import InputError
+from fastiat.run import CONFIG, LOCK, METRICS, MODEL, PREVIOUS, STATE, Run
+from fastiat.trainer import Trainer
+
+
+def step_of(file: Path) -> int:
+    return torch.load(file, weights_only=True)["step"]
+
+
+def test_a_checkpoint_of_step_0_is_there_before_the_first_update(small, tmp_path, monkeypatch):
+    out, found = tmp_path / "run", []
+    original = Trainer.update
+
+    def update(self, *batch):
+        if not found:
+            found.append(step_of(out / STATE))
+        return original(self, *batch)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    assert cli.main(["train", *small, "--out", str(out)]) == 0
+    assert found == [0]
+
+
+def test_checkpoints_come_when_due_and_a_resume_may_say_anew_when(
+    small, stopped, tmp_path, monkeypatch
+):
+    assert json.loads((stopped / CONFIG).read_text())["checkpoint_every"] == 0
+    saved = []
+    original = Run.save_state
+    monkeypatch.setattr(
+        Run, "save_state", lambda self, state: saved.append(state["step"]) or original(self, state)
+    )
+    resume = ["train", "--resume", "--checkpoint-every", "100", "--out", str(stopped)]
+    assert cli.main(resume) == 0
+    assert saved == [44]
+    # A clock that moves by a second a look.
+    now = iter(range(10**9))
+    monkeypatch.setattr("fastiat.train.time.monotonic", lambda: float(next(now)))
+    saved.clear()
+    out = tmp_path / "run"
+    assert cli.main(["train", *small, "--checkpoint-every", "45", "--out", str(out)]) == 0
+    assert saved[0] == 0 and saved[-1] == 44 and 2 < len(saved) < 10
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "missing", "values"])
+def test_the_older_checkpoint_stands_in_for_a_damaged_one_with_one_line(
+    trained, stopped, capsys, damage
+):
+    file = stopped / STATE
+    whole = file.read_bytes()
+    assert (step_of(file), step_of(stopped / PREVIOUS)) == (30, 29)
+    if damage == "cut":
+        file.write_bytes(whole[:-100])
+    elif damage == "bit":
+        middle = whole.index(torch.load(file, weights_only=True)["model"]["head.bias"].numpy())
+        file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        torch.save(torch.load(file, weights_only=True) | {"random": 3}, file)
+    with open(stopped / METRICS, "a") as metrics:
+        metrics.write('{"kind": "step", "step": 30}\n')
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "--out", str(stopped)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastiat: warning: {file}") and line.endswith(
+        "taking state.previous.pt"
+    )
+    assert_same(trained, stopped)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_older_one(stopped, monkeypatch):
+    (stopped / STATE).write_bytes(b"damaged")
+    signal_in(monkeypatch, "update", signal.SIGTERM, 35)
+    assert cli.main(["train", "--resume", "--checkpoint-every", "9", "--out", str(stopped)]) == 143
+    assert (step_of(stopped / STATE), step_of(stopped / PREVIOUS)) == (35, 29)
+
+
+def test_two_damaged_checkpoints_get_one_line_that_names_both(stopped, complaint, contents):
+    for name in (STATE, PREVIOUS):
+        (stopped / name).write_bytes(b"damaged")
+    before = contents(stopped)
+    line = complaint("train", "--resume", "--out", stopped)
+    assert str(stopped / STATE) in line and str(stopped / PREVIOUS) in line
+    assert "put one back, or start again with another --out" in line
+    del before[LOCK]
+    after = contents(stopped)
+    del after[LOCK]
+    assert after == before
+
+
+def test_where_files_cannot_be_linked_two_checkpoints_are_kept_too(small, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    signal_in(monkeypatch, "update", signal.SIGTERM, 3)
+    out = tmp_path / "run"
+    assert cli.main(["train", *small, "--out", str(out)]) == 143
+    assert (step_of(out / STATE), step_of(out / PREVIOUS)) == (3, 0)
+
+
+def test_what_a_kill_left_half_written_is_removed_by_the_resume(stopped):
+    for name in (STATE, PREVIOUS, METRICS, MODEL, CONFIG):
+        (stopped / f".{name}.123").write_bytes(b"half")
+    assert cli.main(["train", "--resume", "--out", str(stopped)]) == 0
+    assert [file.name for file in stopped.glob(".*")] == [LOCK]
+
+
+def test_a_kill_while_the_run_is_made_leaves_the_place_free(small, tmp_path, complaint):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / LOCK).write_bytes(b"")
+    (out / f".{CONFIG}.123").write_bytes(b'{"pre')
+    assert "holds no run" in complaint("train", "--resume", "--out", out)
+    assert cli.main(["train", *small, "--out", str(out)]) == 0
+    assert not (out / f".{CONFIG}.123").exists()
+
+
+def test_only_the_cut_last_line_is_dropped_and_damaged_ones_stay_to_be_named(run, complaint):
+    whole = (run / METRICS).read_text()
+    (run / METRICS).write_text("damaged\n" + whole + '{"kind": "ep')
+    Run.open(run).log("evaluation", error_percent=1.5)
+    assert (run / METRICS).read_text() == (
+        "damaged\n" + whole + '{"kind": "evaluation", "error_percent": 1.5}\n'
+    )
+    assert f"{run / METRICS}, line 1 is damaged" in complaint("report", run)
+
+
+def test_measuring_again_after_a_kill_doubles_no_row(run, trained):
+    lines = (run / METRICS).read_text().splitlines(keepends=True)
+    (run / METRICS).write_text("".join(lines[:-1]))
+    assert cli.main(["train", "--resume", "--out", str(run)]) == 0
+    assert rows_of(run) == rows_of(trained)
+
+
+# config.json as it was before runs could be saved at other times.
+EARLIER = (
+    *("preset", "arch", "width", "mix", "adv", "dataset", "data_dir", "loader", "pad", "flip"),
+    *("epochs", "batch_size", "lr", "schedule", "momentum", "nesterov", "weight_decay"),
+    *("decay_norm", "loss", "clean_weight", "ema", "holdout", "patience"),
+    *("eps", "alpha", "steps", "random_start", "attack_loss", "bn"),
+    *("mix_alpha", "mix_layers", "mix_space", "lam_per_sample", "shared_mix"),
+    *("device", "engine", "precision", "deterministic", "seed", "eval_limit", "out", "resume"),
+)
+
+
+def test_a_run_of_the_version_before_is_opened_and_resumed(stopped, trained):
+    values = json.loads((stopped / CONFIG).read_text())
+    (stopped / CONFIG).write_text(json.dumps({name: values[name] for name in EARLIER}))
+    for file in (stopped / STATE, stopped / PREVIOUS):
+        state = torch.load(file, weights_only=True)
+        del state["skipped"]
+        state["config"] = {name: values[name] for name in EARLIER}
+        torch.save(state, file)
+    assert cli.main(["train", "--resume", "--out", str(stopped)]) == 0
+    assert_same(trained, stopped)
+
+
+@pytest.mark.parametrize("gone", EARLIER)
+def test_a_config_without_one_of_its_settings_is_refused(run, gone):
+    values = json.loads((run / CONFIG).read_text())
+    del values[gone]
+    (run / CONFIG).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"lacks the setting '{gone}'"):
+        Run.open(run)
+
+
+def test_an_empty_config_is_refused(run, complaint):
+    (run / CONFIG).write_text("{}")
+    assert "lacks the setting 'preset'" in complaint("train", "--resume", "--out", run)

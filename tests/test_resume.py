@@ -1,0 +1,109 @@
+"""Exact resume: a training stopped at any step, and resumed, has the bits of one never stopped."""
+
+import io
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from test_train import assert_same, equal, signal_in
+
+from fastiat import cli, data, engine
+from fastiat.config import PRESETS, TrainConfig
+from fastiat.trainer import Trainer
+
+DIGITS = data.load("digits")
+# Five updates an epoch. With little patience, hold-out and average where the preset has them.
+TINY = {
+    "dataset": "digits", "device": "cpu", "batch_size": 256, "steps": 2, "epochs": 2,
+    "eval_limit": 20, "lr": 0.02,
+}  # fmt: skip
+MLP = {"arch": "mlp6", "width": 8}
+RESNET = {"arch": "preact18", "width": 1}
+
+
+def state_of(trainer: Trainer) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(trainer.state_dict(), buffer)
+    return buffer.getvalue()
+
+
+def updates(trainer: Trainer) -> Iterator[None]:
+    """Train as `fastiat train` does, an update at a time, measured after every epoch."""
+    while not trainer.finished:
+        for _ in trainer.epoch_updates():
+            if trainer.step % len(trainer.loader) == 0:
+                trainer.judge({})
+                trainer.judged = trainer.epoch
+            yield
+
+
+def assert_resumable_at_every_step(config: TrainConfig, steps: int = 6) -> None:
+    """Stop and resume after every single update: if each link is exact, so is any chain of them."""
+    whole = Trainer(config, DIGITS)
+    linked = state_of(whole)
+    for step, _ in zip(range(1, steps + 1), updates(whole), strict=False):
+        link = Trainer(config, DIGITS)
+        link.load_state_dict(torch.load(io.BytesIO(linked), weights_only=True))
+        next(updates(link))
+        linked = state_of(link)
+        expected, found = whole.state_dict(), torch.load(io.BytesIO(linked), weights_only=True)
+        assert [name for name in expected if not equal(expected[name], found[name])] == [], step
+    assert whole.step == steps
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("adv", ["none", "fgsm", "pgd"])
+@pytest.mark.parametrize("mix", ["none", "mixup", "manifold"])
+def test_every_step_can_be_resumed_from(preset, precision, adv, mix):
+    config = replace(PRESETS[preset](), adv=adv, mix=mix, precision=precision, **TINY, **MLP)
+    assert_resumable_at_every_step(config)
+
+
+@pytest.mark.parametrize(
+    ("precision", "change"),
+    [
+        ("fp32", {"bn": "update", "ema": 0.9, "lam_per_sample": True}),
+        ("bf16", {"bn": "batch", "shared_mix": True, "mix_space": "pixel", "decay_norm": False}),
+        ("bf16", {"on_nan": "skip", "loss": "bce", "momentum": 0, "nesterov": False}),
+        ("fp32", {"engine": "compile", "mix": "mixup", "attack_loss": "margin", "flip": True}),
+    ],
+)
+def test_every_step_of_a_residual_network_can_be_resumed_from(precision, change, monkeypatch):
+    monkeypatch.setattr(engine, "compile_once", lambda function, packed=False: function)
+    config = TrainConfig(**{**TINY, **RESNET, "precision": precision, **change})
+    assert_resumable_at_every_step(config, 6)
+
+
+def test_a_training_that_stops_early_stops_as_early_when_resumed():
+    config = replace(
+        PRESETS["modern"](),
+        **{**TINY, **MLP, "epochs": 20, "patience": 1, "holdout": 40, "lr": 1e-6},
+    )
+    assert_resumable_at_every_step(config, 10)
+    whole = Trainer(config, DIGITS)
+    assert len(list(updates(whole))) == 10 and whole.finished
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_command_that_is_stopped_at_every_step_ends_as_one_that_never_was(
+    precision, small, tmp_path, monkeypatch
+):
+    flags = ("--batch-size", "512", "--precision", precision, "--preset", "modern", "--epochs", "2")
+    monkeypatch.setattr("fastiat.train.LOG_EVERY", 1)
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert cli.main(["train", *small, *flags, "--holdout", "100", "--out", str(whole)]) == 0
+    argv = ["train", *small, *flags, "--holdout", "100"]
+    stops = 0
+    while True:
+        with monkeypatch.context() as patch:
+            signal_in(patch, "update", signal.SIGTERM, 0)
+            status = cli.main([*argv, "--out", str(out)])
+        if status == 0:
+            break
+        assert status == 143
+        stops, argv = stops + 1, ["train", "--resume"]
+    assert stops == 4
+    assert_same(whole, out)

@@ -1,0 +1,364 @@
+"""Kills trainings with SIGKILL, at random moments and within writes, and checks what is left.
+
+    python tests/torture.py --kills 100 [--seed N]     make torture KILLS=100
+
+A training is killed several times, resumed every time, and at the end compared with one that ran
+undisturbed: weights, checkpoint with its generators, and rows of metrics.jsonl but for times. A
+kill is one of three kinds:
+
+- "command": `python -m fastiat train` as a process of its own, at a random moment, its imports
+  included;
+- "moment": the same in a fork of this process, which has imported everything, at a random moment;
+- "write": in such a fork, by itself, at a random one of the calls that write a file: in the middle
+  of its bytes, or before or after they are flushed, linked or renamed.
+
+This process only waits, forks and compares: threads of torch would not survive a fork.
+"""
+
+import argparse
+import builtins
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+# What a training imports as it goes is imported once, here.
+import fastiat.evaluate  # noqa: E402, F401
+from fastiat import cli, run  # noqa: E402
+from fastiat.progress import Events  # noqa: E402
+from fastiat.run import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run  # noqa: E402
+from fastiat.train import train  # noqa: E402, F401
+
+SHARED = (
+    *("--dataset", "digits", "--device", "cpu", "--steps", "2", "--lr", "0.02"),
+    *("--epochs", "3", "--batch-size", "128", "--eval-limit", "40"),
+)
+SCENARIOS = {
+    "IAT, a checkpoint every step": (
+        *("--arch", "mlp6", "--width", "16", "--precision", "fp32", "--checkpoint-every", "0"),
+    ),
+    "modern, bf16, average and hold-out": (
+        *("--preset", "modern", "--arch", "preact18", "--width", "2", "--holdout", "200"),
+        *("--precision", "bf16", "--mix", "mixup", "--checkpoint-every", "0.05", "--patience", "2"),
+    ),
+    "no attack, checkpoints at the ends": (
+        *("--arch", "preact18", "--width", "2", "--adv", "none", "--ema", "0.9", "--bn", "update"),
+        *("--precision", "fp32", "--checkpoint-every", "300"),
+    ),
+    "FGSM on the mixed batch, bf16": (
+        *("--arch", "mlp6", "--width", "16", "--adv", "fgsm", "--mix", "none"),
+        *("--precision", "bf16", "--checkpoint-every", "0.01"),
+    ),
+}
+KILLS_OF_A_RUN = 4
+TIMES = {"seconds", "images_per_second"}
+
+
+@dataclass
+class Figures:
+    """What a torture found; the last four must be zero, empty or false."""
+
+    kills: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    places: Counter[str] = field(default_factory=Counter)
+    """Where the kills fell, as the run directory shows."""
+    resumes: int = 0
+    runs: int = 0
+    """Trainings finished and compared with undisturbed ones."""
+    repeats: int = 0
+    """Undisturbed trainings that were run twice, in two processes, and compared."""
+    seconds: float = 0.0
+    unreadable: int = 0
+    """Checkpoints that did not load after a kill."""
+    lost: int = 0
+    doubled: int = 0
+    """Rows of metrics.jsonl."""
+    failures: list[str] = field(default_factory=list)
+    """Everything else that is not as it must be."""
+
+    @property
+    def good(self) -> bool:
+        return not (self.unreadable or self.lost or self.doubled or self.failures)
+
+
+def fork(argv: list[str], log: Path, prepare: Callable[[], None] = lambda: None) -> int:
+    """Run the command in a child and return its process id; its output is appended to `log`."""
+    child = os.fork()
+    if child:
+        return child
+    status = 99
+    try:
+        opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, 1)
+        os.dup2(opened, 2)
+        prepare()
+        status = cli.main(argv)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(child: int) -> int:
+    """Return how a child ended: its exit status, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_in_a_write(call: int) -> Callable[[], None]:
+    """Return what makes a process kill itself in the `call`-th of its calls that write files."""
+    calls = iter(range(1, sys.maxsize))
+
+    def counted(function: Any, before: bool) -> Any:
+        def wrapped(*arguments: Any, **keywords: Any) -> Any:
+            now = next(calls) == call
+            if now and before:
+                die()
+            result = function(*arguments, **keywords)
+            if now:
+                die()
+            return result
+
+        return wrapped
+
+    def opening(file: Any, mode: str = "r", *rest: Any, **keywords: Any) -> Any:
+        opened = builtins.open(file, mode, *rest, **keywords)  # noqa: SIM115
+        if mode in ("wb", "ab"):
+            write = opened.write
+
+            def write_half(content: Any) -> int:
+                if next(calls) == call:
+                    write(content[: len(content) // 2])
+                    opened.flush()
+                    die()
+                return write(content)
+
+            opened = _Writing(opened, write_half)
+        return opened
+
+    def prepare() -> None:
+        run.open = opening  # type: ignore[attr-defined]
+        for name in ("fsync", "replace", "link"):
+            setattr(os, name, counted(getattr(os, name), before=call % 2 == 0))
+
+    return prepare
+
+
+class _Writing:
+    """A file whose `write` is another function."""
+
+    def __init__(self, file: Any, write: Callable[[Any], int]) -> None:
+        self._file, self.write = file, write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "_Writing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def place(out: Path) -> str:
+    """Say what a killed process was doing, by what it left."""
+    if not (out / CONFIG).exists():
+        return "before the run was made"
+    half = sorted(file.name.split(".")[1] for file in out.glob(".*.*.*"))
+    if half:
+        return f"writing {half[0]}"
+    if not any((out / name).exists() for name in (STATE, PREVIOUS)):
+        return "before the first checkpoint"
+    if not (out / METRICS).read_bytes().endswith(b"\n") if (out / METRICS).exists() else False:
+        return "writing metrics"
+    log = (out / "stdout.log").read_text(errors="replace") if (out / "stdout.log").exists() else ""
+    return "measuring" if "trained" in log else "training"
+
+
+def rows_of(out: Path) -> list[str]:
+    """Return the rows of metrics.jsonl without times; a last line that was cut is left out."""
+    if not (out / METRICS).exists():
+        return []
+    lines = (out / METRICS).read_text().split("\n")[:-1]
+    rows = [json.loads(line) for line in lines]
+    return [json.dumps({k: v for k, v in row.items() if k not in TIMES}) for row in rows]
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two nests of tensors are bit-equal."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def compare(found: Figures, name: str, whole: Path, other: Path) -> None:
+    """Count what differs between a run that was never disturbed and another."""
+    rows, others = Counter(rows_of(whole)), Counter(rows_of(other))
+    found.lost += (rows - others).total()
+    found.doubled += (others - rows).total()
+    if rows_of(whole) != rows_of(other):
+        found.failures.append(f"{name}: {other} has other rows than {whole}")
+    if not equal(load_file(whole / MODEL), load_file(other / MODEL)):
+        found.failures.append(f"{name}: {other} has other weights than {whole}")
+    a, b = (torch.load(folder / STATE, weights_only=True) for folder in (whole, other))
+    wrong = [key for key in a.keys() | b.keys() if not equal(a.get(key), b.get(key))]
+    if wrong:
+        found.failures.append(f"{name}: {other} has another {', '.join(wrong)} than {whole}")
+
+
+def check_left(found: Figures, out: Path) -> None:
+    """Read everything that a kill has left."""
+    if not (out / CONFIG).exists():
+        return
+    try:
+        opened = Run.open(out)
+        rows_of(out)
+    except ValueError as error:
+        found.failures.append(f"{out} is damaged: {error}")
+        return
+    for name in (STATE, PREVIOUS):
+        if (out / name).exists():
+            try:
+                opened._read_state(out / name)
+            except Exception as error:
+                found.unreadable += 1
+                found.failures.append(f"{out / name} cannot be read: {error}")
+
+
+def torture(kills: int, seed: int, folder: Path) -> Figures:
+    """Kill trainings in `folder` this many times and return what was found."""
+    found, draw, begun = Figures(), random.Random(seed), time.monotonic()
+    whole: dict[str, tuple[Path, float]] = {}
+    number = 0
+    while found.kills < kills and not found.failures:
+        name = list(SCENARIOS)[number % len(SCENARIOS)]
+        if name not in whole:
+            whole[name] = _undisturbed(found, name, folder)
+        _kill_one_training(found, name, *whole[name], folder / f"run{number}", draw, kills)
+        number += 1
+    found.seconds = round(time.monotonic() - begun, 1)
+    return found
+
+
+def _flags(name: str) -> list[str]:
+    return ["train", *SHARED, *SCENARIOS[name]]
+
+
+def _undisturbed(found: Figures, name: str, folder: Path) -> tuple[Path, float]:
+    """Train twice in two processes, compare, and return a run and the seconds that it took."""
+    outs = [folder / f"whole{list(SCENARIOS).index(name)}{which}" for which in "ab"]
+    for out in outs:
+        started = time.monotonic()
+        status = wait(fork([*_flags(name), "--out", str(out)], folder / "log"))
+        if status != 0:
+            raise RuntimeError(f"{name} ended with {status}: see {folder / 'log'}")
+    compare(found, f"{name}, repeated", *outs)
+    found.repeats += 1
+    return outs[0], time.monotonic() - started
+
+
+def _kill_one_training(
+    found: Figures,
+    name: str,
+    whole: Path,
+    seconds: float,
+    out: Path,
+    draw: random.Random,
+    kills: int,
+) -> None:
+    log, last = out.with_suffix(".log"), min(found.kills + KILLS_OF_A_RUN, kills)
+    while True:
+        argv = [*_flags(name), "--out", str(out)]
+        if (out / CONFIG).exists():
+            argv = ["train", "--resume", "--out", str(out)]
+            found.resumes += 1
+        kind = "none"
+        if found.kills < last:
+            kind = draw.choices(["command", "moment", "write"], [1, 3, 4])[0]
+        if kind == "command":
+            with builtins.open(log, "ab") as opened:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "fastiat", *argv],
+                    cwd=ROOT, stdout=opened, stderr=opened,
+                )  # fmt: skip
+            try:
+                status = process.wait(draw.uniform(0, START_UP + seconds))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                status = process.wait()
+        elif kind == "write":
+            # The early calls make the run; late ones are not reached by every training.
+            status = wait(fork(argv, log, dying_in_a_write(int(draw.triangular(1, 120, 1)))))
+        else:
+            child = fork(argv, log)
+            if kind == "moment":
+                time.sleep(draw.uniform(0, seconds))
+                os.kill(child, signal.SIGKILL)
+            status = wait(child)
+        if status == -signal.SIGKILL:
+            found.kills += 1
+            found.kinds[kind] += 1
+            found.places[place(out)] += 1
+            check_left(found, out)
+        elif status != 0:
+            found.failures.append(f"{name}: {' '.join(argv)} ended with {status}: see {log}")
+            return
+        else:
+            found.runs += 1
+            compare(found, name, whole, out)
+            return
+
+
+START_UP = 4.0
+"""Seconds within which a command has imported all that it needs, or so."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, help="of the moments (default: drawn, and printed)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    arguments = parser.parse_args()
+    seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
+    torch.set_num_threads(1)
+    # Its first event imports what is in tensorboard.
+    Events(lambda *_: None, 0)
+    folder = Path(tempfile.mkdtemp(prefix="torture-"))
+    found = torture(arguments.kills, seed, folder)
+    if found.good:
+        shutil.rmtree(folder)
+    if arguments.json:
+        print(json.dumps(vars(found)))
+    else:
+        print(f"seed {seed}")
+        for name, value in vars(found).items():
+            print(f"{name}: {dict(value) if isinstance(value, Counter) else value}")
+    return 0 if found.good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
