@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
 from fastiat.config import DATASET_DEFAULTS, PRESETS, TrainConfig
-from fastiat.errors import InputError, Lost, complain, explain_os, out_of_memory
+from fastiat.errors import InputError, Lost, complain, explain_os, one_line, out_of_memory
 from fastiat.queries import (
     ConvertConfig,
     DiagnoseConfig,
@@ -142,7 +142,7 @@ def _run(argv: Sequence[str]) -> int:
         status, line = explain(error)
         if status is None:
             raise
-        complain(f"fastiat: {line}")
+        complain(f"fastiat: {one_line(line)}")
         return status
     except KeyboardInterrupt:
         complain("fastiat: interrupted")

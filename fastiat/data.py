@@ -21,8 +21,9 @@ from torch import Tensor
 from fastiat import beton, folder
 from fastiat.device import free_memory
 from fastiat.distributed import ranks
-from fastiat.errors import InputError
+from fastiat.errors import InputError, one_line
 from fastiat.ffcv_package import installed
+from fastiat.guard import read_npz
 from fastiat.settings import DATASETS, is_beton
 
 DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte before a download counts as failed
@@ -170,6 +171,7 @@ def load(
     *,
     progress: bool = True,
     loader: str = "resident",
+    fetch: bool = True,
 ) -> Dataset:
     """Return the data set `name`, one of `DATASETS` or the path of a .beton, which is not read yet.
 
@@ -184,6 +186,9 @@ def load(
     converted into the cache, images of any size, and stays in that file; "auto" does so where FFCV
     is installed and the tree does not fit into memory.
 
+    Without `fetch` nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
+    config.json of a stranger's run, must not choose where something is written.
+
     Raises `InputError` in one line for an unknown name, a folder that is not there, files that
     can neither be found nor downloaded (it says what to put where) and a damaged file (named).
     """
@@ -196,11 +201,11 @@ def load(
     if name == "digits":
         return _digits()
     with ranks().one_first():
-        return _load(name, data_dir, loader, progress)
+        return _load(name, data_dir, loader, progress, fetch)
 
 
 def _load(
-    name: str, data_dir: str | os.PathLike[str] | None, loader: str, progress: bool
+    name: str, data_dir: str | os.PathLike[str] | None, loader: str, progress: bool, fetch: bool
 ) -> Dataset:
     root = tree_root(data_dir) if name == "folder" or data_dir is not None else default_dir()
     if name == "folder":
@@ -211,7 +216,7 @@ def _load(
         tree = folder.read(root, progress=progress)
         train, test = (Split(*map(torch.from_numpy, part)) for part in (tree.train, tree.test))
         return Dataset(name, tree.classes, train, test, flip=True)
-    return _torchvision(name, root, progress and sys.stderr.isatty())
+    return _torchvision(name, root, progress and sys.stderr.isatty(), fetch)
 
 
 def tree_root(data_dir: str | os.PathLike | None) -> Path:
@@ -261,22 +266,29 @@ def _needs_converting(root: Path) -> bool:
 
 def _digits() -> Dataset:
     source = importlib.resources.files("fastiat").joinpath("digits.npz")
-    with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+    try:
+        with source.open("rb") as file:
+            arrays = read_npz(file, largest=2**20)
         images = torch.from_numpy(arrays["images"])[..., None]
         labels = torch.from_numpy(arrays["labels"]).long()
         in_test = torch.zeros(len(labels), dtype=torch.bool)
         in_test[torch.from_numpy(arrays["test"])] = True
-    everything = Split(images, labels)
-    train, test = everything.take(~in_test), everything.take(in_test)
-    return Dataset("digits", tuple("0123456789"), train, test, flip=False)
+        everything = Split(images, labels)
+        train, test = everything.take(~in_test), everything.take(in_test)
+        return Dataset("digits", tuple("0123456789"), train, test, flip=False)
+    # zipfile, NumPy and torch raise whatever a damaged file makes them stumble on.
+    except Exception as error:
+        raise InputError(
+            f"{source} is damaged ({one_line(error)[:100]}): install fastiat again"
+        ) from error
 
 
 @dataclass(frozen=True)
 class _Source:
     """How torchvision fetches and parses one data set. Paths are relative to the data folder."""
 
-    # Whether to take the training split -> images (N, H, W, C), labels, class names.
-    parse: Callable[[bool], tuple[Any, Any, Sequence[str]]]
+    # Whether to take the training split, and to fetch -> images (N, H, W, C), labels, class names.
+    parse: Callable[[bool, bool], tuple[Any, Any, Sequence[str]]]
     checksums: dict[str, str]  # MD5 of every file that torchvision checks
     needed: list[str]  # what must be there in the end
     by_hand: str  # what to put where without a network
@@ -294,9 +306,9 @@ def _cifar10(root: Path) -> _Source:
             names = os.path.join(self.root, self.base_folder, meta[0])
             return super()._check_integrity() and check_integrity(names, meta[1])
 
-    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
+    def parse(train: bool, fetch: bool) -> tuple[Any, Any, Sequence[str]]:
         # torchvision unpickles the batches, after comparing the checksum of every one of them.
-        source = WholeCIFAR10(root, train, download=train)
+        source = WholeCIFAR10(root, train, download=train and fetch)
         return source.data, source.targets, source.classes
 
     batches = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
@@ -312,8 +324,8 @@ def _cifar10(root: Path) -> _Source:
 def _svhn(root: Path) -> _Source:
     from torchvision.datasets import SVHN
 
-    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
-        source = SVHN(root, "train" if train else "test", download=True)
+    def parse(train: bool, fetch: bool) -> tuple[Any, Any, Sequence[str]]:
+        source = SVHN(root, "train" if train else "test", download=fetch)
         return source.data.transpose(0, 2, 3, 1), source.labels, "0123456789"
 
     files = [SVHN.split_list[split] for split in ("train", "test")]
@@ -325,8 +337,8 @@ def _svhn(root: Path) -> _Source:
 def _fashion_mnist(root: Path) -> _Source:
     from torchvision.datasets import FashionMNIST
 
-    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
-        source = FashionMNIST(root, train, download=True)
+    def parse(train: bool, fetch: bool) -> tuple[Any, Any, Sequence[str]]:
+        source = FashionMNIST(root, train, download=fetch)
         return source.data.numpy()[..., None], source.targets, source.classes
 
     raw = "FashionMNIST/raw"
@@ -338,19 +350,24 @@ def _fashion_mnist(root: Path) -> _Source:
     )
 
 
-def _torchvision(name: str, root: Path, progress: bool) -> Dataset:
+def _torchvision(name: str, root: Path, progress: bool, fetch: bool) -> Dataset:
     makers = {"cifar10": _cifar10, "svhn": _svhn, "fashion-mnist": _fashion_mnist}
     source = makers[name](root)
     splits = []
     try:
         with _quiet(progress):
             for train in (True, False):
-                images, labels, names = source.parse(train)
+                images, labels, names = source.parse(train, fetch)
                 pixels = torch.from_numpy(np.ascontiguousarray(images))
                 splits.append(Split(pixels, torch.as_tensor(labels, dtype=torch.int64)))
         return Dataset(name, tuple(names), splits[0], splits[1], flip=name == "cifar10")
     # Networks, archives and parsers fail in too many ways to list; the cause stays chained.
     except Exception as error:
+        if not fetch:
+            raise InputError(
+                f"{name} is not whole in {root}, which the run names: name with --data-dir where "
+                f"it is, or may be downloaded to"
+            ) from error
         raise InputError(_explain(name, root, source, error)) from error
 
 
