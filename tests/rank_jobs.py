@@ -1,7 +1,9 @@
 """Processes that work together, as torchrun would start them but in a fraction of the time."""
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -110,6 +112,35 @@ def command_diverging(*argv: str) -> int:
 
     Trainer.update = update
     return cli.main(argv)
+
+
+def command_waiting(*argv: str) -> int:
+    """Run the command; while rank 0 waits in C, as for a device, rank 1 is killed."""
+    original = Trainer.update
+
+    def update(self, *batch):
+        if self.step == 3:
+            if self.ranks.first:
+                ctypes.CDLL(None).sleep(100)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *batch)
+
+    Trainer.update = update
+    distributed.PATIENCE = 0.5
+    return cli.main(argv)
+
+
+def command_skipping(*argv: str) -> int:
+    """Run the command; a gradient of rank 1 alone is no number, once."""
+    original = Trainer._averaged
+
+    def averaged(self, update):
+        if self.step == 3 and self.ranks.rank == 1:
+            next(self.model.parameters()).grad.fill_(torch.nan)
+        return original(self, update)
+
+    Trainer._averaged = averaged
+    return cli.main([*argv, "--on-nan", "skip"])
 
 
 TRAINING = TrainConfig(

@@ -16,7 +16,9 @@ from rank_jobs import (
     command,
     command_diverging,
     command_signalled,
+    command_skipping,
     command_unlike,
+    command_waiting,
     frozen_update,
     measured,
     numbers,
@@ -29,7 +31,7 @@ from fastiat.config import TrainConfig
 from fastiat.device import pick_device
 from fastiat.errors import InputError
 from fastiat.loaders import Shard
-from fastiat.run import STATE
+from fastiat.run import METRICS, STATE
 from fastiat.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +181,24 @@ def test_without_torchrun_too_a_killed_rank_ends_the_other_with_one_line(flags, 
     assert torch.load(out / STATE, weights_only=True)["step"] == 0
 
 
+def test_a_killed_rank_ends_one_that_waits_for_the_device(flags, tmp_path):
+    out = tmp_path / "run"
+    argv = ("train", *flags, "--out", str(out))
+    ended = together(2, tmp_path / "log", command_waiting, *argv)
+    assert ended.statuses == [1, -signal.SIGKILL]
+    (line,) = ended.complaints
+    assert "rank 1 of 2 processes was lost" in line and "at step 3; go on with: torchrun" in line
+
+
+def test_an_update_that_one_rank_cannot_make_is_left_out_by_all(flags, tmp_path):
+    out = tmp_path / "run"
+    argv = ("train", *flags, "--out", str(out))
+    ended = together(2, tmp_path / "log", command_skipping, *argv)
+    assert ended.statuses == [0, 0], ended.complaints
+    rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    assert [row["skipped"] for row in rows if row["kind"] == "epoch"] == [1, 0, 0]
+
+
 def test_under_torchrun_a_killed_rank_ends_all_and_the_checkpoint_resumes_to_the_same_bits(
     whole, flags, tmp_path
 ):
@@ -266,16 +286,13 @@ def test_two_ranks_measure_a_run_as_one_process_does(run, whole, tmp_path):
     assert rows[0] == rows[1] and rows[0][0][2] == 360
 
 
-def test_the_batch_of_each_rank_is_part_of_the_one_that_a_single_process_sees():
+def test_the_batch_of_each_rank_is_part_of_the_one_that_a_single_process_sees(monkeypatch):
     config = TrainConfig(dataset="digits", arch="mlp6", width=4, batch_size=6, device="cpu")
-    before = distributed._ranks
+    monkeypatch.setattr(distributed.Ranks, "agree", lambda self, *values: values)
     batches = []
-    try:
-        for place in ((0, 1), (0, 2), (1, 2)):
-            distributed._ranks = distributed.Ranks(*place)
-            batches.append(next(iter(Trainer(config, data.load("digits")).loader)))
-    finally:
-        distributed._ranks = before
+    for place in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(*place))
+        batches.append(next(iter(Trainer(config, data.load("digits")).loader)))
     (x, y), *parts = batches
     assert torch.equal(torch.cat([part[0] for part in parts]), x)
     assert torch.equal(torch.cat([part[1] for part in parts]), y)
