@@ -1,7 +1,7 @@
 # make demo      train and measure a robust digits classifier
 # make test      run the test suite
 # make test-gpu  the tests that need a CUDA device, real kernels included
-# make test-oldest TESTS=tests/test_engine.py   on the oldest torch that is supported
+# make test-oldest TESTS=tests/test_engine.py   with every dependency at its lower bound
 # make lint      ruff and mypy
 # make bench     throughput of attack, training step and kernels
 # make gpu       all that needs a GPU, tests and measurements, in nine minutes; nothing is installed
@@ -26,9 +26,8 @@ $(STAMP): FORCE
 endif
 endif
 
-# The lower bounds of pyproject.toml, in a virtual environment of their own.
+# Every dependency at its lower bound, in a virtual environment of its own.
 OLDEST := .venv-oldest
-OLDEST_TORCH := 'torch==2.11.*' 'torchvision==0.26.*'
 TESTS ?= tests
 
 # Two at a time, each on one core: threads that share cores slow each other down.
@@ -57,6 +56,7 @@ test-gpu: $(TOOLS)
 	$(BIN)/python -m pytest -m gpu
 
 test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python tests/oldest.py --check
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(TESTS)
 
 lint: $(TOOLS)
@@ -79,10 +79,11 @@ gpu-results:
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info
 
-$(OLDEST)/.installed: pyproject.toml
+$(OLDEST)/.installed: pyproject.toml tests/oldest.py
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' $(OLDEST_TORCH)
+	$(OLDEST)/bin/python tests/oldest.py > $(OLDEST)/pins.txt
+	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' --constraint $(OLDEST)/pins.txt
 	touch $(OLDEST)/.installed
 
 $(STAMP): pyproject.toml
