@@ -1,5 +1,6 @@
 # make demo      train and measure a robust digits classifier
 # make test      run the test suite
+# make torture KILLS=100   kill trainings at random moments, resume and compare them
 # make test-gpu  the tests that need a CUDA device, real kernels included
 # make test-oldest TESTS=tests/test_engine.py   on the oldest torch that is supported
 # make lint      ruff and mypy
@@ -30,12 +31,14 @@ OLDEST := .venv-oldest
 OLDEST_TORCH := 'torch==2.11.*' 'torchvision==0.26.*'
 TESTS ?= tests
 
+KILLS ?= 100
+
 # A machine that has PyTorch but no network has no .venv and needs none.
 ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DATA ?= my-images
 RUN ?= runs/gpu-train
 
-.PHONY: demo test quick test-gpu test-oldest lint bench gpu gpu-train gpu-results clean FORCE
+.PHONY: demo test quick torture test-gpu test-oldest lint bench gpu gpu-train gpu-results clean FORCE
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -47,6 +50,9 @@ test: $(STAMP)
 
 quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
+
+torture: $(STAMP)
+	$(BIN)/python tests/torture.py --kills $(KILLS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "there is no CUDA device"'

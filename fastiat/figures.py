@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastiat.run import write
+from fastiat.files import write
 
 # CSS variable: (light, dark). Matplotlib draws the light ones, which must differ from each other.
 COLOURS = {
