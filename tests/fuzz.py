@@ -71,7 +71,7 @@ def fuzz(inputs: int, seed: int, names: tuple[str, ...] = ()) -> list[Tally]:
     chosen = [target for target in TARGETS if not names or target.name in names]
     weights = sum(target.weight for target in chosen)
     tallies = []
-    with _world() as (world, place):
+    with _world(decode=inputs >= 2000) as (world, place):
         print(HEAD, flush=True)
         for target in chosen:
             count = max(1, round(inputs * target.weight / weights))
@@ -83,14 +83,14 @@ def fuzz(inputs: int, seed: int, names: tuple[str, ...] = ()) -> list[Tally]:
 def again(seed: int, name: str, number: int, keep: Path | None) -> Tally:
     """Give one input again, with the traceback of what it raises."""
     (target,) = (target for target in TARGETS if target.name == name)
-    with _world() as (world, place):
+    with _world(decode=True) as (world, place):
         if keep:
             keep.write_bytes(target.make(_random(seed, target, number), world))
         return _tally(world, place, target, seed, range(number, number + 1), show=True)
 
 
 @contextlib.contextmanager
-def _world() -> Iterator[tuple[World, Path]]:
+def _world(decode: bool) -> Iterator[tuple[World, Path]]:
     """Make the valid files, and an empty folder for each input's copy of them."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -98,7 +98,7 @@ def _world() -> Iterator[tuple[World, Path]]:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder = Path(name).resolve()
         with _captured(), _environment(folder):
-            world = World(folder / "valid")
+            world = World(folder / "valid", decode)
             for target in TARGETS:
                 _fresh(world, target, folder / "place")
                 target.use(folder / "place" / "inside", target.valid(world), random.Random(0))

@@ -6,6 +6,7 @@ an input, and one that puts it in its place and reads it as a user would.
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -13,7 +14,7 @@ import signal
 import struct
 import xml.etree.ElementTree as ElementTree
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,9 @@ from PIL import Image, PngImagePlugin
 from torchvision.datasets import CIFAR10, SVHN, FashionMNIST
 
 import fastiat
-from fastiat import analyse, cli, data, folder, paper, results, tables
+from fastiat import analyse, beton, beton_writer, cli, data, folder, paper, results, tables
 from fastiat.errors import InputError
+from fastiat.ffcv_package import installed
 from fastiat.run import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
 from fastiat.trainer import Trainer
 
@@ -44,10 +46,13 @@ QUICK = ("--limit", "10", "--attacks", "none", "pgd-1", "--device", "cpu")
 
 
 class World:
-    """The valid files, under `folder`: runs, image trees, data sets."""
+    """The valid files, under `folder`: runs, image trees, data sets.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `decode` is whether JPEGs in .beton files are decoded, by FFCV, which takes long to import.
+    """
+
+    def __init__(self, folder: Path, decode: bool) -> None:
+        self.folder, self.decode = folder, decode and installed()
         finished, stopped = folder / "runs/runs/finished", folder / "runs/runs/stopped"
         command("train", *SMALL, "--out", finished)
         command("norms", finished)
@@ -70,6 +75,7 @@ class World:
             self.seeds[name] = [(Path(fastiat.__file__).parent / name).read_bytes()]
         # What starts a program or takes long is done once.
         command("report", other)
+        self.betons = [beton_of(folder / f"{kind}.beton", kind) for kind in ("raw", "jpeg")]
         self._images(folder / "images")
         self._data_sets(folder / "data")
 
@@ -479,6 +485,84 @@ def use_data(place: Path, content: bytes, random: Random) -> None:
 
 
 SPLITS = ("train", "test")
+PAGE = 2**21
+
+
+def beton_of(file: Path, kind: str) -> tuple[bytes, bytes]:
+    """Write a .beton; return its head, before a page of zeros, and its tail."""
+    split = data.load("digits").train.take(torch.arange(6))
+    blobs = []
+    for pixels in split.images.expand(-1, -1, -1, 3).numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG")
+        blobs.append(pixels.tobytes() if kind == "raw" else buffer.getvalue())
+    beton_writer.write(
+        file, split.labels.numpy(), blobs, name="digits", classes=tuple("0123456789"), flip=False,
+        channels=1, side=8, n_train=4, format=kind, quality=90, source="x", fastiat="0",
+    )  # fmt: skip
+    content = file.read_bytes()
+    return content[:PAGE].rstrip(b"\0"), content[PAGE:]
+
+
+def make_beton(random: Random, world: World) -> bytes:
+    """Damage a .beton: the fields of its head, its card, its table, its images or any bytes.
+
+    The first byte says whether its images may be decoded, the next four how long the head is.
+    """
+    head, tail = random.choice(world.betons)
+    kind, card = random.random(), tail.rindex(b'{"name"')
+    after = tail.index(beton.MAGIC) - 8
+    if kind < 0.3:
+        head = _with_number(random, head, [0, 2, 4, 8, 16])
+    elif kind < 0.5:
+        samples = beton.HEADER.itemsize + len(beton.FIELDS) * beton.FIELD.itemsize
+        head = _with_number(random, head, range(samples, len(head)))
+    elif kind < 0.65:
+        tail = _with_number(random, tail, range(after, len(tail)))
+    elif kind < 0.85:
+        values = json.loads(tail[card:after])
+        for _ in range(random.choice((1, 1, 2))):
+            values = damage.of_value(random, values)
+        text = damage.as_json(random, values).encode("utf-8", "surrogatepass")
+        table = tail[after + 8 + len(beton.MAGIC) :]
+        tail = tail[:card] + text + len(text).to_bytes(8, "little") + beton.MAGIC + table
+        end = (PAGE + len(tail) - len(table)).to_bytes(8, "little")
+        head = head[:16] + end + head[24:]
+    elif kind < 0.95:
+        tail = damage.of_bytes(random, [tail[:card]])[:card].ljust(card, b"\0") + tail[card:]
+    else:
+        head, tail = (damage.of_bytes(random, [part]) for part in (head, tail))
+    return beton_input(world, head, tail)
+
+
+def beton_input(world: World, head: bytes, tail: bytes) -> bytes:
+    """Return the parts of a .beton as `use_beton` takes them."""
+    return bytes([world.decode]) + len(head).to_bytes(4, "big") + head + tail
+
+
+def _with_number(random: Random, content: bytes, places: Sequence[int]) -> bytes:
+    """Overwrite 1 to 8 bytes at one of these places by an extreme number, or one that is near."""
+    at, size = random.choice(places), random.choice((1, 2, 4, 8))
+    old = int.from_bytes(content[at : at + size], "little")
+    value = random.choice((*damage.EXTREMES, old + 1, old - 1, 2 * old, 2**21, 2**24))
+    return content[:at] + (value % 256**size).to_bytes(size, "little") + content[at + size :]
+
+
+def use_beton(place: Path, content: bytes, random: Random) -> None:
+    """Open a .beton and read all of its images, or measure a run on it."""
+    size = int.from_bytes(content[1:5], "big")
+    file = place / "x.beton"
+    with open(file, "wb") as out:
+        out.write(content[5 : 5 + size])
+        out.seek(PAGE)
+        out.write(content[5 + size :])
+    if random.random() < 0.1:
+        command("evaluate", place / "runs" / "finished", "--dataset", file, *QUICK)
+        return
+    dataset = data.load(str(file))
+    if content[0] or dataset.train.file.card.format == "raw":
+        for split in (dataset.train, dataset.test):
+            assert split.images.shape[1:] == (*split.shape[1:], split.shape[0])
 
 
 @contextmanager
@@ -551,11 +635,11 @@ def _in_run(
     )
 
 
-READING = (read_json,) * 9
+READING = (read_json,) * 19
 TARGETS = (
     _in_run(STATE, 20, None, resume),
     _in_run(MODEL, 20, damage.of_safetensors, *(load,) * 6, evaluate, measure_file, norms),
-    _in_run(CONFIG, 14, damage.of_json, *(evaluate, resume, read_json) * 3, report),
+    _in_run(CONFIG, 14, damage.of_json, *(evaluate, resume, read_json) * 6, report),
     _in_run(METRICS, 10, damage.of_jsonl, *READING, report, resume),
     _in_run(results.EVALUATION, 8, damage.of_json, *READING, evaluate, report),
     _in_run(analyse.NORMS, 4, damage.of_json, *READING, report),
@@ -563,6 +647,10 @@ TARGETS = (
     _in_run("table3.json", 4, damage.of_json, *READING, report),
     Target(
         "images", 40, "images", make_image, use_image, lambda world: b"\0" + world.images[".png"][0]
+    ),
+    Target(
+        ".beton", 14, "runs", make_beton, use_beton,
+        lambda world: beton_input(world, *world.betons[0]),
     ),
     Target("cache", 10, "images", make_cache, use_cache, _first("cache")),
     Target(
