@@ -120,6 +120,16 @@ class Ranks:
             return values
         return tuple(self._reduce(torch.tensor(values), dist.ReduceOp.MAX).tolist())
 
+    def gather(self, text: str) -> list[str]:
+        """Return the text of every rank, in order."""
+        if self.alone:
+            return [text]
+        self._turns += 1
+        names = [f"text/{self._turns}/{rank}" for rank in range(self.count)]
+        self._notes.set(names[self.rank], text)
+        self.wait()
+        return [self._notes.get(name).decode() for name in names]
+
     def wait(self) -> None:
         """Wait until every rank is here."""
         self.agree(0)

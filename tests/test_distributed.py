@@ -13,6 +13,7 @@ import torch
 from rank_jobs import (
     TRAINING,
     Ended,
+    autoattacked,
     command,
     command_diverging,
     command_signalled,
@@ -89,6 +90,13 @@ def test_any_number_of_ranks_fools_the_very_images_that_one_does(found, count):
         assert equal(result["measured"], truth)
 
 
+def test_two_ranks_autoattack_as_one_process_does(found):
+    fooled, errors, _ = truth = autoattacked()
+    assert len(errors) == 5 and errors["none"] < errors["square"] == fooled.sum() < 21
+    for result in found[2]:
+        assert equal(result["autoattack"], truth)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_means_sums_and_agreements_are_those_of_the_ranks_numbers(found, count):
     mean = sum(range(count)) / count
@@ -98,6 +106,7 @@ def test_means_sums_and_agreements_are_those_of_the_ranks_numbers(found, count):
         torch.testing.assert_close(single, torch.tensor(3 * mean))
         assert result["sum"].tolist() == [count, sum(range(count))]
         assert result["agreed"] == (count - 1, 0)
+        assert result["texts"] == [f"of {rank}" for rank in range(count)]
 
 
 def test_judging_in_parts_counts_the_errors_that_one_process_counts(found):
