@@ -45,7 +45,7 @@ class Ranks:
     """This process's place among those that share a job, and what they exchange.
 
     rank, count: its number, from 0, and how many there are.
-    local_rank, local_count: the same among those on this machine.
+    local_rank, local_count: the same among those on this machine, which has number `node`.
     store: where ranks leave each other short notes; None for a process on its own.
     sentinel: a group for the watch that every rank keeps over the next one.
     """
@@ -56,11 +56,12 @@ class Ranks:
         count: int = 1,
         local_rank: int = 0,
         local_count: int = 1,
+        node: int = 0,
         store: dist.Store | None = None,
         sentinel: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank, self.count = rank, count
-        self.local_rank, self.local_count = local_rank, local_count
+        self.local_rank, self.local_count, self.node = local_rank, local_count, node
         self.store, self.sentinel = store, sentinel
         self.context: Callable[[], str] = lambda: ""
         """What to add to the line about a lost rank: where the job was, and how it goes on."""
@@ -160,7 +161,7 @@ class Ranks:
             yield
             return
         self._turns += 1
-        store, done = self._notes, f"done/{self._turns}/{self.rank // self.local_count}"
+        store, done = self._notes, f"done/{self._turns}/{self.node}"
         while self.local_rank and not store.check([done]):
             if store.check(["speaker"]):
                 raise Lost("another process ended")
@@ -294,12 +295,17 @@ def _terminate(*_: object) -> None:
 
 def _join() -> Ranks:
     """Find the others by torchrun's environment."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name in names:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            print(f"fastiat: WORLD_SIZE is set but not {name}: use torchrun", file=sys.stderr)
+            print(
+                f"fastiat: RANK and WORLD_SIZE are set, but not {name}: start it with torchrun, or "
+                f"unset them",
+                file=sys.stderr,
+            )
             raise SystemExit(2)
-    rank, count, local_rank, local_count = (int(os.environ[name]) for name in names[:4])
+    rank, count, local_rank, local_count = (int(os.environ[name]) for name in names)
+    node = int(os.environ.get("GROUP_RANK", rank // local_count))
     store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     backend = "gloo"
     if torch.cuda.is_available():
@@ -313,4 +319,4 @@ def _join() -> Ranks:
     sentinel = dist.new_group(backend="gloo", timeout=timedelta(days=1000))
     assert isinstance(sentinel, dist.ProcessGroup)
     notes = dist.PrefixStore("fastiat", store)
-    return Ranks(rank, count, local_rank, local_count, notes, sentinel)
+    return Ranks(rank, count, local_rank, local_count, node, notes, sentinel)

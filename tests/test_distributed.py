@@ -307,6 +307,13 @@ def test_the_batch_of_each_rank_is_part_of_the_one_that_a_single_process_sees(mo
     assert torch.equal(torch.cat([part[1] for part in parts]), y)
 
 
+def test_half_of_torchruns_environment_gets_one_line(monkeypatch, capsys, complaint):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["doctor", "--device", "cpu"]) == 0  # other launchers set this, too
+    monkeypatch.setenv("RANK", "0")
+    assert "but not LOCAL_RANK: start it with torchrun" in complaint("doctor")
+
+
 def test_every_process_of_a_machine_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
