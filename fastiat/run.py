@@ -145,11 +145,13 @@ class Run:
         lock = Lock(self.path / LOCK)
         if not lock.take():
             check_unused(self.path / LOCK)
+            # It was let go in between.
             raise InputError(f"{self.path} is in training by another process")
         self._lock = lock
-        for name in (CONFIG, METRICS, MODEL, STATE, PREVIOUS):
-            for file in self.path.glob(f".{name}.*"):
-                file.unlink(missing_ok=True)
+        with alone(self.path):  # an evaluation may be writing
+            for name in (CONFIG, METRICS, MODEL, STATE, PREVIOUS, "evaluation.json"):
+                for file in self.path.glob(f".{name}.*"):
+                    file.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         """Let others train here."""

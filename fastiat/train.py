@@ -45,10 +45,11 @@ def train(config: TrainConfig) -> Path:
     if config.resume:
         run = Run.open(path)
         run.check_same(config)
-        run.lock()
     else:
         check_free(path)
     try:
+        if run is not None:
+            run.lock()
         trainer = Trainer(config, data.load(config.dataset, config.data_dir))
         if run is None:
             run = Run.create(path, config)
