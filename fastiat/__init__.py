@@ -16,7 +16,10 @@ _SUBMODULES = (
     *("data", "models", "mix", "attack", "train", "evaluate", "analyse", "report"),
     *("autoattack", "diagnose", "measure", "reproduce", "results", "sweep", "transfer"),
     *(
+        "beton",
         "config",
+        "convert",
+        "distributed",
         "engine",
         "errors",
         "kernels",

@@ -91,14 +91,30 @@ def start_in_ball(
     is `kernels.random_start`: a captured graph with the same seed starts at the same points.
     """
     if norm == "linf":
-        seed = torch.empty((), dtype=torch.int64, device=x.device).random_(generator=generator)
-        return kernels.random_start(x, eps, seed, clip)
+        return kernels.random_start(x, eps, _draw_seed(x, generator), clip)
     # A uniform direction, with a radius whose d-th power is uniform.
-    noise = torch.empty_like(x).normal_(generator=generator)
-    radius = torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
+    noise, radius = _draw_noise(x, generator)
     radius = eps * radius.pow(len(x) / max(x.numel(), 1))
     length = torch.linalg.vector_norm(noise.flatten(1), dim=1).clamp_min(1e-12)
     return (x + noise * per_image(radius / length, x)).clamp_(*clip)
+
+
+def skip_start(x: Tensor, norm: Norm, generator: torch.Generator | None) -> None:
+    """Draw what `start_in_ball` would draw for a batch like `x`, and drop it."""
+    if norm == "linf":
+        _draw_seed(x, generator)
+    else:
+        _draw_noise(x, generator)
+
+
+def _draw_seed(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=x.device).random_(generator=generator)
+
+
+def _draw_noise(x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Draw a normal value for every pixel, (B, ...), and a uniform one for every image, (B,)."""
+    noise = torch.empty_like(x).normal_(generator=generator)
+    return noise, torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
 
 
 def per_image(values: Tensor, x: Tensor) -> Tensor:

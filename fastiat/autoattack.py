@@ -94,7 +94,8 @@ def autoattack(
             with Progress(text, len(left)) as progress:
                 # Splitting no images would give one batch of none, which the library cannot take.
                 for index in left.split(config.batch_size) if len(left) else ():
-                    x = to_pixels(split.images[index].permute(0, 3, 1, 2)).to(device).contiguous()
+                    images = split.take(index).images.permute(0, 3, 1, 2)
+                    x = to_pixels(images).to(device).contiguous()
                     y = split.labels[index].to(device)
                     if name == "none":
                         targets = min(TARGETS, model(x[:1]).shape[1] - 1)

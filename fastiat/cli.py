@@ -15,8 +15,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
 from fastiat.config import DATASET_DEFAULTS, PRESETS, TrainConfig
-from fastiat.errors import InputError, explain_os, out_of_memory
+from fastiat.errors import InputError, Lost, complain, explain_os, one_line, out_of_memory
 from fastiat.queries import (
+    ConvertConfig,
     DiagnoseConfig,
     DoctorConfig,
     EvaluateConfig,
@@ -26,7 +27,7 @@ from fastiat.queries import (
     SweepConfig,
     TransferConfig,
 )
-from fastiat.settings import Settings, flag_of
+from fastiat.settings import Settings, flag_of, is_beton
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ COMMANDS = {
     "reproduce": Command(
         ReproduceConfig, "fastiat.reproduce:reproduce", "put a table of the paper beside one's own"
     ),
+    "convert": Command(
+        ConvertConfig, "fastiat.convert:convert", "write images to one file for FFCV, of any size"
+    ),
     "report": Command(ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
     "doctor": Command(
         DoctorConfig, "fastiat.doctor:doctor", "show what this machine has and what a run takes"
@@ -77,10 +81,15 @@ EXAMPLES = {
     "diagnose": "fastiat diagnose runs/cifar10-preact18-pgd-manifold-s0 --limit 500",
     "reproduce": "fastiat reproduce table3 --dry-run\n"
     "fastiat reproduce table3 --epochs 10 --width 16 --limit 1000",
+    "convert": "fastiat convert my-images my-images.beton --max-side 64\n"
+    "fastiat train --dataset my-images.beton",
     "report": "fastiat report runs",
     "doctor": "fastiat doctor",
 }
 
+
+# What several processes of torchrun can do together.
+SHARED = {"train", "evaluate", "sweep", "doctor"}
 
 METAVARS = {
     "target": "TABLE",
@@ -88,6 +97,7 @@ METAVARS = {
     "run": "RUN",
     "partner": "RUN",
     "dir": "DIR",
+    "dataset": "DATASET",
     "out": "PATH",
     "data_dir": "DIR",
     "attacks": "ATTACK",
@@ -103,25 +113,50 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the complaint and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        complain(f"{self.prog}: {message} (see {self.prog} --help)")
+        self.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for bad input, 128 + N for signal N."""
+    """Run the command line and return its exit status: 0, 2 for bad input, 128 + N for signal N.
+
+    It is 1 where the other processes of a job that torchrun started, or a reader, went away.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return _run(argv)
+    # Where a connection breaks, torch would write its C++ stack beside our line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from fastiat.distributed import together
+
+    return together(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
-        command, config = parse(sys.argv[1:] if argv is None else argv)
+        command, config = parse(argv)
+        _check_shared(command)
         module, function = COMMANDS[command].target.split(":")
         getattr(importlib.import_module(module), function)(config)
     except Exception as error:
         status, line = explain(error)
         if status is None:
             raise
-        print(f"fastiat: {line}", file=sys.stderr)
+        complain(f"fastiat: {one_line(line)}")
         return status
     except KeyboardInterrupt:
-        print("fastiat: interrupted", file=sys.stderr)
+        complain("fastiat: interrupted")
         return 130
     return 0
+
+
+def _check_shared(command: str) -> None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and command not in SHARED:
+        raise InputError(
+            f"{command} runs in one process, and torchrun has started {count}: "
+            f"give it as fastiat {command}"
+        )
 
 
 def explain(error: Exception) -> tuple[int | None, str]:
@@ -139,6 +174,8 @@ def explain(error: Exception) -> tuple[int | None, str]:
         return 2, explain_os(error)
     if out_of_memory(error):
         return 2, "this takes more memory than there is: lower --batch-size or --width"
+    if isinstance(error, Lost):
+        return 1, str(error)
     signum = getattr(error, "signum", None)
     return (None, "") if signum is None else (128 + signum, str(error))
 
@@ -188,7 +225,7 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
     if kind is not TrainConfig:
         return kind(**given)
     preset = PRESETS[given.get("preset", "paper")]()
-    own = DATASET_DEFAULTS.get(given.get("dataset", preset.dataset), {})
+    own = {} if given.get("resume") else DATASET_DEFAULTS.get(_data_set(given, preset), {})
     config = replace(preset, **{**own, **given})
     if not config.resume:
         return config
@@ -196,6 +233,17 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
 
     out = config.out or str(default_out(config))
     return replace(Run.open(Path(out)).config, **{**given, "out": out})
+
+
+def _data_set(given: dict[str, Any], preset: TrainConfig) -> str:
+    """Return the name of the data set, which a .beton says of itself."""
+    name: str = given.get("dataset", preset.dataset)
+    files = [path for path in (name, str(given.get("data_dir"))) if is_beton(path)]
+    if not files or os.path.isdir(files[0]):
+        return name
+    from fastiat.beton import open_beton
+
+    return open_beton(os.path.expanduser(files[0])).card.name
 
 
 def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:

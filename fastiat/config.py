@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from fastiat.errors import InputError
-from fastiat.settings import Arch, DatasetName, Settings, check_ranges, check_unit, flag_of
+from fastiat.settings import Arch, Settings, check_dataset, check_ranges, check_unit, flag_of
 
 Preset = Literal["paper", "modern"]
 
@@ -35,13 +35,16 @@ class TrainConfig(Settings):
     """Interpolation of both batches: nothing, mixup, or manifold mixup."""
     adv: Literal["none", "fgsm", "pgd"] = "pgd"
     """Attack that makes the adversarial batch; "none" trains on the clean batch alone."""
-    dataset: DatasetName = "cifar10"
-    """Images to train on; "digits" is built in, "folder" is any train/CLASS/*, test/CLASS/* tree
-    of images of one size under --data-dir, the others are downloaded once."""
+    dataset: str = "cifar10"
+    """Images to train on: cifar10, svhn or fashion-mnist, which are downloaded once; digits, which
+    is built in; folder, any train/CLASS/*, test/CLASS/* tree of images under --data-dir; or a file
+    that `fastiat convert` has written, NAME.beton."""
     data_dir: str | None = None
     """Where the data set is or goes (default: $FASTIAT_DATA or ~/.cache/fastiat/data)."""
-    loader: Literal["auto", "resident"] = "auto"
-    """How batches are made; "resident" keeps the whole set as uint8 on the training device."""
+    loader: Literal["auto", "resident", "ffcv"] = "auto"
+    """How batches are made: "resident" keeps the whole set as uint8 on the training device, "ffcv"
+    reads it from a .beton, converted first (into $FASTIAT_CACHE or ~/.cache/fastiat/betons) if it
+    is none; "auto" takes "ffcv", where it is installed, for a .beton and for what does not fit."""
     pad: int = 2
     """Random crops come from images padded by this many zero pixels a side; 0 is no crop."""
     flip: bool | None = None
@@ -134,6 +137,7 @@ class TrainConfig(Settings):
         """Raise `InputError`, naming the flag, for a value outside its range."""
         check_ranges(self, {"epochs", "batch_size", "steps", "width", "eval_limit", "mix_alpha"})
         check_unit(self)
+        check_dataset(self.dataset)
         for name in ("ema", "momentum"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{flag_of(name)} is {getattr(self, name)}: give less than 1")

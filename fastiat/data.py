@@ -1,9 +1,10 @@
-"""Images: the data sets as a `Dataset` of two `Split`s in memory, and a stratified hold-out."""
+"""Images: the data sets as a `Dataset` of two `Split`s, in memory or in a file, and a hold-out."""
 
 import contextlib
 import hashlib
 import importlib.resources
 import io
+import math
 import os
 import socket
 import sys
@@ -17,10 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastiat import folder
-from fastiat.errors import InputError
-
-DATASETS: tuple[str, ...] = ("cifar10", "svhn", "fashion-mnist", "digits", "folder")
+from fastiat import beton, folder
+from fastiat.device import free_memory
+from fastiat.distributed import ranks
+from fastiat.errors import InputError, one_line
+from fastiat.ffcv_package import installed
+from fastiat.guard import read_npz
+from fastiat.settings import DATASETS, is_beton
 
 DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte before a download counts as failed
 
@@ -53,6 +57,11 @@ class Split:
         return len(self.labels)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels in memory."""
+        return len(self) * math.prod(self.shape)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """One image's (C, H, W)."""
         _, height, width, channels = self.images.shape
@@ -61,6 +70,36 @@ class Split:
     def take(self, index: Tensor) -> "Split":
         """Return the images and labels that `index`, (M,) int64, picks, in its order."""
         return Split(self.images[index], self.labels[index])
+
+
+class StoredSplit(Split):
+    """Labelled images in a .beton: a `Split` whose `images` are read anew whenever they are named.
+
+    `positions`, (N,) int64, are the images' in the file.
+    """
+
+    file: beton.Beton
+    positions: Tensor
+
+    def __init__(self, file: beton.Beton, positions: Tensor) -> None:
+        labels = torch.from_numpy(file.labels)[positions]
+        # The dataclass is frozen, and would check images in memory.
+        self.__dict__.update(file=file, positions=positions, labels=labels)
+
+    @property
+    def images(self) -> Tensor:
+        """The images, (N, H, W, C) uint8, read into memory."""
+        return torch.from_numpy(self.file.read(self.positions.numpy()))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """One image's (C, H, W)."""
+        card = self.file.card
+        return card.channels, card.side, card.side
+
+    def take(self, index: Tensor) -> "StoredSplit":
+        """Return the images and labels that `index` picks, in its order; no image is read."""
+        return StoredSplit(self.file, self.positions[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +116,8 @@ class Dataset:
     train: Split
     test: Split
     flip: bool
+    known_fingerprint: str = ""
+    """The fingerprint, where it is known without reading the images."""
 
     def __post_init__(self) -> None:
         for split in (self.train, self.test):
@@ -93,8 +134,23 @@ class Dataset:
                 f"test images of shape {self.test.shape}"
             )
 
+    @property
+    def stored(self) -> bool:
+        """Whether the images are in a .beton."""
+        return isinstance(self.train, StoredSplit) and isinstance(self.test, StoredSplit)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both splits' pixels in memory."""
+        return self.train.nbytes + self.test.nbytes
+
     def fingerprint(self) -> str:
-        """Return 16 hex digits of a SHA-256 over both splits' shapes, labels and pixels."""
+        """Return 16 hex digits of a SHA-256 over both splits' shapes, labels and pixels.
+
+        A raw .beton has that of the images it was made from; one of JPEGs that of their bytes.
+        """
+        if self.known_fingerprint:
+            return self.known_fingerprint
         digest = hashlib.sha256()
         for split in (self.train, self.test):
             digest.update(str(tuple(split.images.shape)).encode())
@@ -109,8 +165,15 @@ def default_dir() -> Path:
     return Path(os.path.expanduser(given)) if given else folder.user_cache("data")
 
 
-def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool = True) -> Dataset:
-    """Return the data set `name`, one of `DATASETS`.
+def load(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    progress: bool = True,
+    loader: str = "resident",
+    fetch: bool = True,
+) -> Dataset:
+    """Return the data set `name`, one of `DATASETS` or the path of a .beton, which is not read yet.
 
     `cifar10`, `svhn` (73,257 training images, no extra ones) and `fashion-mnist` are downloaded
     by torchvision, which compares checksums, into `data_dir`, else `$FASTIAT_DATA`, else
@@ -119,53 +182,113 @@ def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool
     scikit-learn's 1,797 scans of 8x8 pixels, 0..16 scaled to 0..255, 1,437 of them to train on.
     Progress bars appear when `progress` is set and stderr is a terminal.
 
+    `data_dir` may be a .beton that was made of the data set. With the `loader` "ffcv" a tree is
+    converted into the cache, images of any size, and stays in that file; "auto" does so where FFCV
+    is installed and the tree does not fit into memory.
+
+    Without `fetch` nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
+    config.json of a stranger's run, must not choose where something is written.
+
     Raises `InputError` in one line for an unknown name, a folder that is not there, files that
     can neither be found nor downloaded (it says what to put where) and a damaged file (named).
     """
+    if is_beton(name):
+        return stored(name)
     if name not in DATASETS:
         raise InputError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    if is_beton(data_dir) and not os.path.isdir(str(data_dir)):
+        return _stored_as(name, str(data_dir))
     if name == "digits":
         return _digits()
-    if data_dir is not None:
-        root = Path(os.path.expanduser(data_dir))
-        if not os.path.exists(root):  # Path.exists would raise for a path no system takes
-            raise InputError(f"the data folder {root} does not exist: create it or name another")
-        if not os.path.isdir(root):
-            raise InputError(f"the data folder {root} is a file: name the folder that holds it")
-        if not os.access(root, os.R_OK | os.X_OK):
-            raise InputError(f"the data folder {root} cannot be read: check its permissions")
-    elif name == "folder":
+    with ranks().one_first():
+        return _load(name, data_dir, loader, progress, fetch)
+
+
+def _load(
+    name: str, data_dir: str | os.PathLike[str] | None, loader: str, progress: bool, fetch: bool
+) -> Dataset:
+    root = tree_root(data_dir) if name == "folder" or data_dir is not None else default_dir()
+    if name == "folder":
+        if loader == "ffcv" or (loader == "auto" and _needs_converting(root)):
+            from fastiat import convert
+
+            return convert.cached_tree(root)
+        tree = folder.read(root, progress=progress)
+        train, test = (Split(*map(torch.from_numpy, part)) for part in (tree.train, tree.test))
+        return Dataset(name, tree.classes, train, test, flip=True)
+    return _torchvision(name, root, progress and sys.stderr.isatty(), fetch)
+
+
+def tree_root(data_dir: str | os.PathLike | None) -> Path:
+    """Return the folder that `data_dir` names; raise `InputError` unless it can be read."""
+    if data_dir is None:
         raise InputError(
             "the data set 'folder' needs a data folder (--data-dir) with "
             "train/<class>/ and test/<class>/ in it"
         )
-    else:
-        root = default_dir()
-    if name == "folder":
-        tree = folder.read(root, progress=progress)
-        train, test = (Split(*map(torch.from_numpy, part)) for part in (tree.train, tree.test))
-        return Dataset(name, tree.classes, train, test, flip=True)
-    return _torchvision(name, root, progress and sys.stderr.isatty())
+    root = Path(os.path.expanduser(data_dir))
+    if not os.path.exists(root):  # Path.exists would raise for a path no system takes
+        raise InputError(f"the data folder {root} does not exist: create it or name another")
+    if not os.path.isdir(root):
+        raise InputError(f"the data folder {root} is a file: name the folder that holds it")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise InputError(f"the data folder {root} cannot be read: check its permissions")
+    return root
+
+
+def stored(path: str | os.PathLike) -> Dataset:
+    """Return the data set in a .beton; its splits are `StoredSplit`s.
+
+    Raises `InputError`, naming the file, unless it is a whole .beton of fastiat.
+    """
+    file = beton.open_beton(os.path.expanduser(path))
+    card, everything = file.card, torch.arange(len(file))
+    train, test = (
+        StoredSplit(file, part) for part in (everything[: card.n_train], everything[card.n_train :])
+    )
+    return Dataset(card.name, card.classes, train, test, card.flip, card.fingerprint)
+
+
+def _stored_as(name: str, path: str) -> Dataset:
+    dataset = stored(path)
+    if name != "folder" and name != dataset.name and not dataset.name.startswith(f"{name}-"):
+        raise InputError(
+            f"{path} holds {dataset.name}, not {name}: name it with --dataset {path} alone"
+        )
+    return dataset
+
+
+def _needs_converting(root: Path) -> bool:
+    """Whether a tree of images of one size takes more memory than there is for it, with FFCV."""
+    too_large = folder.decoded_size(root) > free_memory(torch.device("cpu")) // 2
+    return too_large and installed()
 
 
 def _digits() -> Dataset:
     source = importlib.resources.files("fastiat").joinpath("digits.npz")
-    with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+    try:
+        with source.open("rb") as file:
+            arrays = read_npz(file, largest=2**20)
         images = torch.from_numpy(arrays["images"])[..., None]
         labels = torch.from_numpy(arrays["labels"]).long()
         in_test = torch.zeros(len(labels), dtype=torch.bool)
         in_test[torch.from_numpy(arrays["test"])] = True
-    everything = Split(images, labels)
-    train, test = everything.take(~in_test), everything.take(in_test)
-    return Dataset("digits", tuple("0123456789"), train, test, flip=False)
+        everything = Split(images, labels)
+        train, test = everything.take(~in_test), everything.take(in_test)
+        return Dataset("digits", tuple("0123456789"), train, test, flip=False)
+    # zipfile, NumPy and torch raise whatever a damaged file makes them stumble on.
+    except Exception as error:
+        raise InputError(
+            f"{source} is damaged ({one_line(error)[:100]}): install fastiat again"
+        ) from error
 
 
 @dataclass(frozen=True)
 class _Source:
     """How torchvision fetches and parses one data set. Paths are relative to the data folder."""
 
-    # Whether to take the training split -> images (N, H, W, C), labels, class names.
-    parse: Callable[[bool], tuple[Any, Any, Sequence[str]]]
+    # Whether to take the training split, and to fetch -> images (N, H, W, C), labels, class names.
+    parse: Callable[[bool, bool], tuple[Any, Any, Sequence[str]]]
     checksums: dict[str, str]  # MD5 of every file that torchvision checks
     needed: list[str]  # what must be there in the end
     by_hand: str  # what to put where without a network
@@ -183,9 +306,9 @@ def _cifar10(root: Path) -> _Source:
             names = os.path.join(self.root, self.base_folder, meta[0])
             return super()._check_integrity() and check_integrity(names, meta[1])
 
-    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
+    def parse(train: bool, fetch: bool) -> tuple[Any, Any, Sequence[str]]:
         # torchvision unpickles the batches, after comparing the checksum of every one of them.
-        source = WholeCIFAR10(root, train, download=train)
+        source = WholeCIFAR10(root, train, download=train and fetch)
         return source.data, source.targets, source.classes
 
     batches = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
@@ -201,8 +324,8 @@ def _cifar10(root: Path) -> _Source:
 def _svhn(root: Path) -> _Source:
     from torchvision.datasets import SVHN
 
-    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
-        source = SVHN(root, "train" if train else "test", download=True)
+    def parse(train: bool, fetch: bool) -> tuple[Any, Any, Sequence[str]]:
+        source = SVHN(root, "train" if train else "test", download=fetch)
         return source.data.transpose(0, 2, 3, 1), source.labels, "0123456789"
 
     files = [SVHN.split_list[split] for split in ("train", "test")]
@@ -214,8 +337,8 @@ def _svhn(root: Path) -> _Source:
 def _fashion_mnist(root: Path) -> _Source:
     from torchvision.datasets import FashionMNIST
 
-    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
-        source = FashionMNIST(root, train, download=True)
+    def parse(train: bool, fetch: bool) -> tuple[Any, Any, Sequence[str]]:
+        source = FashionMNIST(root, train, download=fetch)
         return source.data.numpy()[..., None], source.targets, source.classes
 
     raw = "FashionMNIST/raw"
@@ -227,19 +350,24 @@ def _fashion_mnist(root: Path) -> _Source:
     )
 
 
-def _torchvision(name: str, root: Path, progress: bool) -> Dataset:
+def _torchvision(name: str, root: Path, progress: bool, fetch: bool) -> Dataset:
     makers = {"cifar10": _cifar10, "svhn": _svhn, "fashion-mnist": _fashion_mnist}
     source = makers[name](root)
     splits = []
     try:
         with _quiet(progress):
             for train in (True, False):
-                images, labels, names = source.parse(train)
+                images, labels, names = source.parse(train, fetch)
                 pixels = torch.from_numpy(np.ascontiguousarray(images))
                 splits.append(Split(pixels, torch.as_tensor(labels, dtype=torch.int64)))
         return Dataset(name, tuple(names), splits[0], splits[1], flip=name == "cifar10")
     # Networks, archives and parsers fail in too many ways to list; the cause stays chained.
     except Exception as error:
+        if not fetch:
+            raise InputError(
+                f"{name} is not whole in {root}, which the run names: name with --data-dir where "
+                f"it is, or may be downloaded to"
+            ) from error
         raise InputError(_explain(name, root, source, error)) from error
 
 

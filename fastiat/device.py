@@ -1,5 +1,6 @@
 """The device and the arithmetic a run takes."""
 
+import os
 import platform
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -7,13 +8,19 @@ from typing import Literal
 
 import torch
 
+from fastiat.distributed import ranks
 from fastiat.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that is there, or raise `InputError`."""
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that is there, or raise `InputError`.
+
+    Where torchrun has started several processes on this machine, each takes a GPU of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not ranks().alone and name.startswith("cuda"):
+        return _own_gpu(name)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -26,6 +33,42 @@ def pick_device(name: str) -> torch.device:
             there = f"{count} CUDA device{'s' * (count != 1)}" if count else "no CUDA device"
             raise InputError(f"--device {name}: this machine has {there}; use --device cpu or auto")
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a CUDA device, or for this process in the system."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = []
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
+    except (OSError, KeyError, ValueError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    group = Path("/sys/fs/cgroup")  # a container's own limit
+    try:
+        most = int((group / "memory.max").read_text())
+        limits.append(max(most - int((group / "memory.current").read_text()), 0))
+    except (OSError, ValueError):  # there is none
+        pass
+    return min(limits)
+
+
+def _own_gpu(name: str) -> torch.device:
+    """Return the GPU of this process among those that share a machine."""
+    processes = ranks().local_count
+    if name != "cuda" and processes > 1:
+        raise InputError(
+            f"--device {name} would be shared by the {processes} processes of this machine: "
+            f"leave it out, and each takes a GPU of its own"
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if processes > count:
+        raise InputError(
+            f"{processes} processes on this machine need a GPU each, and it has {count}: "
+            f"give torchrun --nproc-per-node {count}, or fastiat --device cpu"
+        )
+    return torch.device(name if name != "cuda" else f"cuda:{ranks().local_rank}")
 
 
 def has_fast_bf16(device: torch.device) -> bool:

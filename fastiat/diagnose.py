@@ -201,9 +201,7 @@ class _Probe:
 
     def batches(self, title: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels and labels with the network in eval mode, and show the progress."""
-        loader = loaders.ResidentLoader(
-            self.split, self.batch_size, device=self.device, train=False
-        )
+        loader = loaders.make(self.split, self.batch_size, device=self.device, train=False)
         with Progress(title, len(self.split)) as progress, crafting(self.model, "eval"):
             for images, y in loader:
                 yield to_pixels(images), y

@@ -7,8 +7,10 @@ import platform
 import torch
 
 from fastiat import __version__, data
-from fastiat.device import has_fast_bf16, pick_device, pick_precision
+from fastiat.device import free_memory, has_fast_bf16, pick_device, pick_precision
+from fastiat.distributed import ranks
 from fastiat.engine import pick_engine
+from fastiat.ffcv_package import install_hint, installed
 from fastiat.queries import DoctorConfig
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "torchattacks", "foolbox")
@@ -30,15 +32,31 @@ def doctor(config: DoctorConfig) -> None:
     rows += [(package, _version(package)) for package in PACKAGES]
     fast = "fast bf16" if has_fast_bf16(device) else "no fast bf16"
     rows += [
+        ("processes", f"{ranks().count} started by torchrun" if not ranks().alone else "1"),
         ("data", config.data_dir or str(data.default_dir())),
         ("device", f"a run takes {device} ({fast})"),
         ("precision", f"a run takes {pick_precision('auto', device)}"),
         ("engine", f"a run takes {pick_engine('auto', device)}"),
-        ("loader", "a run takes resident"),
+        ("loader", _loader(device)),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+def _loader(device: torch.device) -> str:
+    """Say which loader a run takes, and why."""
+    if not installed():
+        return f"a run takes resident; {install_hint()}"
+    if device.type == "cpu":
+        most, where = "is in memory anyway", "memory"
+    else:
+        most, where = "fits", "the device's memory"
+    half = free_memory(device) / 2 / 2**30
+    return (
+        f"a run takes resident for what {most}, ffcv for a .beton and for what takes more than "
+        f"half of {where}'s free part, {half:.1f} GiB now"
+    )
 
 
 def _version(package: str) -> str:

@@ -1,6 +1,11 @@
 """The one exception that means "your input is wrong, and here is what would mend it"."""
 
 import errno
+import sys
+from collections.abc import Callable
+
+LONGEST_LINE = 2000
+"""Characters that a message may have."""
 
 MENDS = {
     errno.ENOSPC: "free some space on that disk",
@@ -18,6 +23,20 @@ class InputError(ValueError):
     The command line prints it as one line and exits with status 2. It is a `ValueError`, so
     library users need not know it.
     """
+
+
+class Lost(Exception):
+    """Another process of the same job ended before its time, so that this one cannot go on."""
+
+
+# Of several processes that end together, one says why.
+may_speak: Callable[[], bool] = lambda: True  # noqa: E731
+
+
+def complain(line: str) -> None:
+    """Print the line that a command ends with."""
+    if may_speak():
+        print(line, file=sys.stderr, flush=True)
 
 
 class Damaged(InputError):
@@ -44,3 +63,16 @@ def explain_os(error: OSError) -> str:
     where = f": {error.filename}" if error.filename else ""
     mend = MENDS.get(error.errno or 0)
     return f"{error.strerror or error}{where}" + (f": {mend}" if mend else "")
+
+
+def printable(text: object) -> str:
+    """Return a text as one line; what a terminal would act on is written as Python writes it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def one_line(text: object) -> str:
+    """Return a text as a message: `printable`, and cut in its middle where it is very long."""
+    line = printable(text)
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE // 2]} ... {line[5 - LONGEST_LINE // 2 :]}"

@@ -15,6 +15,7 @@ from fastiat import data
 from fastiat.autoattack import ATTACKS, autoattack, check_classes, library_version
 from fastiat.config import TrainConfig
 from fastiat.device import pick_device, pick_precision
+from fastiat.distributed import ranks
 from fastiat.errors import InputError
 from fastiat.measure import error_rates, fooled, title
 from fastiat.queries import EvaluateConfig, MeasureConfig
@@ -54,6 +55,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
     config.check()
     if config.autoattack:
         library_version()
+        if not ranks().alone:
+            raise InputError("--autoattack runs in one process: leave torchrun out, or that flag")
     # All is loaded and checked before anything is measured, so that a run is not measured in vain.
     runs = open_runs(config)
     for trained in runs if config.autoattack else ():
@@ -110,7 +113,7 @@ class Job(Trained):
 
     @property
     def _writable(self) -> bool:
-        return self.run is not None and os.access(self.run.path, os.W_OK)
+        return ranks().first and self.run is not None and os.access(self.run.path, os.W_OK)
 
     def entry(
         self,
@@ -187,7 +190,8 @@ def _data_for(
     if dataset_name is None:
         raise InputError(f"{name} is a model without its run: say which images with --dataset")
     data_dir = config.data_dir or (own.data_dir if own else None)
-    dataset = load(dataset_name, data_dir)
+    fetch = data_dir is None or config.data_dir is not None
+    dataset = load(dataset_name, data_dir, loader=own.loader if own else "auto", fetch=fetch)
     wanted = (card.in_channels, card.image_size, card.image_size)
     if dataset.test.shape != wanted:
         raise InputError(

@@ -18,6 +18,7 @@ from fastiat.config import TrainConfig
 from fastiat.errors import InputError
 from fastiat.models import to_pixels
 from fastiat.run import MODEL, Run, load_with_card
+from fastiat.settings import is_beton
 
 COUNT = 8
 STEPS = 20
@@ -62,7 +63,7 @@ def examples(run: Run, load: Callable[..., data.Dataset] = data.load) -> list[Ex
         return []
     model, card = load_with_card(run.path)
     try:
-        dataset = load(config.dataset, config.data_dir)
+        dataset = load(config.dataset, config.data_dir, loader=config.loader, fetch=False)
     except InputError:
         return []
     split = dataset.test
@@ -88,6 +89,9 @@ def at_hand(config: TrainConfig) -> bool:
     """Whether the images of a run are on this machine."""
     if config.dataset == "digits":
         return True
+    for place in (config.dataset, config.data_dir):
+        if is_beton(place):
+            return Path(str(place)).exists()
     folder = Path(os.path.expanduser(config.data_dir)) if config.data_dir else data.default_dir()
     return (folder / _FETCHED.get(config.dataset, "test")).exists()
 

@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fastiat.errors import InputError
+from fastiat.guard import is_endless
+
+
+def no_link(file: str, flags: int) -> int:
+    """Open a file, but no link, which might lead elsewhere, and no pipe, which might wait.
+
+    For `open(..., opener=no_link)`.
+    """
+    return os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def write(file: Path, content: bytes | memoryview, older: Path | None = None) -> None:
@@ -17,7 +26,7 @@ def write(file: Path, content: bytes | memoryview, older: Path | None = None) ->
     """
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with open(beside, "wb") as out:
+        with open(beside, "wb", opener=no_link) as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
@@ -52,7 +61,7 @@ def _keep(file: Path, older: Path) -> None:
 def drop_cut_line(file: Path) -> None:
     """Cut a file after its last whole line."""
     try:
-        with open(file, "r+b") as opened:
+        with open(file, "r+b", opener=no_link) as opened:
             end = opened.seek(0, os.SEEK_END)
             opened.seek(max(end - 1, 0))
             if opened.read(1) in (b"", b"\n"):
@@ -64,7 +73,12 @@ def drop_cut_line(file: Path) -> None:
 
 
 def lines_of(file: Path) -> list[str]:
-    """Return the lines of a file, with their ends, or nothing if it is not there."""
+    """Return the lines of a file, with their ends, or nothing if it is not there.
+
+    Raises `InputError` for a pipe or a device.
+    """
+    if is_endless(file):
+        raise InputError(f"{file} is a pipe or a device: remove it")
     # Only "\n" ends a line: `str.splitlines` knows more.
     text = file.read_text(errors="replace") if file.exists() else ""
     return list(io.StringIO(text, newline="\n"))

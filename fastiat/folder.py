@@ -18,6 +18,7 @@ What a tree may hold:
 import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -26,28 +27,36 @@ import stat
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from fastiat.errors import InputError
+from fastiat.errors import InputError, one_line
+from fastiat.guard import read_npz
+from fastiat.settings import SMALLEST_SIDE as SMALLEST
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Named, so that no other reader of Pillow's is let near a file; the EPS one runs a program.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 SPLITS = ("train", "test")
-SMALLEST = 8  # pixels, the smallest image the models take
+
+GREY = ("1", "L", "LA")  # Pillow's modes; 16-bit grey is I;16, I;16B or I
 
 CHUNK = 128  # images per task of a worker
 PARALLEL_FROM = 2000  # images from which worker processes are worth their start
 CACHE_VERSION = 1  # raise it when decoding changes
+
+T = TypeVar("T")
+_CONVERT = "let fastiat convert resize them"
 
 log = logging.getLogger(__name__)
 
@@ -71,20 +80,33 @@ def read(root: str | os.PathLike, *, progress: bool = True) -> Tree:
     and for a damaged image.
     """
     root = Path(root).absolute()
-    listing = _scan(root)
+    listing = scan(root)
     cache = _cache_file(root)
     images = _load_cache(cache, listing)
     if images is None:
         images = _decode_all(listing.paths, progress)
         _save_cache(cache, listing, images)
-        if listing.ignored:
-            log.warning(
-                "%s: %d files have no image's extension and were left out, the first is %s",
-                *(root, len(listing.ignored), listing.ignored[0]),
-            )
+        warn_ignored(listing)
     n = listing.n_train
     train, test = (images[:n], listing.labels[:n]), (images[n:], listing.labels[n:])
     return Tree(listing.classes, train, test)
+
+
+def decoded_size(root: Path) -> int:
+    """Return the bytes of a tree's images, if all are as large as the first."""
+    paths = scan(root).paths
+    with opened(paths[0]) as image:
+        width, height = image.size
+    return len(paths) * width * height * 3
+
+
+def warn_ignored(listing: "Listing") -> None:
+    """Warn of the files that were left out of a listing, if there are any."""
+    if listing.ignored:
+        log.warning(
+            "%s: %d files have no image's extension and were left out, the first is %s",
+            *(listing.root, len(listing.ignored), listing.ignored[0]),
+        )
 
 
 def user_cache(name: str) -> Path:
@@ -93,9 +115,10 @@ def user_cache(name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _Listing:
+class Listing:
     """What a tree holds, training images first."""
 
+    root: Path
     classes: tuple[str, ...]
     paths: list[str]
     labels: NDArray[np.int64]
@@ -104,7 +127,8 @@ class _Listing:
     digest: str  # SHA-256 over every image's path in the tree, size and modification time
 
 
-def _scan(root: Path) -> _Listing:
+def scan(root: Path) -> Listing:
+    """List a tree; raise `InputError` where it breaks the rules of folders and names."""
     names = {split: _class_names(root, split) for split in SPLITS}
     for here, there in (SPLITS, SPLITS[::-1]):
         for name in sorted(names[here] - names[there]):
@@ -129,7 +153,7 @@ def _scan(root: Path) -> _Listing:
                 labels.append(label)
         n_train = n_train or len(paths)
     everything = np.array(labels, np.int64)
-    return _Listing(classes, paths, everything, n_train, ignored, digest.hexdigest())
+    return Listing(root, classes, paths, everything, n_train, ignored, digest.hexdigest())
 
 
 def _class_names(root: Path, split: str) -> set[str]:
@@ -172,9 +196,7 @@ def _image_files(folder: Path, ignored: list[str]) -> list[tuple[str, int, int]]
 def _decode_all(paths: list[str], progress: bool) -> NDArray[np.uint8]:
     """Return the images at `paths` as one (N, H, W, C) array, C = 3 if one of them is colour."""
     with contextlib.ExitStack() as stack:
-        # Pillow warns of what is refused or harmless here; of a bomb only up to twice its limit.
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        stack.enter_context(quiet())
         side = len(_decode(paths[0]))
         try:
             images = np.empty((len(paths), side, side, 3), np.uint8)
@@ -182,35 +204,66 @@ def _decode_all(paths: list[str], progress: bool) -> NDArray[np.uint8]:
             raise InputError(
                 f"{len(paths)} images of {side}x{side} pixels do not fit into memory: shrink them"
             ) from None
-        chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
         work = functools.partial(_decode_chunk, first=paths[0], side=side)
-        results: Iterable[tuple[NDArray[np.uint8], bool]] = map(work, chunks)
-        workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-        if workers > 1 and len(paths) >= PARALLEL_FROM:
-            # Threads would queue for the interpreter's lock, which small images mostly hold.
-            # Forked workers need no `if __name__ == "__main__"` in the caller's script and touch
-            # neither torch nor CUDA.
-            pool = ProcessPoolExecutor(
-                workers, multiprocessing.get_context("fork"), _let_parent_handle_signals
-            )
-            stack.callback(pool.shutdown, cancel_futures=True)
-            results = pool.map(work, chunks)
+        results = stack.enter_context(mapped(work, paths))
         bar = stack.enter_context(
             # None: shown on a terminal alone.
             tqdm(total=len(paths), desc="decoding", unit=" images", disable=not progress or None)
         )
         done, colour = 0, False
-        try:
-            for pixels, coloured in results:
-                images[done : done + len(pixels)] = pixels
-                done += len(pixels)
-                colour |= coloured
-                bar.update(len(pixels))
-        except BrokenProcessPool:
-            raise InputError(
-                "a process that decodes images was killed: free memory, then run again"
-            ) from None
+        for pixels, coloured in results:
+            images[done : done + len(pixels)] = pixels
+            done += len(pixels)
+            colour |= coloured
+            bar.update(len(pixels))
     return images if colour else images[..., :1].copy()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Pillow, which warns of what is refused or harmless here; a bomb is an error.
+
+    It warns of a bomb only up to twice its limit.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+@contextlib.contextmanager
+def mapped(
+    work: Callable[[list[str]], T], paths: list[str], chunk: int = CHUNK
+) -> Iterator[Iterable[T]]:
+    """Give the results of `work` on `paths`, a chunk at a time and in order.
+
+    Worker processes do it where there are enough images; they are at most a few chunks ahead.
+    """
+    chunks = (paths[i : i + chunk] for i in range(0, len(paths), chunk))
+    workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if workers == 1 or len(paths) < PARALLEL_FROM:
+        yield map(work, chunks)
+        return
+    # Threads would queue for the interpreter's lock, which small images mostly hold. Forked
+    # workers need no `if __name__ == "__main__"` in the caller's script and touch neither torch
+    # nor CUDA.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), _let_parent_handle_signals
+    )
+
+    def results() -> Iterator[T]:
+        ahead = deque(pool.submit(work, part) for part in itertools.islice(chunks, 4 * workers))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(work, part) for part in itertools.islice(chunks, 1))
+
+    try:
+        yield results()
+    except BrokenProcessPool:
+        raise InputError(
+            "a process that decodes images was killed: free memory, then run again"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _let_parent_handle_signals() -> None:
@@ -234,23 +287,30 @@ def _decode_chunk(paths: list[str], first: str, side: int) -> tuple[NDArray[np.u
 
 def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
     """Return one image as (H, W) if it is grey, (H, W, 3) if not."""
+    with opened(path) as image:
+        width, height = image.size
+        if width != height:
+            raise InputError(
+                f"{path} is {width}x{height} pixels: make every image square, or {_CONVERT}"
+            )
+        if width < SMALLEST:
+            raise InputError(
+                f"{path} is {width}x{height} pixels: {SMALLEST}x{SMALLEST} is the smallest size"
+            )
+        if side and width != side:
+            raise InputError(
+                f"{path} is {width}x{height} pixels but {first} is {side}x{side}: "
+                f"bring all images to one size, or {_CONVERT}"
+            )
+        return pixels_of(image, path)
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[Image.Image]:
+    """Open an image, and turn what Pillow raises in the block into an `InputError`."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width != height:
-                raise InputError(f"{path} is {width}x{height} pixels: make every image square")
-            if width < SMALLEST:
-                raise InputError(
-                    f"{path} is {width}x{height} pixels: {SMALLEST}x{SMALLEST} is the smallest size"
-                )
-            if side and width != side:
-                raise InputError(
-                    f"{path} is {width}x{height} pixels but {first} is {side}x{side}: "
-                    "bring all images to one size"
-                )
-            if "exif" in image.info:
-                ImageOps.exif_transpose(image, in_place=True)
-            return _pixels(image, path)
+            yield image
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -263,7 +323,10 @@ def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
         raise InputError(f"{path} cannot be decoded ({reason}): replace or remove it") from error
 
 
-def _pixels(image: Image.Image, path: str) -> NDArray[np.uint8]:
+def pixels_of(image: Image.Image, path: str) -> NDArray[np.uint8]:
+    """Return an opened image as viewers show it, (H, W) if it is grey, (H, W, 3) if not."""
+    if "exif" in image.info:
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # Pillow holds 16-bit grey in modes I;16, I;16B and I
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
@@ -273,7 +336,7 @@ def _pixels(image: Image.Image, path: str) -> NDArray[np.uint8]:
         raise InputError(f"{path} has floating-point pixels: save it with 8 or 16 bits")
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise InputError(f"{path} has transparent pixels: flatten it onto a background")
-    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    mode = "L" if image.mode in GREY else "RGB"
     return np.asarray(image if image.mode == mode else image.convert(mode))
 
 
@@ -282,24 +345,26 @@ def _cache_file(root: Path) -> Path:
     return folder / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
 
 
-def _load_cache(cache: Path, listing: _Listing) -> NDArray[np.uint8] | None:
+def _load_cache(cache: Path, listing: Listing) -> NDArray[np.uint8] | None:
     try:
-        with np.load(cache, allow_pickle=False) as arrays:
-            if str(arrays["digest"]) != listing.digest:
-                return None
-            images = arrays["images"]
-        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(listing.paths):
+        arrays = read_npz(cache, largest=cache.stat().st_size)
+        if str(arrays["digest"]) != listing.digest:
+            return None
+        images = arrays["images"]
+        n, height, width, channels = images.shape
+        square = height == width >= SMALLEST and channels in (1, 3)
+        if images.dtype != np.uint8 or n != len(listing.paths) or not square:
             raise ValueError("not this tree's images")
         return images
     except FileNotFoundError:
         return None
     # NumPy and zipfile raise whatever a damaged file makes them stumble on.
     except Exception as error:
-        log.warning("the cache %s cannot be used (%s): decoding again", cache, error)
+        log.warning("the cache %s cannot be used (%s): decoding again", cache, one_line(error))
         return None
 
 
-def _save_cache(cache: Path, listing: _Listing, images: NDArray[np.uint8]) -> None:
+def _save_cache(cache: Path, listing: Listing, images: NDArray[np.uint8]) -> None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part, name = tempfile.mkstemp(prefix=f"{cache.stem}.", suffix=".part", dir=cache.parent)

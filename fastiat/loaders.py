@@ -2,14 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import chain, repeat
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastiat.data import Split
+from fastiat.data import Dataset, Split, StoredSplit
+from fastiat.device import free_memory
 from fastiat.errors import InputError
+from fastiat.ffcv_package import install_hint, installed
 from fastiat.kernels import crop_flip
+
+Kind = Literal["resident", "ffcv"]
 
 
 class Shard(NamedTuple):
@@ -17,6 +22,10 @@ class Shard(NamedTuple):
 
     rank: int
     ranks: int
+
+    def gaps(self) -> Iterator[int]:
+        """Yield, for each of its whole batches, how many of others come since its last."""
+        return chain((self.rank,), repeat(self.ranks - 1))
 
 
 WHOLE = Shard(0, 1)
@@ -145,3 +154,49 @@ class ResidentLoader(Loader):
     def _shuffled(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for index in batches.to(self.device):
             yield self.images, index, self.labels[index]
+
+
+def choose(
+    wanted: Literal["auto", "resident", "ffcv"], dataset: Dataset, device: torch.device
+) -> tuple[Kind, str]:
+    """Return the loader that a training takes, and why.
+
+    "auto" takes "ffcv", where it is installed, for a .beton and for images that would fill more
+    than half of what is free of the device's memory. Raises `InputError` for "ffcv" where it is
+    not installed.
+    """
+    if wanted == "ffcv" and not installed():
+        raise InputError(f"--loader ffcv: {install_hint()}")
+    if wanted != "auto":
+        return wanted, "it was asked for"
+    if dataset.stored:
+        return ("ffcv", "it is a .beton") if installed() else ("resident", "FFCV is not installed")
+    if fits(dataset.nbytes, device, in_memory=True):
+        return "resident", "it fits"
+    if installed():
+        return "ffcv", f"it takes more than half of the memory that is free on {device}"
+    return "resident", "FFCV is not installed"
+
+
+def fits(nbytes: int, device: torch.device, *, in_memory: bool = False) -> bool:
+    """Whether images take at most half of what is free on the device, or lie there already."""
+    if in_memory and device.type == "cpu":
+        return True
+    return nbytes <= free_memory(device) // 2
+
+
+def make(split: Split, batch_size: int, *, kind: Kind | None = None, **options: Any) -> Loader:
+    """Return the loader of a kind, with `Loader`'s arguments; "ffcv" takes a `StoredSplit`.
+
+    Without a kind the split is resident, unless it is stored and does not fit: the commands that
+    measure go over the images only a few times.
+    """
+    if kind is None:
+        device = torch.device(options.get("device", "cpu"))
+        small = not isinstance(split, StoredSplit) or fits(split.nbytes, device)
+        kind = "resident" if small or not installed() else "ffcv"
+    if kind == "resident":
+        return ResidentLoader(split, batch_size, **options)
+    from fastiat.ffcv_loader import FFCVLoader
+
+    return FFCVLoader(split, batch_size, **options)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastiat import data, kernels, loaders
+from fastiat.ascent import skip_start
 from fastiat.attack import crafting, fgsm, input_gradient, start_in_ball
 from fastiat.device import autocast, pick_device, pick_precision
+from fastiat.distributed import ranks
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
 from fastiat.queries import MeasureConfig
@@ -60,20 +62,27 @@ def fooled(
         a meaning; the clean images are always judged then, under "none".
 
     Examples are crafted in the configuration's precision and judged in fp32; an image counts as
-    fooled by PGD if the example of any restart fools. Raises `InputError` for an unknown name.
+    fooled by PGD if the example of any restart fools. The ranks of a job share the batches, and
+    each returns what one process would. Raises `InputError` for an unknown name.
     """
     names = tuple(dict.fromkeys(("none", *attacks) if worst else attacks))
     one_pass = _Pass(model, names, eps, alpha, config, worst)
-    batches = loaders.ResidentLoader(split, config.batch_size, device=one_pass.device, train=False)
+    job, size = ranks(), config.batch_size
+    shard = loaders.Shard(job.rank, job.count)
+    batches = loaders.make(split, size, device=one_pass.device, train=False, shard=shard)
     text = ", ".join(map(title, names))
-    found = []
-    with Progress(f"worst of {text}" if worst else text, len(split)) as progress:
-        for images, y in batches:
-            before = progress.done
+    found = torch.zeros(len(names), len(split), dtype=torch.uint8, device=one_pass.device)
+    place = 0
+    with Progress(f"worst of {text}" if worst else text, len(split), share=job.count) as progress:
+        for gap, (images, y) in zip(shard.gaps(), batches, strict=False):
+            place += gap * size
+            ticker = _Ticker(progress, len(y))
             with crafting(model, "eval"):
-                found.append(one_pass(to_pixels(images), y, _ticker(progress, len(y))))
-            progress.advance(before + len(y) - progress.done)
-    return dict(zip(names, torch.cat(found, 1).cpu(), strict=True))
+                one_pass.skip(gap, images)
+                found[:, place : place + len(y)] = one_pass(to_pixels(images), y, ticker)
+            ticker.finish()
+            place += len(y)
+    return dict(zip(names, job.add_(found.cpu()).bool(), strict=True))
 
 
 class _Pass:
@@ -112,6 +121,19 @@ class _Pass:
         for restart in range(self.config.restarts if self.counts else 0):
             self._pgd(found, x, y, everyone, restart, tick)
         return found
+
+    def skip(self, batches: int, images: Tensor) -> None:
+        """Draw, and drop, the starts of `batches` that another rank has, of as many as a batch is.
+
+        images: what this rank has next, uint8 (B, C, H, W).
+        """
+        if not (batches and self.counts and self.config.random_start):
+            return
+        # Only the last batch is shorter, and none comes after it.
+        _, *shape = images.permute(0, 2, 3, 1).shape
+        full = images.new_empty((self.config.batch_size, *shape)).permute(0, 3, 1, 2)
+        for _ in range(batches * self.config.restarts):
+            skip_start(to_pixels(full), self.config.norm, self.generator)
 
     def _fgsm(self, x: Tensor, y: Tensor) -> Tensor:
         norm, loss = self.config.norm, self.config.attack_loss
@@ -158,16 +180,23 @@ class _Pass:
         found[index] |= self.model(x).argmax(1) != y
 
 
-def _ticker(progress: Progress, images: int) -> Callable[[float], None]:
-    """Return what turns shares of the work on a batch into whole images of progress."""
-    first, share = progress.done, 0.0
+class _Ticker:
+    """Turns shares of the work on a batch into whole images of progress."""
 
-    def tick(more: float) -> None:
-        nonlocal share
-        share += more
-        whole = first + int(share * images) - progress.done
-        # The last image is the caller's, who knows that the batch is done.
-        if 0 < whole < first + images - progress.done:
-            progress.advance(whole)
+    def __init__(self, progress: Progress, images: int) -> None:
+        self.progress, self.images = progress, images
+        self.share, self.told = 0.0, 0
 
-    return tick
+    def __call__(self, more: float) -> None:
+        self.share += more
+        # The last image waits until the batch is done.
+        self._tell(min(int(self.share * self.images), self.images - 1))
+
+    def finish(self) -> None:
+        """Tell the rest of the batch."""
+        self._tell(self.images)
+
+    def _tell(self, whole: int) -> None:
+        if whole > self.told:
+            self.progress.advance(whole - self.told)
+            self.told = whole

@@ -10,25 +10,29 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastiat.distributed import ranks
+
 PLAIN_EVERY = 30.0
 """Seconds between two plain lines."""
 
 
 class Progress:
-    """Progress over `total` images under a title, on stderr.
+    """Progress over `total` images under a title, on stderr, of the first rank of a job.
 
-    Use as a context manager; a bar disappears when done.
+    Use as a context manager; a bar disappears when done. Where several ranks share the images,
+    `share` is how many do: each image that is told of then stands for as many.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
-        self.title = title
+    def __init__(self, title: str, total: int, done: int = 0, share: int = 1) -> None:
+        self.title, self.share = title, share
         self.total = total
         self.done = done
         self._skipped = done
         self._text = ""
         self._start = self._last = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        self._shown = ranks().first
+        if self._shown and sys.stderr.isatty():
             self._bar = tqdm(
                 total=total,
                 initial=done,
@@ -50,12 +54,13 @@ class Progress:
 
     def advance(self, images: int) -> None:
         """Count `images` more as done."""
+        images = min(images * self.share, self.total - self.done)
         self.done += images
         if self._bar is not None:
             self._bar.update(images)
             return
         now = time.monotonic()
-        if now - self._last >= PLAIN_EVERY and self.done < self.total:
+        if self._shown and now - self._last >= PLAIN_EVERY and self.done < self.total:
             self._last = now
             rate = (self.done - self._skipped) / (now - self._start)
             left = (self.total - self.done) / rate

@@ -6,9 +6,11 @@ from typing import Any, ClassVar, Literal
 from fastiat.errors import InputError
 from fastiat.settings import (
     MOST_STEPS,
+    SMALLEST_SIDE,
     Arch,
     DatasetName,
     Settings,
+    check_dataset,
     check_once,
     check_ranges,
     check_unit,
@@ -42,8 +44,8 @@ class MeasureConfig(Settings):
     """Random starts of PGD; each image keeps its worst."""
     random_start: bool = True
     """Start PGD at a random point of the ball."""
-    dataset: DatasetName | None = None
-    """Data set (default: the run's)."""
+    dataset: str | None = None
+    """Data set, by its name or as a .beton (default: the run's)."""
     data_dir: str | None = None
     """Where the data set is (default: the run's)."""
     batch_size: int = 500
@@ -56,6 +58,7 @@ class MeasureConfig(Settings):
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""
         check_ranges(self, {"limit", "restarts", "batch_size", "steps"})
+        check_dataset(self.dataset)
         if self.norm == "linf":
             check_unit(self)
         steps = getattr(self, "steps", ())
@@ -186,8 +189,8 @@ class DiagnoseConfig(Settings):
     """Length of a PGD step, in pixels of 0 to 1 (default: the run's, or eps/8 if that is more)."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the ball."""
-    dataset: DatasetName | None = None
-    """Data set (default: the run's)."""
+    dataset: str | None = None
+    """Data set, by its name or as a .beton (default: the run's)."""
     data_dir: str | None = None
     """Where the data set is (default: the run's)."""
     batch_size: int = 500
@@ -198,6 +201,7 @@ class DiagnoseConfig(Settings):
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""
         check_ranges(self, {"limit", "batch_size", "eps", "alpha"})
+        check_dataset(self.dataset)
         if self.norm == "linf":
             check_unit(self)
         if self.partner is not None:
@@ -287,3 +291,41 @@ class DoctorConfig(Settings):
     """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
     data_dir: str | None = None
     """Where data sets are looked for (default: $FASTIAT_DATA or ~/.cache/fastiat/data)."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig(Settings):
+    """Write a data set or an image tree to one FFCV file (.beton) to train on.
+
+    DATASET is a data set's name, or a folder with train/CLASS/* and test/CLASS/* in it, of images
+    of any size.
+    """
+
+    positional = ("dataset", "out")
+
+    dataset: str = ""
+    """cifar10, svhn, fashion-mnist, digits, a .beton, or the folder of an image tree."""
+    out: str = ""
+    """The file to write, NAME.beton."""
+    data_dir: str | None = None
+    """Where the data set is or goes (default: $FASTIAT_DATA or ~/.cache/fastiat/data)."""
+    format: Literal["raw", "jpeg"] = "raw"
+    """How images are stored: "raw" keeps every bit and is read fastest, "jpeg" takes a tenth of the
+    space."""
+    quality: int = 95
+    """Of the JPEGs, from 1 to 100."""
+    max_side: int | None = None
+    """Largest side of the images, which are resized and cut square to it (default: none where all
+    images are squares of one size, else 224)."""
+    force: bool = False
+    """Replace the file if it is there."""
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the flag, for a value outside its range."""
+        check_ranges(self, {"quality", "max_side"})
+        if not self.out.endswith(".beton"):
+            raise InputError(f"{self.out!r} is no name for the file: let it end in .beton")
+        if self.quality > 100:
+            raise InputError(f"--quality is {self.quality}: give at most 100")
+        if self.max_side is not None and self.max_side < SMALLEST_SIDE:
+            raise InputError(f"--max-side is {self.max_side}: give at least {SMALLEST_SIDE}")

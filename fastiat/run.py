@@ -4,9 +4,9 @@ import io
 import json
 import os
 import pickle
+import reprlib
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from fastiat import __version__, models
 from fastiat.config import TrainConfig
-from fastiat.errors import Damaged, InputError
-from fastiat.files import drop_cut_line, lines_of, row_of, write
+from fastiat.distributed import ranks
+from fastiat.errors import Damaged, InputError, one_line
+from fastiat.files import drop_cut_line, lines_of, no_link, row_of, write
+from fastiat.guard import check_checkpoint, read_json_text
 from fastiat.lock import Lock, alone, check_unused
-from fastiat.settings import flag_of, from_json
+from fastiat.settings import flag_of, from_json, is_beton
 
 CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
     "config.json",
@@ -36,8 +38,8 @@ CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
 )
 T = TypeVar("T")
 # What may change between stop and resume, as it changes no weight: where a run and its data lie,
-# when it is saved, and what follows an update that cannot be made.
-MOVABLE = {"out", "data_dir", "resume", "checkpoint_every", "on_nan"}
+# how these are read, when it is saved, and what follows an update that cannot be made.
+MOVABLE = {"out", "data_dir", "loader", "resume", "checkpoint_every", "on_nan"}
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class ModelCard:
 
 def default_out(config: TrainConfig) -> Path:
     """Return the directory of a run that was given none."""
-    name = f"{config.dataset}-{config.arch}-{config.adv}-{config.mix}-s{config.seed}"
-    return Path("runs") / name
+    images = Path(config.dataset).stem
+    return Path("runs") / f"{images}-{config.arch}-{config.adv}-{config.mix}-s{config.seed}"
 
 
 class Run:
@@ -84,6 +86,8 @@ class Run:
         # `evaluate` must find the data again.
         if config.data_dir is not None:
             kept["data_dir"] = str(Path(config.data_dir).absolute())
+        if is_beton(config.dataset):
+            kept["dataset"] = str(Path(config.dataset).expanduser().absolute())
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         run = cls(path, config)
         try:
@@ -109,7 +113,7 @@ class Run:
         """Open an existing run; raise `InputError` if there is none or its config is damaged."""
         file = path / CONFIG
         try:
-            values = json.loads(file.read_text())
+            values = json.loads(read_json_text(file))
             if not isinstance(values, dict):
                 raise InputError("it is not a JSON object")
             config = from_json(TrainConfig, values)
@@ -224,7 +228,7 @@ class Run:
         file = self.path / name
         self._check_there()
         try:
-            with open(file, "ab") as out:
+            with open(file, "ab", opener=no_link) as out:
                 out.write(content)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(file)) from None
@@ -243,7 +247,7 @@ class Run:
         torch.save(state | {"config": _settings(self.config)}, buffer)
         # What the checkpoint has behind it must not be lost with the machine's memory.
         if (self.path / METRICS).exists():
-            with open(self.path / METRICS, "rb") as metrics:
+            with open(self.path / METRICS, "rb", opener=no_link) as metrics:
                 os.fsync(metrics.fileno())
         older = None if self._newest_damaged else self.path / PREVIOUS
         write(self.path / STATE, buffer.getbuffer(), older)
@@ -276,14 +280,15 @@ class Run:
             except Damaged as error:
                 wrong.append(f"{file}: {error}")
                 continue
-            if wrong:
-                print(f"fastiat: warning: {wrong[0]}; taking {file.name}", file=sys.stderr)
-                self._newest_damaged = True
+            if wrong and ranks().first:
+                warning = one_line(f"warning: {wrong[0]}; taking {file.name}")
+                print(f"fastiat: {warning}", file=sys.stderr)
+            self._newest_damaged = bool(wrong)
             return taken
         raise InputError(f"{'; '.join(wrong)}: put one back, or start again with another --out")
 
     def _read_state(self, file: Path) -> dict[str, Any]:
-        _check_sums(file)
+        check_checkpoint(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
             raise Damaged("it is not a checkpoint of fastiat")
@@ -297,9 +302,32 @@ class Run:
         return state
 
 
+class Onlooker(Run):
+    """A run directory that another process of the same training writes."""
+
+    def lock(self) -> None:
+        """Leave it to the other."""
+
+    def append(self, name: str, content: bytes) -> None:
+        """Leave it to the other."""
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Leave it to the other."""
+
+    def rewind(self, step: int, epoch: int) -> None:
+        """Leave it to the other."""
+
+    def save_model(self, weights: Mapping[str, Tensor], card: ModelCard) -> None:
+        """Leave it to the other."""
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Leave it to the other."""
+
+
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Return what makes the training, and so must be the same after a resume."""
-    return {name: value for name, value in asdict(config).items() if name not in MOVABLE}
+    settings = {name: value for name, value in asdict(config).items() if name not in MOVABLE}
+    return settings | {"dataset": Path(config.dataset).name}  # a .beton may have moved
 
 
 def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any, Any] | None:
@@ -307,18 +335,10 @@ def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any,
     theirs = {name: getattr(TrainConfig, name) for name in TrainConfig.added} | theirs
     for name, value in mine.items():
         if theirs.get(name) != value:
-            return name, value, theirs.get(name)
+            other = theirs.get(name)
+            # A file of a stranger may hold what has no end when written out.
+            return name, value, other if isinstance(other, str | float) else reprlib.repr(other)
     return None
-
-
-def _check_sums(file: Path) -> None:
-    """Raise `Damaged` for a torch file with a wrong bit: torch itself compares no checksums."""
-    with zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise Damaged("it is not a checkpoint of fastiat")
-        wrong = archive.testzip()
-    if wrong is not None:
-        raise Damaged(f"it is damaged: {wrong[:50]} has a wrong checksum")
 
 
 def check_free(path: Path) -> None:

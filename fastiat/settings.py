@@ -17,8 +17,11 @@ from fastiat.errors import InputError
 
 Arch = Literal["preact18", "wrn28_10", "wrn34_10", "mlp6"]
 DatasetName = Literal["cifar10", "svhn", "fashion-mnist", "digits", "folder"]
+DATASETS: tuple[str, ...] = get_args(DatasetName)
 LARGEST = 2**32
 """No number of ours is larger; what is would overflow further in."""
+SMALLEST_SIDE = 8
+"""Pixels of the smallest images that the networks take."""
 MOST_STEPS = 999_999
 """No attack takes more steps."""
 
@@ -69,6 +72,18 @@ def check_ranges(config: Any, positive: set[str]) -> None:
                 raise InputError(f"{flag} is {value}: give a number {least}")
             if value > LARGEST:
                 raise InputError(f"{flag} is {str(value)[:20]}: give a number of at most {LARGEST}")
+
+
+def is_beton(path: object) -> bool:
+    """Whether a data set is named by its .beton."""
+    return str(path or "").endswith(".beton")
+
+
+def check_dataset(name: str | None) -> None:
+    """Raise `InputError` unless a data set is one of `DATASETS`, a path to a .beton, or None."""
+    if name is not None and name not in DATASETS and not is_beton(name):
+        names = ", ".join(map(repr, DATASETS))
+        raise InputError(f"--dataset {name!r}: choose from {names}, or name a .beton file")
 
 
 def check_once(runs: tuple[str, ...]) -> None:

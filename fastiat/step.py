@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastiat import engine, kernels
 from fastiat.ascent import Climb
 from fastiat.mix import Mix, mixed_correct, mixed_loss
+from fastiat.models import normalisation_layers
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 
@@ -25,6 +26,17 @@ class Update:
     clean_correct: Tensor
     """How much of the clean batch was predicted right, in [0, B]; under mixing, by weight."""
     adv_correct: Tensor
+
+    @property
+    def figures(self) -> list[Tensor]:
+        """All four, in order."""
+        return [self.clean_loss, self.adv_loss, self.clean_correct, self.adv_correct]
+
+    @classmethod
+    def of(cls, means: Tensor, ranks: int) -> "Update":
+        """Return the whole batch's update from the means, (4,), of its parts on `ranks` ranks."""
+        clean_loss, adv_loss, clean_correct, adv_correct = means.unbind()
+        return cls(clean_loss, adv_loss, ranks * clean_correct, ranks * adv_correct)
 
 
 def algorithm1(
@@ -92,6 +104,16 @@ def mixed_pass(
     return mixed_loss(logits, y, mix, loss), mixed_correct(logits.detach(), y, mix)
 
 
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Return the floating-point buffers that a training pass moves: those of BatchNorm."""
+    return [
+        buffer
+        for layer in normalisation_layers(model)
+        for buffer in layer.buffers(recurse=False)
+        if buffer.is_floating_point()
+    ]
+
+
 class Step:
     """Algorithm 1 and the optimizer's step in fixed buffers, compiled and captured piece by piece.
 
@@ -106,6 +128,7 @@ class Step:
     dtype: type that the network computes in by autocast, or None.
     per_sample: whether lambda comes as (B,).
     compiled, captured: whether passes are compiled, and pieces captured as CUDA graphs.
+    average: replaces tensors by their means over the `ranks` of a training.
     accept: asked before the optimizer's step, which is left out where it says no.
 
     The rest is as for `algorithm1`, and so are the results: un-compiled, bit for bit.
@@ -125,6 +148,8 @@ class Step:
         loss: Any = "ce",
         mix_pixels: bool = False,
         per_sample: bool = False,
+        average: Callable[[list[Tensor]], None] = lambda tensors: None,
+        ranks: int = 1,
         accept: Callable[[Update], bool] | None = None,
     ) -> None:
         self.model, self.optimizer, self.dtype, self.accept = model, optimizer, dtype, accept
@@ -143,6 +168,8 @@ class Step:
         lam = torch.zeros(batch[0] if per_sample else (), device=device)
         self.lam = [lam, lam.clone()]
         self.figures = torch.zeros(4, device=device)
+        self.average, self.ranks = average, ranks
+        self.averaged = [*self.grads, *running_statistics(model), self.figures]
         self.pool = torch.cuda.graph_pool_handle() if captured else None
         self.climb: Climb | None = None
         if attack is not None:
@@ -173,7 +200,9 @@ class Step:
         if self.climb is not None:
             self.climb()
             self._run(("adversarial", layers[1]), lambda: self._half(1, layers[1]))
-        update = Update(*self.figures.clone().unbind())
+        # Between graphs, as collectives are kept out of them.
+        self.average(self.averaged)
+        update = Update.of(self.figures.clone(), self.ranks)
         if self.accept is None or self.accept(update):
             self._run("optimizer", self.optimizer.step)
         return update

@@ -6,7 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,9 +15,10 @@ import torch
 
 from fastiat import data, models
 from fastiat.config import TrainConfig
-from fastiat.errors import InputError, explain_os, out_of_memory
+from fastiat.distributed import ranks
+from fastiat.errors import InputError, Lost, explain_os, out_of_memory
 from fastiat.progress import Events, Progress, duration
-from fastiat.run import MODEL, PREVIOUS, STATE, Run, check_free, default_out
+from fastiat.run import MODEL, PREVIOUS, STATE, Onlooker, Run, check_free, default_out
 from fastiat.trainer import Trainer, Update
 
 LOG_EVERY = 20
@@ -36,27 +38,33 @@ class Interrupted(Exception):
 def train(config: TrainConfig) -> Path:
     """Train as `config` says and return the run directory.
 
+    The ranks of a job (`fastiat.distributed`) train together, and the first writes the directory.
     Raises `InputError` before anything is written if the settings or the data are wrong or another
-    process trains there, and `Interrupted` after a checkpoint when SIGINT or SIGTERM ends it.
+    process trains there, `Interrupted` after a checkpoint when SIGINT or SIGTERM ends it, and
+    `Lost` where another rank has ended.
     """
     config.check()
     path = Path(config.out) if config.out else default_out(config)
-    run = None
+    run, job = None, ranks()
+    kind = Run if job.first else Onlooker
     if config.resume:
-        run = Run.open(path)
+        run = kind.open(path)
         run.check_same(config)
-    else:
+    elif job.first:
         check_free(path)
     try:
         if run is not None:
             run.lock()
-        trainer = Trainer(config, data.load(config.dataset, config.data_dir))
+        fetch = not config.resume or config.data_dir is None
+        dataset = data.load(config.dataset, config.data_dir, loader=config.loader, fetch=fetch)
+        trainer = Trainer(config, dataset)
         if run is None:
-            run = Run.create(path, config)
+            run = Run.create(path, config) if job.first else Onlooker(path, config)
         session = _Session(trainer, run)
-        with _saying_the_way_on(run), session.signals:
+        with _saying_the_way_on(trainer, run), session.signals:
             _train(session)
-            if session.signal():  # it came after the last update
+            # A signal may have come after the last update; and all wait for the first to write.
+            if session.agree()[0]:
                 session.stop()
     finally:
         if run is not None:
@@ -65,12 +73,15 @@ def train(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def _saying_the_way_on(run: Run) -> Iterator[None]:
+def _saying_the_way_on(trainer: Trainer, run: Run) -> Iterator[None]:
     """Add, to what the machine refuses, how to go on where that is mended."""
     try:
         yield
     except BrokenPipeError:
         raise
+    except Lost as lost:
+        way = f"; go on with: {_way_on(run.path)}" if run.has_state() else ""
+        raise Lost(f"{lost} at step {trainer.step}{way}") from None
     except (OSError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             wrong = (
@@ -87,7 +98,8 @@ def _saying_the_way_on(run: Run) -> Iterator[None]:
 def _train(session: "_Session") -> None:
     """Train from the run's checkpoint, or from the start where there is none yet."""
     trainer, run = session.trainer, session.run
-    if run.has_state():
+    begun = run.has_state()
+    if begun:
         try:
             run.load_state(trainer.load_state_dict)
         except InputError as error:
@@ -99,7 +111,13 @@ def _train(session: "_Session") -> None:
     if trainer.judged == trainer.epoch and trainer.finished:
         run.say(f"{run.path} is trained already, {trainer.epoch} epochs: nothing to resume")
         return
-    if not run.has_state():
+    # All have looked for a checkpoint, and read the same, before the first writes one.
+    settings = replace(trainer.config, out=None, data_dir=None, resume=False)
+    weights = trainer.model.state_dict().values()
+    trainer.ranks.check_same(
+        "settings, data and weights", settings, trainer.fingerprint, trainer.step, *weights
+    )
+    if not begun:
         session.save()
     _loop(session)
 
@@ -121,13 +139,17 @@ class _Session:
         self.signals = _Signals()
         self.saved_at, self.saved_step = time.monotonic(), 0
 
-    def checkpoint_due(self) -> bool:
-        """Whether the last checkpoint is old enough for another."""
-        return time.monotonic() - self.saved_at >= self.trainer.config.checkpoint_every
+    def agree(self) -> tuple[int, int]:
+        """Return the signal that is to end the training, or 0, and whether a checkpoint is due.
 
-    def signal(self) -> int:
-        """Return the number of the signal that is to end the training, or 0."""
-        return self.signals.received
+        All ranks get the same: a signal that came to any of them, and the first one's clock.
+        """
+        ranks, age = self.trainer.ranks, time.monotonic() - self.saved_at
+        old = ranks.first and age >= self.trainer.config.checkpoint_every
+        number, due = ranks.agree(self.signals.received, old)
+        if number:
+            self.signals.received = number
+        return number, due
 
     def save(self) -> None:
         """Write a checkpoint; raise `InputError` instead for a training that has diverged."""
@@ -138,8 +160,9 @@ class _Session:
     def stop(self) -> NoReturn:
         """Write a checkpoint and say how to go on."""
         self.save()
+        self.trainer.ranks.wait()  # as torchrun ends all where one has ended
         raise Interrupted(
-            self.signal(),
+            self.signals.received,
             f"stopped at step {self.trainer.step}, checkpoint written; "
             f"go on with: {_way_on(self.run.path)}",
         )
@@ -212,9 +235,10 @@ def _loop(session: _Session) -> None:
                         if trainer.step % LOG_EVERY == 0:
                             run.log("step", **row)
                             events.add("step", row)
-                    if session.signal():
+                    stopping, due = session.agree()
+                    if stopping:
                         session.stop()
-                    if session.checkpoint_due():
+                    if due:
                         session.save()
             session.check_finite()
             if trained:  # by now the device has finished, too
@@ -224,7 +248,8 @@ def _loop(session: _Session) -> None:
             }
             best, judging = trainer.best, time.monotonic()
             try:
-                with signals.at_once():
+                # Ranks that count together must all come to the end of it.
+                with signals.at_once() if trainer.ranks.alone else nullcontext():
                     better = trainer.judge(row)
             except _Now:
                 trainer.best = best
@@ -237,7 +262,7 @@ def _loop(session: _Session) -> None:
             run.say(_epoch_line(config, row))
             if better:
                 run.save_model(trainer.evaluated.state_dict(), trainer.card)
-            if session.signal():
+            if session.agree()[0]:
                 session.stop()
         session.save()
     kept = f", epoch {trainer.best['epoch']} kept" if trainer.best else ""
@@ -248,7 +273,7 @@ def _loop(session: _Session) -> None:
 
 
 def _way_on(path: Path) -> str:
-    return f"fastiat train --resume --out {shlex.quote(str(path))}"
+    return f"{ranks().launcher} train --resume --out {shlex.quote(str(path))}"
 
 
 class _Now(BaseException):

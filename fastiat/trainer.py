@@ -6,19 +6,23 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastiat import data, loaders, models
+from fastiat import convert, data, loaders, models
 from fastiat import mix as mixing
+from fastiat.ascent import skip_start
 from fastiat.attack import PGD, BatchNormMode, count_errors, pgd
 from fastiat.config import TrainConfig
 from fastiat.device import autocast, pick_device, pick_precision
+from fastiat.distributed import ranks
 from fastiat.engine import Engine, pick_engine, prepare
 from fastiat.errors import Damaged, InputError, out_of_memory
+from fastiat.guard import alike
 from fastiat.mix import Mix
 from fastiat.run import ModelCard
-from fastiat.step import Attack, Step, Update, algorithm1
+from fastiat.step import Attack, Step, Update, algorithm1, running_statistics
 
 EVAL_BATCH = 500
 """Images evaluated at a time after an epoch."""
@@ -41,17 +45,33 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 
 class Trainer:
-    """Everything that a training changes: network, optimizer, average, generators, position."""
+    """Everything that a training changes: network, optimizer, average, generators, position.
+
+    The ranks of a training (`fastiat.distributed`) each take their part of every batch. Gradients,
+    running statistics and figures are averaged before the optimizer's step, so that after it all of
+    them hold the same bits, checkpoint included. Running variances are means of the parts' own.
+    """
 
     def __init__(self, config: TrainConfig, dataset: data.Dataset) -> None:
         self.config = config
+        self.ranks = ranks()
+        shard = loaders.Shard(self.ranks.rank, self.ranks.count)
         self.device = pick_device(config.device)
         self.engine = pick_engine(config.engine, self.device)
         self.arithmetic = pick_precision(config.precision, self.device)
         prepare(self.device, config.deterministic)
         self.precision = partial(autocast, self.device, self.arithmetic)
+        kind, self.loader_reason = loaders.choose(config.loader, dataset, self.device)
+        if kind == "ffcv" and not dataset.stored:
+            with self.ranks.one_first():
+                dataset = convert.cached_dataset(dataset)
         evaluation_loader = partial(
-            loaders.ResidentLoader, batch_size=EVAL_BATCH, device=self.device, train=False
+            loaders.make,
+            batch_size=EVAL_BATCH,
+            kind=kind,
+            device=self.device,
+            train=False,
+            shard=shard,
         )
         train, test, self.holdout = dataset.train, dataset.test, None
         kept_out = min(1000, len(train) // 10) if config.holdout is None else config.holdout
@@ -74,21 +94,34 @@ class Trainer:
             raise InputError(
                 f"--batch-size {config.batch_size} is more than the {len(train)} training images"
             )
+        if config.batch_size % shard.ranks:
+            raise InputError(
+                f"--batch-size {config.batch_size} cannot be shared equally by {shard.ranks} "
+                f"processes: give a multiple of {shard.ranks}, or start another number of them"
+            )
+        self.batch = config.batch_size // shard.ranks
         cpu, device = torch.device("cpu"), self.device
         places = {"order": cpu, "augment": device, "mix": cpu, "attack": device}
         self.random = {
             purpose: torch.Generator(place).manual_seed(config.seed * 1000 + number)
             for number, (purpose, place) in enumerate(places.items())
         }
-        self.loader = loaders.ResidentLoader(
+        # What a rank draws on its own is seeded anew for every update, so that no checkpoint needs
+        # to keep it.
+        self.own = self.random
+        if not self.ranks.alone:
+            self.own = {name: torch.Generator(places[name]) for name in ("mix", "attack")}
+        self.loader = loaders.make(
             train,
             config.batch_size,
+            kind=kind,
             device=self.device,
             train=True,
             pad=config.pad,
             flip=dataset.flip if config.flip is None else config.flip,
             order=self.random["order"],
             augment=self.random["augment"],
+            shard=shard,
         )
         self.train_shape = channels, size, _ = train.shape
         width = models.DEFAULT_WIDTH[config.arch] if config.width is None else config.width
@@ -160,9 +193,13 @@ class Trainer:
             yield self.update(images, y)
 
     def update(self, images: Tensor, y: Tensor) -> Update:
-        """Make one update on a uint8 batch (B, C, H, W) with labels (B,)."""
+        """Make one update on a uint8 batch (B, C, H, W) with labels (B,), or this rank's part.
+
+        The figures that it returns are the whole batch's.
+        """
         config = self.config
         self.lr_tensor.fill_(learning_rate(config, self.step, len(self.loader)))
+        self._seed_own()
         skipping = config.on_nan == "skip"
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers() if skipping]
         if self.engine == "eager":
@@ -179,6 +216,7 @@ class Trainer:
                 mix_pixels=config.mix_space == "pixel",
                 precision=self.precision,
             )
+            update = self._averaged(update)
             if not skipping or self._sound(update):
                 self.optimizer.step()
         else:
@@ -194,10 +232,24 @@ class Trainer:
             return update
         if self.average is not None:
             _average(self.average, self.model, config.ema, self.step)
-        self.totals += torch.stack(
-            [update.clean_loss, update.adv_loss, update.clean_correct, update.adv_correct]
-        )
+        self.totals += torch.stack(update.figures)
         return update
+
+    def _seed_own(self) -> None:
+        """Give the rank the draws of one update, from what all ranks draw alike and its number."""
+        if self.ranks.alone:
+            return
+        common = int(torch.randint(2**63 - 1, (), generator=self.random["mix"]))
+        seeds = np.random.SeedSequence((common, self.ranks.rank)).generate_state(2, np.uint64)
+        for generator, seed in zip(self.own.values(), seeds.tolist(), strict=True):
+            generator.manual_seed(seed % 2**63)
+
+    def _averaged(self, update: Update) -> Update:
+        """Average gradients, running statistics and figures over the ranks."""
+        figures = torch.stack(update.figures)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.ranks.mean_([*grads, *running_statistics(self.model), figures])
+        return Update.of(figures, self.ranks.count)
 
     def _sound(self, update: Update) -> bool:
         """Whether an update's losses and gradients are finite; count it as skipped if not."""
@@ -211,7 +263,7 @@ class Trainer:
     @cached_property
     def craft(self) -> Attack | None:
         """The training's attack on the network, or None where it has none."""
-        settings = self.attack_settings(self.config.bn, self.random["attack"])
+        settings = self.attack_settings(self.config.bn, self.own["attack"])
         return None if settings is None else partial(pgd, self.model, **settings)
 
     @cached_property
@@ -221,8 +273,8 @@ class Trainer:
         return Step(
             self.model,
             self.optimizer,
-            torch.Size((config.batch_size, *self.train_shape)),
-            self.attack_settings(config.bn, self.random["attack"]),
+            torch.Size((self.batch, *self.train_shape)),
+            self.attack_settings(config.bn, self.own["attack"]),
             dtype=torch.bfloat16 if self.arithmetic == "bf16" else None,
             compiled=True,
             captured=self.engine == "graph",
@@ -230,6 +282,8 @@ class Trainer:
             loss=config.loss,
             mix_pixels=config.mix_space == "pixel",
             per_sample=config.lam_per_sample,
+            average=self.ranks.mean_,
+            ranks=self.ranks.count,
             accept=self._sound if config.on_nan == "skip" else None,
         )
 
@@ -265,9 +319,9 @@ class Trainer:
         config = self.config
         return mixing.draw(
             config.mix,
-            config.batch_size,
+            self.batch,
             config.mix_alpha,
-            self.random["mix"],
+            self.own["mix"],
             device,
             layers=config.mix_layers,
             per_sample=config.lam_per_sample,
@@ -292,13 +346,24 @@ class Trainer:
         self.best = {"epoch": self.epoch, "errors": errors}
         return True
 
-    def _errors(self, batches: loaders.ResidentLoader, attack: Attack | None) -> int:
-        return count_errors(self.evaluated, batches, attack)
+    def _errors(self, batches: loaders.Loader, attack: PGD | None) -> int:
+        """Count over all ranks; a batch is attacked from the same points whoever has it."""
+        gaps = batches.shard.gaps()
+
+        def craft(x: Tensor, y: Tensor) -> Tensor:
+            assert attack is not None
+            for _ in range(next(gaps) if attack.settings["random_start"] else 0):
+                skip_start(x, attack.settings["norm"], attack.settings["generator"])
+            return attack(x, y)
+
+        errors = count_errors(self.evaluated, batches, None if attack is None else craft)
+        return int(self.ranks.add_(torch.tensor(errors)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resume needs, in types that load without running code."""
         return {
             "step": self.step,
+            "ranks": self.ranks.count,
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -319,18 +384,35 @@ class Trainer:
         """
         if state.get("data") != self.fingerprint:
             raise InputError("the data set is not the one that this run was started with")
+        ranks = state.get("ranks", 1)
+        if type(ranks) is not int:
+            raise Damaged("the checkpoint does not say of how many processes it is")
+        if ranks != self.ranks.count:
+            raise InputError(
+                f"it is a training of {ranks} process{'es' * (ranks != 1)}, not of "
+                f"{self.ranks.count}: start as many, "
+                + ("without torchrun" if ranks == 1 else f"say torchrun --nproc-per-node {ranks}")
+            )
+        own = self.state_dict()
         try:
+            for name in ("model", "average", "random", "order_before_epoch", "totals"):
+                if not alike(state[name], own[name]):
+                    raise ValueError(f"its {name} has another form")
+            if not alike(state["optimizer"]["state"], own["optimizer"]["state"]):
+                raise ValueError("its momentum has another form")
             self.model.load_state_dict(state["model"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # What follows from the settings is not taken from the file.
+            momentum = state["optimizer"]["state"]
+            self.optimizer.load_state_dict(own["optimizer"] | {"state": momentum})
             for group in self.optimizer.param_groups:
-                self.lr_tensor.fill_(group["lr"])
                 group.update(lr=self.lr_tensor, fused=True)
             # It has captured the momentum that was just replaced.
             self.__dict__.pop("fast_step", None)
             for name, generator in self.random.items():
                 generator.set_state(state["random"][name])
+            torch.Generator().set_state(state["order_before_epoch"])
             self.order_before_epoch = state["order_before_epoch"]
             self.totals.copy_(state["totals"])
             self.step, self.best = state["step"], state["best"]
@@ -338,8 +420,15 @@ class Trainer:
             if type(self.step) is not int or best not in (None, {"epoch": int, "errors": int}):
                 raise TypeError("its step or best epoch is no number")
             self.judged, self.seconds = int(state["judged"]), float(state["seconds"])
+            there = 0 <= self.step <= self.config.epochs * len(self.loader)
+            if not (there and 0 <= self.epoch - self.judged <= 1 and 0 <= self.seconds < math.inf):
+                raise ValueError("its position lies outside of the training")
+            if self.best and not 0 <= self.best["epoch"] <= self.epoch:
+                raise ValueError("its best epoch is still to come")
             # Earlier versions left none out; one that stops at the first has none in a row.
             skipped, in_a_row = map(int, state.get("skipped", (0, 0)))
+            if not 0 <= skipped < len(self.loader):
+                raise ValueError("it has left out more updates than an epoch has")
             self.skipped = skipped
             self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

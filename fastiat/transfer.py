@@ -63,7 +63,7 @@ def _attack(
     )  # fmt: skip
     split = source.splits[split_name]
     errors = torch.zeros(len(targets), dtype=torch.int64, device=device)
-    batches = loaders.ResidentLoader(split, config.batch_size, device=device, train=False)
+    batches = loaders.make(split, config.batch_size, device=device, train=False)
     with Progress(f"{Path(source.name).name}'s examples, eps {eps:.4g}", len(split)) as progress:
         for images, y in batches:
             with autocast(device, precision):

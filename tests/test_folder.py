@@ -254,7 +254,10 @@ def test_mixed_sizes_name_two_files_with_their_sizes(tree: Path) -> None:
 
 def test_an_image_that_is_not_square_is_named(tree: Path) -> None:
     Image.new("RGB", (8, 9)).save(tree / "train/dog/1.png")
-    assert refusal(tree) == f"{tree / 'train/dog/1.png'} is 8x9 pixels: make every image square"
+    image = tree / "train/dog/1.png"
+    assert refusal(tree) == (
+        f"{image} is 8x9 pixels: make every image square, or let fastiat convert resize them"
+    )
 
 
 def test_images_below_eight_pixels_are_refused(tree: Path) -> None:

@@ -57,7 +57,7 @@ def test_every_command_line_parses():
     commands = [words[1:] for words in commands if words and words[0] == "fastiat"]
     assert {words[0] for words in commands} == {
         *("train", "evaluate", "sweep", "transfer", "diagnose", "norms"),
-        *("reproduce", "report"),
+        *("reproduce", "report", "convert"),
     }
     for words in commands:
         if "--resume" in words:
