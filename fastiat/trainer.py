@@ -419,6 +419,8 @@ class Trainer:
             best = self.best and {name: type(value) for name, value in self.best.items()}
             if type(self.step) is not int or best not in (None, {"epoch": int, "errors": int}):
                 raise TypeError("its step or best epoch is no number")
+            if self.step:  # as the last update left it
+                self.lr_tensor.fill_(self.lr)
             self.judged, self.seconds = int(state["judged"]), float(state["seconds"])
             there = 0 <= self.step <= self.config.epochs * len(self.loader)
             if not (there and 0 <= self.epoch - self.judged <= 1 and 0 <= self.seconds < math.inf):
