@@ -243,7 +243,10 @@ def _data_set(given: dict[str, Any], preset: TrainConfig) -> str:
         return name
     from fastiat.beton import open_beton
 
-    return open_beton(os.path.expanduser(files[0])).card.name
+    try:
+        return open_beton(os.path.expanduser(files[0])).card.name
+    except InputError:  # said in its place, when the data are loaded
+        return name
 
 
 def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
