@@ -309,7 +309,10 @@ def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
 def opened(path: str) -> Iterator[Image.Image]:
     """Open an image, and turn what Pillow raises in the block into an `InputError`."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with contextlib.ExitStack() as stack:
+            image = stack.enter_context(Image.open(path, formats=FORMATS))
+            if image.format == "TIFF":  # libtiff prints by itself what it dislikes as it decodes
+                stack.enter_context(_muted())
             yield image
     except InputError:
         raise
@@ -321,6 +324,19 @@ def opened(path: str) -> Iterator[Image.Image]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} cannot be decoded ({reason}): replace or remove it") from error
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Let nothing of a C library reach stderr."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def pixels_of(image: Image.Image, path: str) -> NDArray[np.uint8]:

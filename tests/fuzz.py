@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 from fuzz_targets import OUTSIDE, TARGETS, Refused, Target, World
@@ -194,6 +194,9 @@ def _work(
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.fsync = lambda _: None
+    errors = os.fdopen(os.dup(2), "w")
+    past = os.open(place.parent / "stderr", os.O_CREAT | os.O_RDWR)
+    os.dup2(past, 2)
     start = _resident()
     guard = _Guard(place / "inside")
     with _environment(place.parent):
@@ -206,12 +209,16 @@ def _work(
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
             with guard:
-                outcome, why = _outcome(target, place, content, drawn, show)
+                outcome, why = _outcome(target, place, content, drawn, errors if show else None)
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             if guard.broken:
                 outcome, why = "failed", guard.broken.pop()
                 guard.broken.clear()
+            if os.fstat(past).st_size:
+                outcome, why = "failed", f"printed past Python {os.pread(past, 200, 0)!r}"
+                os.truncate(past, 0)
+                os.lseek(past, 0, os.SEEK_SET)
             answer = {"outcome": outcome, "why": why, "seconds": time.monotonic() - begun}
             answer["memory"] = max(_resident() - start, 0)
             os.write(out, json.dumps(answer).encode() + b"\n")
@@ -224,7 +231,7 @@ def _resident() -> int:
 
 
 def _outcome(
-    target: Target, place: Path, content: bytes, drawn: random.Random, show: bool
+    target: Target, place: Path, content: bytes, drawn: random.Random, show: TextIO | None
 ) -> tuple[str, str]:
     error: BaseException | None = None
     outcome, why = "accepted", ""
@@ -238,13 +245,13 @@ def _outcome(
         except BaseException as failed:
             error = failed
             if show:
-                traceback.print_exception(failed, file=sys.__stderr__)
+                traceback.print_exception(failed, file=show)
             where = traceback.extract_tb(failed.__traceback__)[-1]
             why = f"{type(failed).__name__}: {str(failed)[:200]} ({where.name}:{where.lineno})"
             outcome = "failed"
     said, complaint = (stream.getvalue() for stream in text)
     if show:
-        print(outcome, why, ascii(said), ascii(complaint), file=sys.__stderr__)
+        print(outcome, why, ascii(said), ascii(complaint), file=show)
     if any(_of_memory(one) for one in (*raised, error)) or "allocate" in complaint:
         return "failed", f"asked for more than 2 GB: {complaint[:200]!r}"
     if (place / OUTSIDE / "x").read_text() != "untouched" or len(list(place.iterdir())) != 2:
