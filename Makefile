@@ -13,6 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
 
 .DEFAULT_GOAL := demo
 
@@ -29,6 +30,9 @@ endif
 OLDEST := .venv-oldest
 TESTS ?= tests
 
+# Two at a time, each on one core: threads that share cores slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 # A machine that has PyTorch but no network has no .venv and needs none.
 ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DATA ?= my-images
@@ -41,13 +45,13 @@ demo: $(STAMP)
 	$(BIN)/fastiat train --arch preact18 --mix manifold --dataset digits --width 32 --epochs 8 \
 		--schedule cosine --lr 0.05 --pad 1 --out runs/demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+test: $(TOOLS)
+	$(PYTEST)
 
-quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+quick: $(TOOLS)
+	$(PYTEST) -m "not slow"
 
-test-gpu: $(STAMP)
+test-gpu: $(TOOLS)
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "there is no CUDA device"'
 	$(BIN)/python -m pytest -m gpu
 
@@ -55,12 +59,12 @@ test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python tests/oldest.py --check
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(TESTS)
 
-lint: $(STAMP)
+lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(TOOLS)
 	$(BIN)/python -m pytest bench --benchmark-only
 
 gpu:
@@ -85,5 +89,11 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.py
 $(STAMP): pyproject.toml
 	test -z "$(CLEAR)" -a -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -e .
 	touch $(STAMP)
+
+$(TOOLS): $(STAMP)
+	@pkg-config --exists opencv4 libturbojpeg || { echo "the tests need FFCV's system packages:" \
+		"apt-get install g++ pkg-config libturbojpeg0-dev libopencv-dev" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $(TOOLS)

@@ -125,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return _run(argv)
+    # Where a connection breaks, torch would write its C++ stack beside our line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastiat.distributed import together
 
     return together(lambda: _run(argv))

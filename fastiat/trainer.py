@@ -97,7 +97,7 @@ class Trainer:
         if config.batch_size % shard.ranks:
             raise InputError(
                 f"--batch-size {config.batch_size} cannot be shared equally by {shard.ranks} "
-                f"processes: give a multiple of {shard.ranks}"
+                f"processes: give a multiple of {shard.ranks}, or start another number of them"
             )
         self.batch = config.batch_size // shard.ranks
         cpu, device = torch.device("cpu"), self.device

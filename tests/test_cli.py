@@ -91,7 +91,7 @@ def test_python_m_fastiat_works_outside_the_checkout(tmp_path):
         ("train --arch resnet50", "'preact18', 'wrn28_10'"),
         ("train --dataset imagenet", "'cifar10', 'svhn'"),
         ("evaluate x --dataset imagenet", "'cifar10', 'svhn'"),
-        ("convert digits", "the following arguments are required: out"),
+        ("convert digits", "the following arguments are required: PATH"),
         ("convert digits x.bin", "'x.bin' is no name for the file: let it end in .beton"),
         ("convert digits x.beton --max-side 7", "--max-side is 7: give at least 8"),
         ("convert digits x.beton --quality 101", "--quality is 101: give at most 100"),
@@ -306,8 +306,9 @@ def test_doctor_names_what_a_run_would_take(capsys):
 
 
 def test_doctor_calls_a_folder_of_a_packages_name_no_package(capsys, tmp_path, monkeypatch):
-    (tmp_path / "ffcv").mkdir()
+    monkeypatch.setattr("fastiat.doctor.PACKAGES", ("torch", "absent"))
+    (tmp_path / "absent").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert rows["ffcv"] == "not installed"
+    assert rows["absent"] == "not installed"
