@@ -1,5 +1,6 @@
 # make demo      train and measure a robust digits classifier
 # make test      run the test suite
+# make torture KILLS=100   kill trainings at random moments, resume and compare them
 # make test-gpu  the tests that need a CUDA device, real kernels included
 # make test-oldest TESTS=tests/test_engine.py   with every dependency at its lower bound
 # make lint      ruff and mypy
@@ -33,12 +34,14 @@ TESTS ?= tests
 # Two at a time, each on one core: threads that share cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+KILLS ?= 100
+
 # A machine that has PyTorch but no network has no .venv and needs none.
 ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DATA ?= my-images
 RUN ?= runs/gpu-train
 
-.PHONY: demo test quick test-gpu test-oldest lint bench gpu gpu-train gpu-results clean FORCE
+.PHONY: demo test quick torture test-gpu test-oldest lint bench gpu gpu-train gpu-results clean FORCE
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -50,6 +53,9 @@ test: $(TOOLS)
 
 quick: $(TOOLS)
 	$(PYTEST) -m "not slow"
+
+torture: $(TOOLS)
+	$(BIN)/python tests/torture.py --kills $(KILLS)
 
 test-gpu: $(TOOLS)
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "there is no CUDA device"'

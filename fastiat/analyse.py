@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fastiat.errors import InputError, printable
+from fastiat.files import check_place, finite_json, write
 from fastiat.guard import read_json_text
 from fastiat.queries import NormsConfig
-from fastiat.run import ModelCard, Run, check_place, finite_json, load_with_card, write
+from fastiat.run import ModelCard, Run, load_with_card
 from fastiat.settings import from_json
 
 NORMS, DIAGNOSIS = "norms.json", "diagnosis.json"

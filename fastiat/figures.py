@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from fastiat.errors import printable
-from fastiat.run import write
+from fastiat.files import write
 
 # CSS variable: (light, dark). Matplotlib draws the light ones, which must differ from each other.
 COLOURS = {

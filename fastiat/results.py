@@ -48,9 +48,10 @@ import torch
 
 from fastiat import __version__
 from fastiat.errors import InputError
+from fastiat.files import finite_json, write
 from fastiat.guard import read_json_text
 from fastiat.lock import alone
-from fastiat.run import MODEL, finite_json, write
+from fastiat.run import MODEL
 from fastiat.settings import LARGEST, fits, steps_of
 
 EVALUATION = "evaluation.json"

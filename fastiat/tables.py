@@ -16,10 +16,11 @@ from typing import Any, get_type_hints
 from scipy import stats
 
 from fastiat.errors import InputError, printable
+from fastiat.files import finite_json, write
 from fastiat.guard import read_json_text
 from fastiat.paper import ROWS, SOURCE, Cell
 from fastiat.results import IDENTITY, fingerprint, is_figure, read_results, wilson
-from fastiat.run import METRICS, MODEL, Run, finite_json, write
+from fastiat.run import METRICS, MODEL, Run
 from fastiat.settings import fits, flag_of
 
 HEAD = ("row", "measure", "paper", "ours", "difference", "95 % interval")
