@@ -40,7 +40,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from fastiat.errors import InputError, one_line
+from fastiat.beton import LARGEST_SIDE as LARGEST
+from fastiat.errors import InputError, one_line, printable
 from fastiat.guard import read_npz
 from fastiat.settings import SMALLEST_SIDE as SMALLEST
 
@@ -59,6 +60,8 @@ T = TypeVar("T")
 _CONVERT = "let fastiat convert resize them"
 
 log = logging.getLogger(__name__)
+# Pillow also logs what it then raises; without a handler that would be a line on stderr.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def warn_ignored(listing: "Listing") -> None:
     if listing.ignored:
         log.warning(
             "%s: %d files have no image's extension and were left out, the first is %s",
-            *(listing.root, len(listing.ignored), listing.ignored[0]),
+            *(listing.root, len(listing.ignored), printable(listing.ignored[0])),
         )
 
 
@@ -296,6 +299,10 @@ def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
         if width < SMALLEST:
             raise InputError(
                 f"{path} is {width}x{height} pixels: {SMALLEST}x{SMALLEST} is the smallest size"
+            )
+        if width > LARGEST:
+            raise InputError(
+                f"{path} is {width}x{height} pixels: {LARGEST}x{LARGEST} is the largest size"
             )
         if side and width != side:
             raise InputError(

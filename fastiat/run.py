@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastiat import __version__, models
 from fastiat.config import TrainConfig
 from fastiat.distributed import ranks
-from fastiat.errors import Damaged, InputError, one_line
+from fastiat.errors import Damaged, InputError, one_line, printable_lines
 from fastiat.files import drop_cut_line, lines_of, no_link, row_of, write
 from fastiat.guard import check_checkpoint, read_json_text
 from fastiat.lock import Lock, alone, check_unused
@@ -218,6 +218,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print a text, and keep it in stdout.log."""
+        text = printable_lines(text)
         print(text, flush=True)
         self.append(LOG, f"{text}\n".encode())
 

@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import resource
@@ -32,7 +33,7 @@ import torch
 from fuzz_targets import OUTSIDE, TARGETS, Refused, Target, World
 
 from fastiat import cli
-from fastiat.errors import InputError
+from fastiat.errors import InputError, out_of_memory
 
 MEMORY = 2 * 2**30
 CPU_SECONDS, SECONDS = 20.0, 120.0
@@ -74,7 +75,7 @@ def fuzz(inputs: int, seed: int, names: tuple[str, ...] = ()) -> list[Tally]:
     with _world(decode=inputs >= 2000) as (world, place):
         print(HEAD, flush=True)
         for target in chosen:
-            count = max(1, round(inputs * target.weight / weights))
+            count = math.ceil(inputs * target.weight / weights)
             tallies.append(_tally(world, place, target, seed, range(count)))
             print(tallies[-1], flush=True)
     return tallies
@@ -274,7 +275,8 @@ def _of_memory(error: BaseException | None) -> bool:
     """Whether an error, or one that it hides, says that memory ran out."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, Exception) and cli.out_of_memory(error):
+        # A size that overflows is refused before anything is asked for.
+        if out_of_memory(error) and "calculation overflowed" not in str(error):
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__
