@@ -149,6 +149,20 @@ def test_a_tensor_that_claims_more_than_its_data_is_refused(tmp_path):
         check_checkpoint(file)
 
 
+def test_json_that_would_take_more_memory_than_there_is_is_refused_unparsed(complaint, run):
+    # Parsed, these would take several gigabytes.
+    many = "[" + "[]," * 40_000_000 + "[]]"
+    rows = (run / METRICS).read_text()
+    (run / METRICS).write_text('{"kind": ' + many + "}\n")
+    assert "line 1 is damaged" in complaint("report", run)
+    (run / METRICS).write_text(rows)
+    (run / "evaluation.json").write_text(many)
+    assert "larger than any" in complaint("report", run)
+    (run / "evaluation.json").unlink()
+    (run / CONFIG).write_text(many)
+    assert "larger than any" in complaint("evaluate", run)
+
+
 @pytest.mark.parametrize("bomb", [2**28, 5 * 2**30])
 def test_a_packed_checkpoint_is_refused_unread(tmp_path, bomb):
     file = tmp_path / "x.pt"
