@@ -433,7 +433,14 @@ class Trainer:
                 raise ValueError("it has left out more updates than an epoch has")
             self.skipped = skipped
             self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             if out_of_memory(error):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
