@@ -1,7 +1,8 @@
 # make demo      train and measure a robust digits classifier
 # make test      run the test suite
+# make torture KILLS=100   kill trainings at random moments, resume and compare them
 # make test-gpu  the tests that need a CUDA device, real kernels included
-# make test-oldest TESTS=tests/test_engine.py   on the oldest torch that is supported
+# make test-oldest TESTS=tests/test_engine.py   with every dependency at its lower bound
 # make lint      ruff and mypy
 # make bench     throughput of attack, training step and kernels
 # make gpu       all that needs a GPU, tests and measurements, in nine minutes; nothing is installed
@@ -13,6 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
 
 .DEFAULT_GOAL := demo
 
@@ -25,42 +27,50 @@ $(STAMP): FORCE
 endif
 endif
 
-# The lower bounds of pyproject.toml, in a virtual environment of their own.
+# Every dependency at its lower bound, in a virtual environment of its own.
 OLDEST := .venv-oldest
-OLDEST_TORCH := 'torch==2.11.*' 'torchvision==0.26.*'
 TESTS ?= tests
+
+# Two at a time, each on one core: threads that share cores slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+KILLS ?= 100
 
 # A machine that has PyTorch but no network has no .venv and needs none.
 ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DATA ?= my-images
 RUN ?= runs/gpu-train
 
-.PHONY: demo test quick test-gpu test-oldest lint bench gpu gpu-train gpu-results clean FORCE
+.PHONY: demo test quick torture test-gpu test-oldest lint bench gpu gpu-train gpu-results clean FORCE
 
 demo: $(STAMP)
 	rm -rf runs/demo
 	$(BIN)/fastiat train --arch preact18 --mix manifold --dataset digits --width 32 --epochs 8 \
 		--schedule cosine --lr 0.05 --pad 1 --out runs/demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+test: $(TOOLS)
+	$(PYTEST)
 
-quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+quick: $(TOOLS)
+	$(PYTEST) -m "not slow"
 
-test-gpu: $(STAMP)
+torture: $(TOOLS)
+	$(BIN)/python tests/torture.py --kills $(KILLS)
+
+test-gpu: $(TOOLS)
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "there is no CUDA device"'
 	$(BIN)/python -m pytest -m gpu
 
 test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python tests/oldest.py --check
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(TESTS)
 
-lint: $(STAMP)
+lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(TOOLS)
 	$(BIN)/python -m pytest bench --benchmark-only
 
 gpu:
@@ -75,14 +85,21 @@ gpu-results:
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info
 
-$(OLDEST)/.installed: pyproject.toml
+$(OLDEST)/.installed: pyproject.toml tests/oldest.py
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' $(OLDEST_TORCH)
+	$(OLDEST)/bin/python tests/oldest.py > $(OLDEST)/pins.txt
+	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' --constraint $(OLDEST)/pins.txt
 	touch $(OLDEST)/.installed
 
 $(STAMP): pyproject.toml
 	test -z "$(CLEAR)" -a -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -e .
 	touch $(STAMP)
+
+$(TOOLS): $(STAMP)
+	@pkg-config --exists opencv4 libturbojpeg || { echo "the tests need FFCV's system packages:" \
+		"apt-get install g++ pkg-config libturbojpeg0-dev libopencv-dev" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $(TOOLS)

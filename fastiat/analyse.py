@@ -18,9 +18,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from fastiat.errors import InputError
+from fastiat.errors import InputError, printable
+from fastiat.files import check_place, finite_json, write
+from fastiat.guard import read_json_text
 from fastiat.queries import NormsConfig
-from fastiat.run import ModelCard, Run, check_place, finite_json, load_with_card, write
+from fastiat.run import ModelCard, Run, load_with_card
 from fastiat.settings import from_json
 
 NORMS, DIAGNOSIS = "norms.json", "diagnosis.json"
@@ -199,7 +201,7 @@ def _read(file: Path, kind: type[T]) -> list[T]:
     if not file.exists():
         return []
     try:
-        rows = finite_json(file.read_text())
+        rows = finite_json(read_json_text(file))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise InputError("it is not a list of JSON objects")
         return [from_json(kind, row) for row in rows]
@@ -240,7 +242,7 @@ def _describe(card: ModelCard) -> str:
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
     """Name runs by their last part, or in full where two would be called the same."""
-    short = {name: Path(name).resolve().name for name in names}
+    short = {name: printable(Path(name).resolve().name) for name in names}
     taken = list(short.values())
     return {name: label if taken.count(label) == 1 else name for name, label in short.items()}
 

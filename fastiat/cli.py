@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
 from fastiat.config import DATASET_DEFAULTS, PRESETS, TrainConfig
-from fastiat.errors import InputError, Lost, complain, explain_os, out_of_memory
+from fastiat.errors import InputError, Lost, complain, explain_os, one_line, out_of_memory
 from fastiat.queries import (
     ConvertConfig,
     DiagnoseConfig,
@@ -27,7 +27,7 @@ from fastiat.queries import (
     SweepConfig,
     TransferConfig,
 )
-from fastiat.settings import Settings, flag_of
+from fastiat.settings import Settings, flag_of, is_beton
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return _run(argv)
+    # Where a connection breaks, torch would write its C++ stack beside our line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastiat.distributed import together
 
     return together(lambda: _run(argv))
@@ -140,7 +142,7 @@ def _run(argv: Sequence[str]) -> int:
         status, line = explain(error)
         if status is None:
             raise
-        complain(f"fastiat: {line}")
+        complain(f"fastiat: {one_line(line)}")
         return status
     except KeyboardInterrupt:
         complain("fastiat: interrupted")
@@ -223,7 +225,7 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
     if kind is not TrainConfig:
         return kind(**given)
     preset = PRESETS[given.get("preset", "paper")]()
-    own = DATASET_DEFAULTS.get(given.get("dataset", preset.dataset), {})
+    own = {} if given.get("resume") else DATASET_DEFAULTS.get(_data_set(given, preset), {})
     config = replace(preset, **{**own, **given})
     if not config.resume:
         return config
@@ -231,6 +233,20 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
 
     out = config.out or str(default_out(config))
     return replace(Run.open(Path(out)).config, **{**given, "out": out})
+
+
+def _data_set(given: dict[str, Any], preset: TrainConfig) -> str:
+    """Return the name of the data set, which a .beton says of itself."""
+    name: str = given.get("dataset", preset.dataset)
+    files = [path for path in (name, str(given.get("data_dir"))) if is_beton(path)]
+    if not files or os.path.isdir(files[0]):
+        return name
+    from fastiat.beton import open_beton
+
+    try:
+        return open_beton(os.path.expanduser(files[0])).card.name
+    except InputError:  # said in its place, when the data are loaded
+        return name
 
 
 def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:

@@ -1,15 +1,11 @@
 """Images: the data sets as a `Dataset` of two `Split`s, in memory or in a file, and a hold-out."""
 
-import contextlib
 import hashlib
 import importlib.resources
-import io
 import math
 import os
-import socket
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastiat import beton, folder
+from fastiat import beton, downloads, folder
 from fastiat.device import free_memory
 from fastiat.distributed import ranks
-from fastiat.errors import InputError
+from fastiat.errors import InputError, one_line
 from fastiat.ffcv_package import installed
+from fastiat.guard import read_npz
 from fastiat.settings import DATASETS, is_beton
-
-DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte before a download counts as failed
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +165,7 @@ def load(
     *,
     progress: bool = True,
     loader: str = "resident",
+    fetch: bool = True,
 ) -> Dataset:
     """Return the data set `name`, one of `DATASETS` or the path of a .beton, which is not read yet.
 
@@ -184,6 +180,9 @@ def load(
     converted into the cache, images of any size, and stays in that file; "auto" does so where FFCV
     is installed and the tree does not fit into memory.
 
+    Without `fetch` nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
+    config.json of a stranger's run, must not choose where something is written.
+
     Raises `InputError` in one line for an unknown name, a folder that is not there, files that
     can neither be found nor downloaded (it says what to put where) and a damaged file (named).
     """
@@ -196,11 +195,11 @@ def load(
     if name == "digits":
         return _digits()
     with ranks().one_first():
-        return _load(name, data_dir, loader, progress)
+        return _load(name, data_dir, loader, progress, fetch)
 
 
 def _load(
-    name: str, data_dir: str | os.PathLike[str] | None, loader: str, progress: bool
+    name: str, data_dir: str | os.PathLike[str] | None, loader: str, progress: bool, fetch: bool
 ) -> Dataset:
     root = tree_root(data_dir) if name == "folder" or data_dir is not None else default_dir()
     if name == "folder":
@@ -211,7 +210,16 @@ def _load(
         tree = folder.read(root, progress=progress)
         train, test = (Split(*map(torch.from_numpy, part)) for part in (tree.train, tree.test))
         return Dataset(name, tree.classes, train, test, flip=True)
-    return _torchvision(name, root, progress and sys.stderr.isatty())
+
+    def build(splits: list[tuple[Any, Any]], names: Sequence[str]) -> Dataset:
+        train, test = (
+            Split(torch.from_numpy(np.ascontiguousarray(images)), torch.as_tensor(labels).long())
+            for images, labels in splits
+        )
+        return Dataset(name, tuple(names), train, test, flip=name == "cifar10")
+
+    bars = progress and sys.stderr.isatty()
+    return downloads.read(name, root, build, progress=bars, fetch=fetch)
 
 
 def tree_root(data_dir: str | os.PathLike | None) -> Path:
@@ -261,141 +269,21 @@ def _needs_converting(root: Path) -> bool:
 
 def _digits() -> Dataset:
     source = importlib.resources.files("fastiat").joinpath("digits.npz")
-    with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+    try:
+        with source.open("rb") as file:
+            arrays = read_npz(file, largest=2**20)
         images = torch.from_numpy(arrays["images"])[..., None]
         labels = torch.from_numpy(arrays["labels"]).long()
         in_test = torch.zeros(len(labels), dtype=torch.bool)
         in_test[torch.from_numpy(arrays["test"])] = True
-    everything = Split(images, labels)
-    train, test = everything.take(~in_test), everything.take(in_test)
-    return Dataset("digits", tuple("0123456789"), train, test, flip=False)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """How torchvision fetches and parses one data set. Paths are relative to the data folder."""
-
-    # Whether to take the training split -> images (N, H, W, C), labels, class names.
-    parse: Callable[[bool], tuple[Any, Any, Sequence[str]]]
-    checksums: dict[str, str]  # MD5 of every file that torchvision checks
-    needed: list[str]  # what must be there in the end
-    by_hand: str  # what to put where without a network
-
-
-def _cifar10(root: Path) -> _Source:
-    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
-    from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
-
-    meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
-
-    class WholeCIFAR10(CIFAR10):
-        # The parent forgets the file of class names here, so would never replace a damaged one.
-        def _check_integrity(self) -> bool:
-            names = os.path.join(self.root, self.base_folder, meta[0])
-            return super()._check_integrity() and check_integrity(names, meta[1])
-
-    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
-        # torchvision unpickles the batches, after comparing the checksum of every one of them.
-        source = WholeCIFAR10(root, train, download=train)
-        return source.data, source.targets, source.classes
-
-    batches = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
-    checksums = {f"{CIFAR10.base_folder}/{file}": md5 for file, md5 in batches}
-    return _Source(
-        parse,
-        {**checksums, CIFAR10.filename: CIFAR10.tgz_md5},
-        list(checksums),
-        f"{CIFAR10.filename} into {root}",
-    )
-
-
-def _svhn(root: Path) -> _Source:
-    from torchvision.datasets import SVHN
-
-    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
-        source = SVHN(root, "train" if train else "test", download=True)
-        return source.data.transpose(0, 2, 3, 1), source.labels, "0123456789"
-
-    files = [SVHN.split_list[split] for split in ("train", "test")]
-    checksums = {file: md5 for _, file, md5 in files}
-    by_hand = f"{' and '.join(checksums)} into {root}"
-    return _Source(parse, checksums, list(checksums), by_hand)
-
-
-def _fashion_mnist(root: Path) -> _Source:
-    from torchvision.datasets import FashionMNIST
-
-    def parse(train: bool) -> tuple[Any, Any, Sequence[str]]:
-        source = FashionMNIST(root, train, download=True)
-        return source.data.numpy()[..., None], source.targets, source.classes
-
-    raw = "FashionMNIST/raw"
-    return _Source(
-        parse,
-        {f"{raw}/{file}": md5 for file, md5 in FashionMNIST.resources},
-        [f"{raw}/{file.removesuffix('.gz')}" for file, _ in FashionMNIST.resources],
-        f"{', '.join(file for file, _ in FashionMNIST.resources)} into {root / raw}",
-    )
-
-
-def _torchvision(name: str, root: Path, progress: bool) -> Dataset:
-    makers = {"cifar10": _cifar10, "svhn": _svhn, "fashion-mnist": _fashion_mnist}
-    source = makers[name](root)
-    splits = []
-    try:
-        with _quiet(progress):
-            for train in (True, False):
-                images, labels, names = source.parse(train)
-                pixels = torch.from_numpy(np.ascontiguousarray(images))
-                splits.append(Split(pixels, torch.as_tensor(labels, dtype=torch.int64)))
-        return Dataset(name, tuple(names), splits[0], splits[1], flip=name == "cifar10")
-    # Networks, archives and parsers fail in too many ways to list; the cause stays chained.
+        everything = Split(images, labels)
+        train, test = everything.take(~in_test), everything.take(in_test)
+        return Dataset("digits", tuple("0123456789"), train, test, flip=False)
+    # zipfile, NumPy and torch raise whatever a damaged file makes them stumble on.
     except Exception as error:
-        raise InputError(_explain(name, root, source, error)) from error
-
-
-def _explain(name: str, root: Path, source: _Source, error: Exception) -> str:
-    """Say in one line which file made `source` fail, and what mends it."""
-    from torchvision.datasets.mnist import (  # type: ignore[import-untyped]
-        read_sn3_pascalvincent_tensor,
-    )
-    from torchvision.datasets.utils import check_integrity
-
-    reason = " ".join(str(error).split()) or type(error).__name__
-    absent = [file for file in source.needed if not (root / file).exists()]
-    for file, md5 in source.checksums.items():
-        # An archive or .gz beside its intact contents is not what failed.
-        unpacked = file not in source.needed and not absent
-        if (root / file).exists() and not unpacked and not check_integrity(root / file, md5):
-            return (
-                f"{root / file} is damaged (wrong checksum) and could not be downloaded again "
-                f"({reason}): put the original file in its place"
-            )
-    if absent:
-        return (
-            f"{name} is not in {root} and could not be downloaded ({reason}): put {source.by_hand}"
-        )
-    for file in source.needed:
-        if file not in source.checksums:  # unpacked from a .gz, without a checksum of its own
-            try:
-                read_sn3_pascalvincent_tensor(os.fspath(root / file))
-            except Exception:
-                return f"{root / file} is damaged: delete it and run again"
-    return f"{name} in {root} cannot be read ({reason}): delete its files there and run again"
-
-
-@contextlib.contextmanager
-def _quiet(progress: bool) -> Iterator[None]:
-    """Silence torchvision, but for its bars where `progress`, and let no download hang."""
-    timeout = socket.getdefaulttimeout()
-    with contextlib.ExitStack() as stack:
-        if not progress:
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        # CIFAR-10's pickles are older than a NumPy that warns about them.
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
-        stack.callback(socket.setdefaulttimeout, timeout)
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-        yield
+        raise InputError(
+            f"{source} is damaged ({one_line(error)[:100]}): install fastiat again"
+        ) from error
 
 
 def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:

@@ -164,6 +164,16 @@ class Ranks:
             return self._notes.add("speaker", 1) == 1
         return True
 
+    def missing(self, enough: int) -> set[int]:
+        """Return the others that do not notice the end soon; wait until they are `enough`."""
+        missing = set(range(self.count)) - {self.rank}
+        until = time.monotonic() + REPORTING
+        while len(missing) > enough and time.monotonic() < until:
+            with suppress(RuntimeError):
+                missing -= {rank for rank in missing if self._notes.check([f"ended/{rank}"])}
+            time.sleep(0.02)
+        return missing
+
     @property
     def _notes(self) -> dist.Store:
         assert self.store is not None
@@ -184,12 +194,7 @@ class Ranks:
         """Say who no longer answers, which takes a moment where that is not plain."""
         if not self.may_speak():
             return Lost("another process ended")
-        missing = set(range(self.count)) - {self.rank}
-        until = time.monotonic() + REPORTING
-        while len(missing) > 1 and time.monotonic() < until:
-            with suppress(RuntimeError):
-                missing -= {rank for rank in missing if self._notes.check([f"ended/{rank}"])}
-            time.sleep(0.05)
+        missing = self.missing(1)
         who = f"rank {missing.pop()}" if len(missing) == 1 else "some"
         # gloo starts with the place in its source.
         reason = re.sub(r"^\[\S*\] ", "", (str(error).splitlines() or [""])[0]).partition(". ")[0]
@@ -232,6 +237,9 @@ def together(work: Callable[[], int]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
+        # Without torchrun the notes are rank 0's, and the others have to see who has spoken.
+        if _ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _ranks.missing(0)
         os._exit(status)
     dist.destroy_process_group()
     return status

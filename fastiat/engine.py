@@ -214,6 +214,8 @@ class Captured:
                     graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"
                 ):
                     self.function()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise RuntimeError(
                     "a CUDA graph cannot be captured of this network, which waits for the GPU "

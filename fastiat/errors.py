@@ -4,6 +4,9 @@ import errno
 import sys
 from collections.abc import Callable
 
+LONGEST_LINE = 2000
+"""Characters that a message may have."""
+
 MENDS = {
     errno.ENOSPC: "free some space on that disk",
     errno.EDQUOT: "free some of your quota on that disk",
@@ -60,3 +63,16 @@ def explain_os(error: OSError) -> str:
     where = f": {error.filename}" if error.filename else ""
     mend = MENDS.get(error.errno or 0)
     return f"{error.strerror or error}{where}" + (f": {mend}" if mend else "")
+
+
+def printable(text: object) -> str:
+    """Return a text as one line; what a terminal would act on is written as Python writes it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def one_line(text: object) -> str:
+    """Return a text as a message: `printable`, and cut in its middle where it is very long."""
+    line = printable(text)
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE // 2]} ... {line[5 - LONGEST_LINE // 2 :]}"

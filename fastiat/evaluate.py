@@ -190,7 +190,8 @@ def _data_for(
     if dataset_name is None:
         raise InputError(f"{name} is a model without its run: say which images with --dataset")
     data_dir = config.data_dir or (own.data_dir if own else None)
-    dataset = load(dataset_name, data_dir, loader=own.loader if own else "auto")
+    fetch = data_dir is None or config.data_dir is not None
+    dataset = load(dataset_name, data_dir, loader=own.loader if own else "auto", fetch=fetch)
     wanted = (card.in_channels, card.image_size, card.image_size)
     if dataset.test.shape != wanted:
         raise InputError(

@@ -63,7 +63,7 @@ def examples(run: Run, load: Callable[..., data.Dataset] = data.load) -> list[Ex
         return []
     model, card = load_with_card(run.path)
     try:
-        dataset = load(config.dataset, config.data_dir, loader=config.loader)
+        dataset = load(config.dataset, config.data_dir, loader=config.loader, fetch=False)
     except InputError:
         return []
     split = dataset.test

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastiat import figures, paper
 from fastiat.analyse import WeightNorms
 from fastiat.figures import Picture, Series
-from fastiat.run import write
+from fastiat.files import write
 from fastiat.tables import markdown
 
 KINDS = ("frobenius", "spectral")

@@ -15,9 +15,11 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from fastiat.run import write
+from fastiat.errors import printable
+from fastiat.files import write
 
 # CSS variable: (light, dark). Matplotlib draws the light ones, which must differ from each other.
 COLOURS = {
@@ -129,6 +131,9 @@ def draw(name: str, title: str, figure: Figure, *, png: bool = True) -> Picture:
     for kind in ("png", "svg") if png else ("svg",):
         buffer = io.BytesIO()
         undated: dict[str, Any] = {"Date": None} if kind == "svg" else {}
+        # A name that comes from outside must not spoil the SVG's XML.
+        for text in figure.findobj(Text):
+            text.set_text(printable(text.get_text()))
         with style():
             figure.savefig(buffer, format=kind, dpi=150, metadata=undated)
         files[kind] = buffer.getvalue()
@@ -291,7 +296,7 @@ def bars(
             axis.bar(at, heights, thick, label=one.label, color=one.style["color"])
             _bars(axis, Series("", list(zip(at, heights, strict=True)), -1, one.spans))
         turned = 60 if len(groups) > 8 else 0
-        axis.set_xticks(range(len(groups)), groups, rotation=turned)
+        axis.set_xticks(range(len(groups)), list(map(printable, groups)), rotation=turned)
         axis.set_ylabel(ylabel)
         axis.grid(axis="x", visible=False)
         _legend(figure, axis)

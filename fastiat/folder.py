@@ -40,7 +40,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from fastiat.errors import InputError
+from fastiat.errors import InputError, one_line
+from fastiat.guard import read_npz
 from fastiat.settings import SMALLEST_SIDE as SMALLEST
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -346,18 +347,20 @@ def _cache_file(root: Path) -> Path:
 
 def _load_cache(cache: Path, listing: Listing) -> NDArray[np.uint8] | None:
     try:
-        with np.load(cache, allow_pickle=False) as arrays:
-            if str(arrays["digest"]) != listing.digest:
-                return None
-            images = arrays["images"]
-        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(listing.paths):
+        arrays = read_npz(cache, largest=cache.stat().st_size)
+        if str(arrays["digest"]) != listing.digest:
+            return None
+        images = arrays["images"]
+        n, height, width, channels = images.shape
+        square = height == width >= SMALLEST and channels in (1, 3)
+        if images.dtype != np.uint8 or n != len(listing.paths) or not square:
             raise ValueError("not this tree's images")
         return images
     except FileNotFoundError:
         return None
     # NumPy and zipfile raise whatever a damaged file makes them stumble on.
     except Exception as error:
-        log.warning("the cache %s cannot be used (%s): decoding again", cache, error)
+        log.warning("the cache %s cannot be used (%s): decoding again", cache, one_line(error))
         return None
 
 

@@ -42,7 +42,7 @@ class Lock:
         A file system that cannot lock gets a warning on stderr, and True.
         """
         while True:
-            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from fastiat.errors import printable
 from fastiat.figures import COLOURS
 
 
@@ -13,7 +14,7 @@ class Safe(str):
 
 def text(value: Any) -> Safe:
     """Return anything as HTML text, escaped unless it is `Safe`."""
-    return value if isinstance(value, Safe) else Safe(escape(str(value)))
+    return value if isinstance(value, Safe) else Safe(escape(printable(value)))
 
 
 def join(parts: Iterable[Any], between: str = "\n") -> Safe:

@@ -10,7 +10,7 @@ import importlib.resources
 from dataclasses import dataclass
 from functools import cache
 
-from fastiat.errors import InputError
+from fastiat.errors import InputError, one_line
 from fastiat.settings import Arch, DatasetName, steps_of
 
 SOURCE = "Lamb, Verma, Kannala, Bengio: Interpolated Adversarial Training, arXiv:1906.06784"
@@ -98,26 +98,38 @@ def table(name: str) -> Table:
     """Return a table by its name, "table1" to "table7"; raise `InputError` for another name."""
     if name not in _TITLES:
         raise InputError(f"the paper has no {name!r}: choose from {', '.join(_TITLES)}")
-    cells = tuple(
-        Cell(
-            line["row"],
-            line["source"] or line["row"],
-            line["split"],
-            line["attack"],
-            float(line["eps"] or 0),
-            float(line["error_percent"]),
-        )
-        for line in _lines()
-        if line["table"] == name
-    )
+    cells = tuple(cell for of, cell in _cells() if of == name)
     title, arch, dataset = _TITLES[name]
     return Table(name, f"Table {name.removeprefix('table')}: {title}", arch, dataset, cells)
 
 
 @cache
-def _lines() -> tuple[dict[str, str], ...]:
+def _cells() -> tuple[tuple[str, Cell], ...]:
+    """Return every figure with the name of its table."""
     file = importlib.resources.files("fastiat").joinpath("paper.csv")
-    return tuple(csv.DictReader(file.read_text().splitlines()))
+    try:
+        lines = csv.DictReader(file.read_text().splitlines(), strict=True)
+        cells = tuple((line["table"], _cell(line)) for line in lines)
+        if {of for of, _ in cells} != _TITLES.keys():
+            raise ValueError("it lacks a table")
+        return cells
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise InputError(
+            f"{file} is damaged ({one_line(error)[:100]}): install fastiat again"
+        ) from None
+
+
+def _cell(line: dict[str, str]) -> Cell:
+    eps, error = float(line["eps"] or 0), float(line["error_percent"])
+    cell = Cell(
+        line["row"], line["source"] or line["row"], line["split"], line["attack"], eps, error
+    )
+    steps_of(cell.attack)
+    if not {cell.row, cell.source} <= ROWS.keys() or cell.split not in ("test", "train"):
+        raise ValueError(f"{cell.row}, {cell.source}, {cell.split}")
+    if line["table"] not in _TITLES or not (0 <= eps <= 1 and 0 <= error <= 100):
+        raise ValueError(f"{line['table']}, {eps}, {error}")
+    return cell
 
 
 def row_of(adv: str, mix: str) -> str | None:

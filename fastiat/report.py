@@ -25,9 +25,10 @@ from fastiat.config import TrainConfig
 from fastiat.errors import InputError
 from fastiat.examples import STEPS, data_uri, examples, grid
 from fastiat.figures import Picture
+from fastiat.files import check_place, write
 from fastiat.page import Safe, element, join, page, section, table, text
 from fastiat.queries import ReportConfig
-from fastiat.run import CONFIG, METRICS, MODEL, Run, check_place, write
+from fastiat.run import CONFIG, METRICS, MODEL, Run
 
 FIGURES = "figures"
 """Folder of the figures' files, beside the page."""

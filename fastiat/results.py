@@ -48,8 +48,10 @@ import torch
 
 from fastiat import __version__
 from fastiat.errors import InputError
+from fastiat.files import finite_json, write
+from fastiat.guard import read_json_text
 from fastiat.lock import alone
-from fastiat.run import MODEL, finite_json, write
+from fastiat.run import MODEL
 from fastiat.settings import LARGEST, fits, steps_of
 
 EVALUATION = "evaluation.json"
@@ -194,9 +196,11 @@ def _identity(entry: dict[str, Any]) -> str:
 
 def _read(file: Path) -> list[dict[str, Any]]:
     try:
-        entries = finite_json(file.read_text())
+        entries = finite_json(read_json_text(file))
     except FileNotFoundError:
         return []
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     except (ValueError, RecursionError):
         raise InputError(
             f"{file} is damaged: it is not JSON with finite numbers; remove it and measure again"

@@ -2,12 +2,11 @@
 
 import io
 import json
-import math
 import os
 import pickle
+import reprlib
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 from fastiat import __version__, models
 from fastiat.config import TrainConfig
 from fastiat.distributed import ranks
-from fastiat.errors import Damaged, InputError
+from fastiat.errors import Damaged, InputError, one_line
+from fastiat.files import drop_cut_line, lines_of, no_link, row_of, write
+from fastiat.guard import check_checkpoint, read_json_text
 from fastiat.lock import Lock, alone, check_unused
 from fastiat.settings import flag_of, from_json, is_beton
 
@@ -112,7 +113,7 @@ class Run:
         """Open an existing run; raise `InputError` if there is none or its config is damaged."""
         file = path / CONFIG
         try:
-            values = json.loads(file.read_text())
+            values = json.loads(read_json_text(file))
             if not isinstance(values, dict):
                 raise InputError("it is not a JSON object")
             config = from_json(TrainConfig, values)
@@ -175,7 +176,7 @@ class Run:
         """
         self._check_there()
         with alone(self.path):
-            _drop_cut_line(self.path / METRICS)
+            drop_cut_line(self.path / METRICS)
             self.append(METRICS, json.dumps({"kind": kind, **values}).encode() + b"\n")
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -184,8 +185,8 @@ class Run:
         A last line that a crash cut short is left out.
         """
         file = self.path / METRICS
-        for number, line in enumerate(_lines(file), 1):
-            row = _row(line)
+        for number, line in enumerate(lines_of(file), 1):
+            row = row_of(line)
             if row is None and line.endswith("\n"):
                 raise InputError(f"{file}, line {number} is damaged: it is not a JSON object")
             if row is not None:
@@ -194,7 +195,7 @@ class Run:
     def has_row(self, values: dict[str, Any]) -> bool:
         """Whether a row of metrics.jsonl has all these values."""
         wanted = json.loads(json.dumps(values))
-        rows = map(_row, _lines(self.path / METRICS))
+        rows = map(row_of, lines_of(self.path / METRICS))
         return any(row is not None and row | wanted == row for row in rows)
 
     def rewind(self, step: int, epoch: int) -> None:
@@ -210,8 +211,8 @@ class Run:
             return isinstance(row.get(name), int) and row[name] <= last
 
         with alone(self.path):
-            lines = _lines(self.path / METRICS)
-            kept = [line for line in lines if (row := _row(line)) is not None and before(row)]
+            lines = lines_of(self.path / METRICS)
+            kept = [line for line in lines if (row := row_of(line)) is not None and before(row)]
             if kept != lines:
                 write(self.path / METRICS, "".join(kept).encode())
 
@@ -225,7 +226,7 @@ class Run:
         file = self.path / name
         self._check_there()
         try:
-            with open(file, "ab") as out:
+            with open(file, "ab", opener=no_link) as out:
                 out.write(content)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(file)) from None
@@ -244,7 +245,7 @@ class Run:
         torch.save(state | {"config": _settings(self.config)}, buffer)
         # What the checkpoint has behind it must not be lost with the machine's memory.
         if (self.path / METRICS).exists():
-            with open(self.path / METRICS, "rb") as metrics:
+            with open(self.path / METRICS, "rb", opener=no_link) as metrics:
                 os.fsync(metrics.fileno())
         older = None if self._newest_damaged else self.path / PREVIOUS
         write(self.path / STATE, buffer.getbuffer(), older)
@@ -278,13 +279,14 @@ class Run:
                 wrong.append(f"{file}: {error}")
                 continue
             if wrong and ranks().first:
-                print(f"fastiat: warning: {wrong[0]}; taking {file.name}", file=sys.stderr)
+                warning = one_line(f"warning: {wrong[0]}; taking {file.name}")
+                print(f"fastiat: {warning}", file=sys.stderr)
             self._newest_damaged = bool(wrong)
             return taken
         raise InputError(f"{'; '.join(wrong)}: put one back, or start again with another --out")
 
     def _read_state(self, file: Path) -> dict[str, Any]:
-        _check_sums(file)
+        check_checkpoint(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
             raise Damaged("it is not a checkpoint of fastiat")
@@ -331,64 +333,10 @@ def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any,
     theirs = {name: getattr(TrainConfig, name) for name in TrainConfig.added} | theirs
     for name, value in mine.items():
         if theirs.get(name) != value:
-            return name, value, theirs.get(name)
+            other = theirs.get(name)
+            # A file of a stranger may hold what has no end when written out.
+            return name, value, other if isinstance(other, str | float) else reprlib.repr(other)
     return None
-
-
-def _check_sums(file: Path) -> None:
-    """Raise `Damaged` for a torch file with a wrong bit: torch itself compares no checksums."""
-    with zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise Damaged("it is not a checkpoint of fastiat")
-        wrong = archive.testzip()
-    if wrong is not None:
-        raise Damaged(f"it is damaged: {wrong[:50]} has a wrong checksum")
-
-
-def _drop_cut_line(file: Path) -> None:
-    """Cut a file after its last whole line."""
-    try:
-        with open(file, "r+b") as opened:
-            end = opened.seek(0, os.SEEK_END)
-            opened.seek(max(end - 1, 0))
-            if opened.read(1) in (b"", b"\n"):
-                return
-            opened.seek(0)
-            opened.truncate(opened.read().rfind(b"\n") + 1)
-    except FileNotFoundError:
-        pass
-
-
-def _lines(file: Path) -> list[str]:
-    """Return the lines of a file, with their ends, or nothing if it is not there."""
-    # Only "\n" ends a line: `str.splitlines` knows more.
-    text = file.read_text(errors="replace") if file.exists() else ""
-    return list(io.StringIO(text, newline="\n"))
-
-
-def finite_json(text: str) -> Any:
-    """Read JSON; raise `ValueError` also for NaN, infinity and numbers too large for a float."""
-
-    def number(word: str) -> float:
-        value = float(word)
-        if not math.isfinite(value):
-            raise ValueError(f"{word[:20]} is not finite")
-        return value
-
-    def whole(word: str) -> int:
-        number(word)
-        return int(word)
-
-    return json.loads(text, parse_constant=number, parse_float=number, parse_int=whole)
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """Read a line of metrics.jsonl, or return None if it is damaged."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and line.endswith("\n") else None
 
 
 def check_free(path: Path) -> None:
@@ -404,17 +352,6 @@ def check_free(path: Path) -> None:
     ):
         raise InputError(f"{path} is a folder with other files in it: choose another --out")
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not there.is_dir():
-        raise InputError(f"{there} is a file: choose another --out")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{there} cannot be written to: choose another --out")
-
-
-def check_place(file: Path) -> None:
-    """Raise `InputError` unless a file can be written at `file`, its folder made first."""
-    if file.is_dir():
-        raise InputError(f"{file} is a folder: name a file with --out")
-    there = next(folder for folder in file.absolute().parents if folder.exists())
     if not there.is_dir():
         raise InputError(f"{there} is a file: choose another --out")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -480,42 +417,3 @@ def _read(file: Path, reader: Callable[[], T]) -> T:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Damaged(f"{file} is damaged or truncated ({reason[:100]})") from None
-
-
-def write(file: Path, content: bytes | memoryview, older: Path | None = None) -> None:
-    """Write a file whole or not at all: beside it, flushed to the disk, then renamed onto it.
-
-    What was there before is `older` from then on, if that is given.
-    """
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        if older is not None and file.exists():
-            _keep(file, older)
-        os.replace(beside, file)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(file)) from None
-        raise
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _keep(file: Path, older: Path) -> None:
-    """Make `file` be `older` too, without a moment in which it is not there."""
-    beside = older.with_name(f".{older.name}.{os.getpid()}")
-    try:
-        os.link(file, beside)
-    except OSError:  # this file system has no links
-        os.replace(file, older)
-        return
-    os.replace(beside, older)
-    # The system leaves both names where they were the same file already.
-    beside.unlink(missing_ok=True)

@@ -15,10 +15,12 @@ from typing import Any, get_type_hints
 
 from scipy import stats
 
-from fastiat.errors import InputError
+from fastiat.errors import InputError, printable
+from fastiat.files import finite_json, write
+from fastiat.guard import read_json_text
 from fastiat.paper import ROWS, SOURCE, Cell
 from fastiat.results import IDENTITY, fingerprint, is_figure, read_results, wilson
-from fastiat.run import METRICS, MODEL, Run, finite_json, write
+from fastiat.run import METRICS, MODEL, Run
 from fastiat.settings import fits, flag_of
 
 HEAD = ("row", "measure", "paper", "ours", "difference", "95 % interval")
@@ -88,7 +90,7 @@ class Comparison:
 def read(file: Path) -> Comparison:
     """Read what `Comparison.write` wrote as JSON; raise `InputError` for anything else."""
     try:
-        values = finite_json(file.read_text())
+        values = finite_json(read_json_text(file))
         lines = tuple(_build(Line, line) for line in values["lines"])
         return _build(Comparison, {**values, "lines": lines})
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -111,7 +113,8 @@ def _build(kind: type[Any], values: dict[str, Any]) -> Any:
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Return a Markdown table, its columns padded, the first `left` of them aligned left."""
-    rows = list(rows)
+    # A bar would end its cell.
+    rows = [[printable(cell).replace("|", r"\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -54,7 +54,9 @@ def train(config: TrainConfig) -> Path:
     elif job.first:
         check_free(path)
     try:
-        trainer = Trainer(config, data.load(config.dataset, config.data_dir, loader=config.loader))
+        fetch = not config.resume or config.data_dir is None
+        dataset = data.load(config.dataset, config.data_dir, loader=config.loader, fetch=fetch)
+        trainer = Trainer(config, dataset)
         if run is None:
             run = Run.create(path, config) if job.first else Onlooker(path, config)
         session = _Session(trainer, run)

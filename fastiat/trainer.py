@@ -19,6 +19,7 @@ from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.distributed import ranks
 from fastiat.engine import Engine, pick_engine, prepare
 from fastiat.errors import Damaged, InputError, out_of_memory
+from fastiat.guard import alike
 from fastiat.mix import Mix
 from fastiat.run import ModelCard
 from fastiat.step import Attack, Step, Update, algorithm1, running_statistics
@@ -96,7 +97,7 @@ class Trainer:
         if config.batch_size % shard.ranks:
             raise InputError(
                 f"--batch-size {config.batch_size} cannot be shared equally by {shard.ranks} "
-                f"processes: give a multiple of {shard.ranks}"
+                f"processes: give a multiple of {shard.ranks}, or start another number of them"
             )
         self.batch = config.batch_size // shard.ranks
         cpu, device = torch.device("cpu"), self.device
@@ -392,18 +393,26 @@ class Trainer:
                 f"{self.ranks.count}: start as many, "
                 + ("without torchrun" if ranks == 1 else f"say torchrun --nproc-per-node {ranks}")
             )
+        own = self.state_dict()
         try:
+            for name in ("model", "average", "random", "order_before_epoch", "totals"):
+                if not alike(state[name], own[name]):
+                    raise ValueError(f"its {name} has another form")
+            if not alike(state["optimizer"]["state"], own["optimizer"]["state"]):
+                raise ValueError("its momentum has another form")
             self.model.load_state_dict(state["model"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # What follows from the settings is not taken from the file.
+            momentum = state["optimizer"]["state"]
+            self.optimizer.load_state_dict(own["optimizer"] | {"state": momentum})
             for group in self.optimizer.param_groups:
-                self.lr_tensor.fill_(group["lr"])
                 group.update(lr=self.lr_tensor, fused=True)
             # It has captured the momentum that was just replaced.
             self.__dict__.pop("fast_step", None)
             for name, generator in self.random.items():
                 generator.set_state(state["random"][name])
+            torch.Generator().set_state(state["order_before_epoch"])
             self.order_before_epoch = state["order_before_epoch"]
             self.totals.copy_(state["totals"])
             self.step, self.best = state["step"], state["best"]
@@ -411,8 +420,15 @@ class Trainer:
             if type(self.step) is not int or best not in (None, {"epoch": int, "errors": int}):
                 raise TypeError("its step or best epoch is no number")
             self.judged, self.seconds = int(state["judged"]), float(state["seconds"])
+            there = 0 <= self.step <= self.config.epochs * len(self.loader)
+            if not (there and 0 <= self.epoch - self.judged <= 1 and 0 <= self.seconds < math.inf):
+                raise ValueError("its position lies outside of the training")
+            if self.best and not 0 <= self.best["epoch"] <= self.epoch:
+                raise ValueError("its best epoch is still to come")
             # Earlier versions left none out; one that stops at the first has none in a row.
             skipped, in_a_row = map(int, state.get("skipped", (0, 0)))
+            if not 0 <= skipped < len(self.loader):
+                raise ValueError("it has left out more updates than an epoch has")
             self.skipped = skipped
             self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

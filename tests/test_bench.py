@@ -30,6 +30,36 @@ def test_every_round_has_each_call_once_and_rounds_differ_in_order():
     assert all(len(s) == 2 for s in timing.interleaved(calls, budget=0, least=2).values())
 
 
+def test_scalings_constants_and_reduction_are_right():
+    import scaling
+
+    from fastiat import models
+    from fastiat.step import running_statistics
+
+    for name, network in scaling.NETWORKS.items():
+        with torch.device("meta"):
+            model = models.build(name)
+        assert network.parameters == models.count_parameters(model)
+        assert network.statistics == sum(t.numel() for t in running_statistics(model))
+    # A ring of 8 moves 14/8 of the bytes; of 16 GPUs each then exchanges an eighth once over.
+    assert scaling.all_reduce(360e9, 8) == pytest.approx(14 / 8, rel=1e-3)
+    assert scaling.all_reduce(360e9, 16) == pytest.approx(14 / 8 + 45 / 40, rel=1e-3)
+    network = scaling.NETWORKS["preact18"]
+    # RECORDS.md: 32 % of 790 TFLOP/s at batch 64.
+    assert network.compute(64) == pytest.approx(64 * 22.21e9 / (0.32 * 790e12), rel=1e-3)
+    rows = {gpus: (seconds, share) for gpus, seconds, share in scaling.strong(network, 512)}
+    assert rows[1] == (pytest.approx(97 * network.compute(512)), 1)
+    assert rows[8][0] == pytest.approx(97 * (network.compute(64) + 0.254e-3 + 0.042e-3), rel=0.01)
+
+
+def test_the_page_on_scaling_has_the_tables_that_the_script_makes():
+    import scaling
+
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    for part in scaling.tables().split("\n\n"):
+        assert part.strip() in page
+
+
 def test_flops_are_those_of_the_floor():
     import steps
     import timing

@@ -312,3 +312,11 @@ def test_doctor_calls_a_folder_of_a_packages_name_no_package(capsys, tmp_path, m
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert rows["absent"] == "not installed"
+
+
+@pytest.mark.parametrize("flags", [["--dataset"], ["--dataset", "folder", "--data-dir"]])
+def test_a_beton_has_the_defaults_of_the_data_set_in_it(tmp_path, flags):
+    file = tmp_path / "d.beton"
+    assert cli.main(["convert", "digits", str(file)]) == 0
+    assert cli.parse(["train", *flags, str(file)])[1].lr == 0.02
+    assert cli.parse(["train", *flags, str(file), "--lr", "0.3"])[1].lr == 0.3

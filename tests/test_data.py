@@ -21,7 +21,7 @@ import scipy.io
 import torch
 from torchvision.datasets import CIFAR10, SVHN, FashionMNIST
 
-from fastiat import data
+from fastiat import data, downloads
 from fastiat.errors import InputError
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -272,7 +272,7 @@ def test_download_with_a_wrong_checksum_is_refused(
 
 def test_server_that_never_answers_is_given_up(svhn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (svhn / "test_32x32.mat").unlink()
-    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(downloads, "DOWNLOAD_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         listed = [f"http://127.0.0.1:{silent.getsockname()[1]}/x", *SVHN.split_list["test"][1:]]
         monkeypatch.setitem(SVHN.split_list, "test", listed)

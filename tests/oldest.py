@@ -1,0 +1,53 @@
+"""The lower bounds of pyproject.toml, for `make test-oldest`: pins for pip, and whether they hold.
+
+`python tests/oldest.py` prints every dependency at exactly its lower bound, a constraints file;
+`python tests/oldest.py --check` raises unless this environment has those versions.
+"""
+
+import importlib
+import importlib.metadata
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+REQUIREMENT = re.compile(r"([\w.-]+)(>=|~=)(\d+(?:\.\d+)*)(?:; (.+))?")
+
+
+def requirements() -> Iterator[tuple[str, str, str, str | None]]:
+    """Yield (name, operator, lower bound, marker) of every dependency, the extras' too."""
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    for written in (project["dependencies"], *project["optional-dependencies"].values()):
+        for text in written:
+            if text.startswith("fastiat["):  # extras of our own
+                continue
+            found = REQUIREMENT.fullmatch(text)
+            if found is None:
+                raise ValueError(f"{text!r} is no name with one lower bound")
+            name, operator, version, marker = found.groups()
+            yield name, operator, version, marker
+
+
+def check() -> None:
+    """Raise unless every dependency is installed and at its lower bound."""
+    names = []
+    for name, _, wanted, _ in requirements():
+        names.append(name)
+        version = importlib.metadata.version(name)
+        public = version.split("+")[0]
+        # 2.0 stands for 2.0.0.
+        assert re.fullmatch(rf"{wanted}(\.0)*", public), f"{name} {version} is not {wanted}"
+    # What is imported is what is installed.
+    imported = {name: importlib.import_module(name).__version__ for name in ("numpy", "torch")}
+    assert imported == {name: importlib.metadata.version(name) for name in imported}
+    print("lower bounds:", " ".join(sorted(f"{n}=={importlib.metadata.version(n)}" for n in names)))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        check()
+    else:
+        for name, _, version, marker in requirements():
+            print(f"{name}=={version}" + (f"; {marker}" if marker else ""))

@@ -1,0 +1,201 @@
+"""Processes that work together, as torchrun would start them but in a fraction of the time."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastiat import cli, data, distributed, engine
+from fastiat.config import TrainConfig
+from fastiat.measure import fooled
+from fastiat.models import build
+from fastiat.queries import EvaluateConfig
+from fastiat.trainer import Trainer
+
+# As the command sets it before torch is imported, which the forked ranks have behind them.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# One process imports everything once, and is forked for every rank.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["rank_jobs", "fastiat.train", "fastiat.evaluate", "tensorboard"])
+
+
+@dataclass
+class Ended:
+    """What the ranks left behind, in order."""
+
+    statuses: list[int | None]
+    out: list[str]
+    err: list[str]
+
+    @property
+    def complaints(self) -> list[str]:
+        return [line for text in self.err for line in text.splitlines()]
+
+
+def together(count: int, folder: Path, job: Callable[..., object], *arguments: Any) -> Ended:
+    """Run `job(*arguments)` in `count` processes that find each other by torchrun's environment."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    processes = []
+    for rank in range(count):
+        environment = {
+            **{"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count},
+            **{"MASTER_ADDR": "localhost", "MASTER_PORT": port},
+        }
+        process = _context.Process(
+            target=_rank, args=(environment, folder / str(rank), job, arguments)
+        )
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(120)
+        if process.exitcode is None:
+            process.kill()
+    texts = [
+        [folder.joinpath(f"{rank}.{name}").read_text() for rank in range(count)]
+        for name in ("out", "err")
+    ]
+    return Ended([process.exitcode for process in processes], *texts)
+
+
+def _rank(
+    environment: dict[str, Any], prefix: Path, job: Callable[..., object], arguments: Sequence[Any]
+) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{prefix}.{name}", os.O_CREAT | os.O_WRONLY, 0o666), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.exit(job(*arguments))  # type: ignore[arg-type]
+
+
+def command(*argv: str) -> int:
+    """Run the `fastiat` command."""
+    return cli.main(argv)
+
+
+def command_signalled(number: int, to: int, step: int, *argv: str) -> int:
+    """Run the command; rank `to` sends itself a signal before the update after `step`."""
+    original = Trainer.update
+
+    def update(self, *batch):
+        if self.step == step and self.ranks.rank == to:
+            os.kill(os.getpid(), number)
+        return original(self, *batch)
+
+    Trainer.update = update
+    return cli.main(argv)
+
+
+def command_unlike(*argv: str) -> int:
+    """Run the command with another learning rate on each rank."""
+    return cli.main([*argv, "--lr", f"0.0{1 + int(os.environ['RANK'])}"])
+
+
+def command_diverging(*argv: str) -> int:
+    """Run the command; the weights of rank 1 alone become infinite."""
+    original = Trainer.update
+
+    def update(self, *batch):
+        if self.step == 3 and self.ranks.rank == 1:
+            next(self.model.parameters()).data.fill_(torch.inf)
+        return original(self, *batch)
+
+    Trainer.update = update
+    return cli.main(argv)
+
+
+TRAINING = TrainConfig(
+    dataset="digits", arch="preact18", width=2, steps=2, lr=0.02, ema=0.9, bn="update",
+    holdout=700, batch_size=36, device="cpu", precision="fp32",
+)  # fmt: skip
+FROZEN = replace(
+    TRAINING, mix="none", random_start=False, bn="eval", ema=0.0, holdout=0, momentum=0.0,
+    nesterov=False,
+)  # fmt: skip
+
+
+def trained(config: TrainConfig, updates: int) -> dict[str, Any]:
+    """Make some updates and measure; return everything that is to be equal, and the own draws."""
+    trainer = Trainer(config, data.load("digits"))
+    steps = trainer.epoch_updates()
+    figures = [torch.stack(next(steps).figures) for _ in range(updates)]
+    own = [trainer.own[name].get_state() for name in ("mix", "attack")]
+    trainer.judge(row := {})
+    return {
+        "state": trainer.state_dict(),
+        "figures": torch.stack(figures),
+        "row": row,
+        "own": own,
+        "modes": [module.training for module in trainer.model.modules()],
+    }
+
+
+def frozen_update(arch: str) -> dict[str, Any]:
+    """Make one update with BatchNorm in eval mode on the first batch; return its gradient."""
+    trainer = Trainer(replace(FROZEN, arch=arch), data.load("digits"))
+    # Running statistics that are not those of a fresh network.
+    generator = torch.Generator().manual_seed(1)
+    for buffer in trainer.model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    trainer.model.eval()
+    update = trainer.update(*next(iter(trainer.loader)))
+    return {
+        "grads": [parameter.grad.clone() for parameter in trainer.model.parameters()],
+        "figures": torch.stack(update.figures),
+    }
+
+
+MEASURED = {
+    "linf": EvaluateConfig(device="cpu", precision="fp32", batch_size=100, restarts=2, seed=3),
+    "l2": EvaluateConfig(
+        device="cpu", precision="fp32", batch_size=50, restarts=2, norm="l2", seed=4
+    ),
+    "one batch": EvaluateConfig(device="cpu", precision="fp32", batch_size=360),
+}
+
+
+def measured() -> dict[str, dict[str, torch.Tensor]]:
+    """Attack the digits in several ways."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build("preact18", 10, 1, 8, width=2).eval()
+    found = {}
+    for name, config in MEASURED.items():
+        for worst in (False, True):
+            found[f"{name}, worst {worst}"] = fooled(
+                model, data.load("digits").test, ("none", "fgsm", "pgd-1", "pgd-3"),
+                eps=0.05, alpha=0.02, config=config, worst=worst,
+            )  # fmt: skip
+    return found
+
+
+def numbers(folder: str) -> int:
+    """Compute all of the above on every rank and keep it in `folder`."""
+
+    def work() -> int:
+        job = distributed.ranks()
+        found: dict[str, Any] = {"measured": measured()}
+        if job.count == 2:
+            found["eager"] = trained(TRAINING, 3)
+            found["mlp6"], found["preact18"] = frozen_update("mlp6"), frozen_update("preact18")
+            # The step in fixed buffers, without the minutes of compiling.
+            engine.compile_once = lambda function, packed=False: function
+            found["compile"] = trained(replace(TRAINING, engine="compile"), 3)
+        tensors = [torch.full((2, 3), float(job.rank)), torch.tensor(3.0 * job.rank)]
+        job.mean_(tensors)
+        found["means"] = tensors
+        found["sum"] = job.add_(torch.tensor([1, job.rank]))
+        found["agreed"] = job.agree(job.rank, -job.rank)
+        torch.save(found, Path(folder) / f"{job.rank}.pt")
+        return 0
+
+    return distributed.together(work)

@@ -1,0 +1,295 @@
+"""Two and three processes on the CPU: equal bits, one process's numbers, and how they end."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rank_jobs import (
+    TRAINING,
+    Ended,
+    command,
+    command_diverging,
+    command_signalled,
+    command_unlike,
+    frozen_update,
+    measured,
+    numbers,
+    together,
+)
+from test_train import assert_same, equal
+
+from fastiat import cli, data, distributed
+from fastiat.config import TrainConfig
+from fastiat.device import pick_device
+from fastiat.errors import InputError
+from fastiat.loaders import Shard
+from fastiat.run import STATE
+from fastiat.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ("--epochs", "3", "--batch-size", "126", "--holdout", "200", "--ema", "0.9")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[int, list[dict]]:
+    """What each of two and of three ranks computed."""
+    folder = tmp_path_factory.mktemp("numbers")
+    results = {}
+    for count in (2, 3):
+        place = folder / str(count)
+        ended = together(count, place, numbers, str(place))
+        assert ended.statuses == [0] * count, ended.complaints
+        results[count] = [torch.load(place / f"{rank}.pt") for rank in range(count)]
+    return results
+
+
+@pytest.mark.parametrize("engine", ["eager", "compile"])
+def test_after_some_updates_all_that_a_checkpoint_holds_is_bit_equal_on_both_ranks(found, engine):
+    one, other = (result[engine] for result in found[2])
+    assert [
+        name for name in one["state"] if not equal(one["state"][name], other["state"][name])
+    ] == []
+    assert torch.equal(one["figures"], other["figures"]) and one["row"] == other["row"]
+    assert one["state"]["step"] == 3 and one["state"]["ranks"] == 2
+    tracked = [name for name in one["state"]["model"] if "running_var" in name]
+    assert tracked and all((one["state"]["model"][name] != 1).any() for name in tracked)
+    assert not any(map(torch.equal, one["own"], other["own"]))
+
+
+def test_the_step_in_buffers_gives_the_bits_of_the_eager_one(found):
+    eager, other = (found[2][0][engine] for engine in ("eager", "compile"))
+    assert equal(eager["state"], other["state"]) and torch.equal(eager["figures"], other["figures"])
+
+
+@pytest.mark.parametrize("arch", ["mlp6", "preact18"])
+def test_two_halves_of_a_batch_give_the_gradient_and_the_figures_of_the_whole(found, arch):
+    whole = frozen_update(arch)
+    for rank in (0, 1):
+        halves = found[2][rank][arch]
+        scale = max(float(grad.abs().max()) for grad in whole["grads"])
+        for half, grad in zip(halves["grads"], whole["grads"], strict=True):
+            torch.testing.assert_close(half, grad, rtol=1e-4, atol=1e-6 * scale)
+        torch.testing.assert_close(halves["figures"], whole["figures"])
+    assert all(map(torch.equal, found[2][0][arch]["grads"], found[2][1][arch]["grads"]))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_ranks_fools_the_very_images_that_one_does(found, count):
+    truth = measured()
+    assert 0 < truth["linf, worst False"]["pgd-1"].sum() < 360
+    for result in found[count]:
+        assert equal(result["measured"], truth)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_means_sums_and_agreements_are_those_of_the_ranks_numbers(found, count):
+    mean = sum(range(count)) / count
+    for result in found[count]:
+        wide, single = result["means"]
+        torch.testing.assert_close(wide, torch.full((2, 3), mean))
+        torch.testing.assert_close(single, torch.tensor(3 * mean))
+        assert result["sum"].tolist() == [count, sum(range(count))]
+        assert result["agreed"] == (count - 1, 0)
+
+
+def test_judging_in_parts_counts_the_errors_that_one_process_counts(found):
+    """Held-out images come in two batches, each attacked from the points of its own number."""
+    parts = found[2][0]["eager"]
+    whole = Trainer(TRAINING, data.load("digits"))
+    state = parts["state"] | {"ranks": 1}
+    whole.load_state_dict(state)
+    whole.best = None
+    whole.judge(row := {})
+    assert len(whole.holdout.labels) > 500 and row == parts["row"]
+
+
+def test_gaps_lead_every_shard_to_its_own_batches():
+    for ranks in (1, 2, 5):
+        for rank in range(ranks):
+            place, own = 0, []
+            for gap, _ in zip(Shard(rank, ranks).gaps(), range(4), strict=False):
+                place += gap
+                own.append(place)
+                place += 1
+            assert own == [rank + ranks * turn for turn in range(4)]
+
+
+@pytest.fixture(scope="module")
+def flags(small) -> tuple[str, ...]:
+    return (*small, *FLAGS)
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory) -> Path:
+    """A run of two ranks, never disturbed, and measured by both."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ended = together(2, folder / "log", command, "train", *flags, "--out", str(folder / "run"))
+    assert ended.statuses == [0, 0] and ended.complaints == []
+    lines = ended.out[0].splitlines()
+    assert ended.out[1] == "" and "No attack" in lines[-2]
+    assert [line.split(",")[0] for line in lines if line.startswith("epoch")] == [
+        f"epoch {n}/3" for n in (1, 2, 3)
+    ]
+    return folder / "run"
+
+
+def one_line(ended: Ended, status: int) -> str:
+    """All ranks have ended with a status, and one of them with a line that says why."""
+    assert ended.statuses == [status] * len(ended.statuses), ended.complaints
+    (line,) = ended.complaints
+    assert line.startswith("fastiat")
+    return line
+
+
+def test_a_signal_to_either_rank_ends_both_after_one_checkpoint_that_resumes(
+    whole, flags, tmp_path
+):
+    out = tmp_path / "run"
+    argv = ["train", *flags, "--out", str(out)]
+    for rank, number, step in ((1, signal.SIGTERM, 4), (0, signal.SIGINT, 13)):
+        log = tmp_path / str(rank)
+        ended = together(2, log, command_signalled, number, rank, step, *argv)
+        line = one_line(ended, 128 + number)
+        # The signal comes before an update, which is finished.
+        assert f"stopped at step {step + 1}, checkpoint written" in line
+        assert line.endswith(
+            f"go on with: torchrun --nproc-per-node 2 -m fastiat train --resume --out {out}"
+        )
+        argv = ["train", "--resume", "--out", str(out)]
+    ended = together(2, tmp_path / "last", command, *argv)
+    assert ended.statuses == [0, 0] and ended.complaints == []
+    assert_same(whole, out)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_torchrun_too_a_killed_rank_ends_the_other_with_one_line(flags, tmp_path, rank):
+    out = tmp_path / "run"
+    argv = ("train", *flags, "--out", str(out))
+    ended = together(2, tmp_path / "log", command_signalled, signal.SIGKILL, rank, 6, *argv)
+    assert ended.statuses[rank] == -signal.SIGKILL and ended.statuses[1 - rank] == 1
+    (line,) = ended.complaints
+    assert f"rank {rank} of 2 processes was lost" in line and "at step 6" in line
+    # The checkpoint from before the first update.
+    assert torch.load(out / STATE, weights_only=True)["step"] == 0
+
+
+def test_under_torchrun_a_killed_rank_ends_all_and_the_checkpoint_resumes_to_the_same_bits(
+    whole, flags, tmp_path
+):
+    out, script = tmp_path / "run", tmp_path / "killed.py"
+    argv = ["train", *flags, "--checkpoint-every", "0", "--out", str(out)]
+    script.write_text(
+        "import signal, sys\n"
+        "from rank_jobs import command_signalled\n"
+        f"sys.exit(command_signalled(signal.SIGKILL, 1, 12, *{argv!r}))\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(script)],
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("fastiat: ")]
+    assert "rank 1 of 2 processes was lost" in line and "at step 12; go on with: torchrun" in line
+    assert line.endswith(f" train --resume --out {out}")
+    assert torch.load(out / STATE, weights_only=True)["step"] == 12
+    again = together(2, tmp_path / "log", command, "train", "--resume", "--out", str(out))
+    assert again.statuses == [0, 0], again.complaints
+    assert_same(whole, out)
+
+
+def test_another_number_of_processes_may_not_resume(whole, tmp_path, complaint, contents):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / ".lock").unlink()  # it names who had it last
+    before = contents(out)
+    line = complaint("train", "--resume", "--out", out)
+    assert "a training of 2 processes, not of 1" in line and "--nproc-per-node 2" in line
+    ended = together(3, tmp_path / "log", command, "train", "--resume", "--out", str(out))
+    assert "a training of 2 processes, not of 3" in one_line(ended, 2)
+    (out / ".lock").unlink()
+    assert contents(out) == before
+
+
+def test_a_run_of_one_process_is_not_resumed_by_two(trained, tmp_path):
+    ended = together(2, tmp_path / "log", command, "train", "--resume", "--out", str(trained))
+    assert "a training of 1 process, not of 2: start as many, without" in one_line(ended, 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (("train", "--dataset", "digits", "--batch-size", "63"), "--batch-size 63 cannot be"),
+        (("train", "--bath-size", "64"), "did you mean --batch-size?"),
+        (("norms", "runs/none"), "norms runs in one process"),
+        (("train", "--dataset", "digits", "--device", "cuda:0"), "shared by the 2 processes"),
+        (("evaluate", "nowhere"), "nowhere: no such run"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_once(tmp_path, argv, named):
+    out = ("--out", str(tmp_path / "run")) if argv[0] == "train" else ()
+    ended = together(2, tmp_path / "log", command, *argv, *out)
+    assert named in one_line(ended, 2) and not (tmp_path / "run").exists()
+
+
+def test_ranks_with_other_settings_do_not_train_together(flags, tmp_path):
+    out = str(tmp_path / "run")
+    ended = together(2, tmp_path / "log", command_unlike, "train", *flags, "--out", out)
+    line = one_line(ended, 2)
+    assert "the 2 processes do not have the same settings, data and weights" in line
+
+
+def test_one_ranks_divergence_is_every_ranks_end(flags, tmp_path):
+    out = tmp_path / "run"
+    ended = together(2, tmp_path / "log", command_diverging, "train", *flags, "--out", str(out))
+    assert "the training diverged" in one_line(ended, 2)
+    assert torch.load(out / STATE, weights_only=True)["step"] == 0
+
+
+def test_two_ranks_measure_a_run_as_one_process_does(run, whole, tmp_path):
+    rows = []
+    argv = ("--attacks", "none", "pgd-2", "--restarts", "2", "--batch-size", "64")
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    assert cli.main(["evaluate", str(run), *argv]) == 0
+    ended = together(2, tmp_path / "log", command, "evaluate", str(other), *argv)
+    assert ended.statuses == [0, 0] and ended.complaints == [] and ended.out[1] == ""
+    for path in (run, other):
+        entries = json.loads((path / "evaluation.json").read_text())[-2:]
+        rows.append([(e["attack"], e["errors"], e["n"]) for e in entries])
+    assert rows[0] == rows[1] and rows[0][0][2] == 360
+
+
+def test_the_batch_of_each_rank_is_part_of_the_one_that_a_single_process_sees():
+    config = TrainConfig(dataset="digits", arch="mlp6", width=4, batch_size=6, device="cpu")
+    before = distributed._ranks
+    batches = []
+    try:
+        for place in ((0, 1), (0, 2), (1, 2)):
+            distributed._ranks = distributed.Ranks(*place)
+            batches.append(next(iter(Trainer(config, data.load("digits")).loader)))
+    finally:
+        distributed._ranks = before
+    (x, y), *parts = batches
+    assert torch.equal(torch.cat([part[0] for part in parts]), x)
+    assert torch.equal(torch.cat([part[1] for part in parts]), y)
+
+
+def test_every_process_of_a_machine_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(6, 8, 2, 4))
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:2")
+    assert pick_device("cpu") == torch.device("cpu")
+    assert distributed.ranks().launcher == "torchrun --nnodes 2 --nproc-per-node 4 -m fastiat"
+    with pytest.raises(InputError, match="cuda:1 would be shared by the 4 processes"):
+        pick_device("cuda:1")
+    monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(6, 8, 6, 8))
+    with pytest.raises(InputError, match=r"8 processes on this machine need .* has 4"):
+        pick_device("auto")
