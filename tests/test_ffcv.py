@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from fastiat import beton, cli, data, ffcv_package, loaders
+from fastiat import beton, cli, convert, data, ffcv_package, loaders
 from fastiat.config import TrainConfig
 from fastiat.errors import InputError
 from fastiat.loaders import Shard, choose, make
@@ -98,6 +98,18 @@ def test_evaluation_batches_are_the_resident_ones(digits: Path, shard) -> None:
     assert same(mine, theirs) == len(mine) == len(theirs)
     assert same(mine.epoch(1), theirs.epoch(1)) == len(mine) - 1
     assert same(mine.epoch(9), theirs.epoch(9)) == 0
+
+
+def test_colour_batches_that_are_held_on_to_stay_as_they_were(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (300, 8, 8, 3), dtype=torch.uint8, generator=generator)
+    memory = data.Split(pixels, torch.arange(300) % 3)
+    source = convert.Loaded(data.Dataset("colours", tuple("abc"), memory, memory, True))
+    convert._write(tmp_path / "x.beton", source, "raw", 0, None)
+    stored = data.load(str(tmp_path / "x.beton"))
+    for train in (False, True):
+        mine, theirs = both(stored.train, memory, 8, train=train, flip=True)
+        assert same(mine, theirs) >= 37  # many more than the ring buffer has room for
 
 
 def test_a_hold_out_is_read_from_its_places_in_the_file(digits: Path) -> None:
