@@ -55,8 +55,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
     config.check()
     if config.autoattack:
         library_version()
-        if not ranks().alone:
-            raise InputError("--autoattack runs in one process: leave torchrun out, or that flag")
     # All is loaded and checked before anything is measured, so that a run is not measured in vain.
     runs = open_runs(config)
     for trained in runs if config.autoattack else ():

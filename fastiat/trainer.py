@@ -62,6 +62,9 @@ class Trainer:
         prepare(self.device, config.deterministic)
         self.precision = partial(autocast, self.device, self.arithmetic)
         kind, self.loader_reason = loaders.choose(config.loader, dataset, self.device)
+        # The memory that is free may differ; one that takes the file has all take it.
+        if self.ranks.agree(kind == "ffcv")[0]:
+            kind = "ffcv"
         if kind == "ffcv" and not dataset.stored:
             with self.ranks.one_first():
                 dataset = convert.cached_dataset(dataset)
