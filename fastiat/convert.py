@@ -40,7 +40,7 @@ AHEAD = 64
 
 
 class Stopped(Exception):
-    """SIGTERM ended the conversion; holds its number."""
+    """SIGTERM, whose number it holds, ended the conversion."""
 
     signum = signal.SIGTERM
 
@@ -257,16 +257,23 @@ def _is_of(file: Path, source: Source) -> bool:
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Let SIGTERM end the block as Ctrl-C does, so that nothing half-written stays."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise Stopped(f"stopped by signal {number}, nothing was written")
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    stopped = False
+
+    def stop(number: int, _: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt  # which nothing on the way takes for a damaged image
+
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        if not stopped:
+            raise
+        raise Stopped("terminated, nothing was written") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

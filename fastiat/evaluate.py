@@ -16,7 +16,7 @@ from fastiat.autoattack import ATTACKS, autoattack, check_classes, library_versi
 from fastiat.config import TrainConfig
 from fastiat.device import pick_device, pick_precision
 from fastiat.distributed import ranks
-from fastiat.errors import InputError
+from fastiat.errors import InputError, printable_lines
 from fastiat.measure import error_rates, fooled, title
 from fastiat.queries import EvaluateConfig, MeasureConfig
 from fastiat.results import Rate, add_results, figures, fingerprint, provenance, read_results
@@ -107,7 +107,7 @@ class Job(Trained):
             assert self.run is not None
             self.run.say(text)
         else:
-            print(text, flush=True)
+            print(printable_lines(text), flush=True)
 
     @property
     def _writable(self) -> bool:

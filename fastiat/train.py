@@ -50,10 +50,11 @@ def train(config: TrainConfig) -> Path:
     if config.resume:
         run = kind.open(path)
         run.check_same(config)
-        run.lock()
     elif job.first:
         check_free(path)
     try:
+        if run is not None:
+            run.lock()
         fetch = not config.resume or config.data_dir is None
         dataset = data.load(config.dataset, config.data_dir, loader=config.loader, fetch=fetch)
         trainer = Trainer(config, dataset)
