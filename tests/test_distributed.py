@@ -214,6 +214,7 @@ def test_an_update_that_one_rank_cannot_make_is_left_out_by_all(flags, tmp_path)
     assert [row["skipped"] for row in rows if row["kind"] == "epoch"] == [1, 0, 0]
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_killed_rank_ends_all_and_the_checkpoint_resumes_to_the_same_bits(
     whole, flags, tmp_path
 ):
