@@ -62,6 +62,9 @@ class Trainer:
         prepare(self.device, config.deterministic)
         self.precision = partial(autocast, self.device, self.arithmetic)
         kind, self.loader_reason = loaders.choose(config.loader, dataset, self.device)
+        # The memory that is free may differ; one that takes the file has all take it.
+        if self.ranks.agree(kind == "ffcv")[0]:
+            kind = "ffcv"
         if kind == "ffcv" and not dataset.stored:
             with self.ranks.one_first():
                 dataset = convert.cached_dataset(dataset)
@@ -419,6 +422,8 @@ class Trainer:
             best = self.best and {name: type(value) for name, value in self.best.items()}
             if type(self.step) is not int or best not in (None, {"epoch": int, "errors": int}):
                 raise TypeError("its step or best epoch is no number")
+            if self.step:  # as the last update left it
+                self.lr_tensor.fill_(self.lr)
             self.judged, self.seconds = int(state["judged"]), float(state["seconds"])
             there = 0 <= self.step <= self.config.epochs * len(self.loader)
             if not (there and 0 <= self.epoch - self.judged <= 1 and 0 <= self.seconds < math.inf):
@@ -431,7 +436,14 @@ class Trainer:
                 raise ValueError("it has left out more updates than an epoch has")
             self.skipped = skipped
             self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             if out_of_memory(error):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]

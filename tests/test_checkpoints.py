@@ -113,7 +113,7 @@ def test_where_files_cannot_be_linked_two_checkpoints_are_kept_too(small, tmp_pa
 
 
 def test_what_a_kill_left_half_written_is_removed_by_the_resume(stopped):
-    for name in (STATE, PREVIOUS, METRICS, MODEL, CONFIG):
+    for name in (STATE, PREVIOUS, METRICS, MODEL, CONFIG, "evaluation.json"):
         (stopped / f".{name}.123").write_bytes(b"half")
     assert cli.main(["train", "--resume", "--out", str(stopped)]) == 0
     assert [file.name for file in stopped.glob(".*")] == [LOCK]

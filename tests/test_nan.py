@@ -15,8 +15,9 @@ from fastiat.trainer import Trainer
 
 def trainer_of(engine_name: str, **more) -> Trainer:
     """A training of a network with BatchNorm, which the attack moves too, and an average."""
+    device = "cuda" if engine_name == "graph" else "cpu"
     config = TrainConfig(
-        dataset="digits", device="cpu", arch="preact18", width=1, batch_size=32, steps=1, lr=0.02,
+        dataset="digits", device=device, arch="preact18", width=1, batch_size=32, steps=1, lr=0.02,
         bn="update", ema=0.9, mix="mixup", engine=engine_name, **{"on_nan": "skip"} | more,
     )  # fmt: skip
     return Trainer(config, data.load("digits"))
@@ -30,7 +31,7 @@ def batch_of(trainer: Trainer, poisoned: bool) -> tuple[torch.Tensor, torch.Tens
     return images, y
 
 
-@pytest.fixture(params=["eager", "compile"])
+@pytest.fixture(params=["eager", "compile", pytest.param("graph", marks=pytest.mark.gpu)])
 def engine_name(request, monkeypatch) -> str:
     monkeypatch.setattr(engine, "compile_once", lambda function, packed=False: function)
     return request.param
@@ -75,6 +76,8 @@ def copy_of(state):
     return [copy_of(value) for value in state] if isinstance(state, list) else state
 
 
+# A graph would capture the hook.
+@pytest.mark.parametrize("engine_name", ["eager", "compile"], indirect=True)
 def test_a_gradient_that_is_no_number_is_skipped_though_its_loss_is_one(engine_name):
     trainer = trainer_of(engine_name, precision="fp32")
     weight = next(trainer.model.parameters())

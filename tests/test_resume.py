@@ -45,7 +45,9 @@ def assert_resumable_at_every_step(config: TrainConfig, steps: int = 6) -> None:
     linked = state_of(whole)
     for step, _ in zip(range(1, steps + 1), updates(whole), strict=False):
         link = Trainer(config, DIGITS)
-        link.load_state_dict(torch.load(io.BytesIO(linked), weights_only=True))
+        loaded = torch.load(io.BytesIO(linked), weights_only=True)
+        link.load_state_dict(loaded)
+        assert equal(link.state_dict(), loaded), step
         next(updates(link))
         linked = state_of(link)
         expected, found = whole.state_dict(), torch.load(io.BytesIO(linked), weights_only=True)

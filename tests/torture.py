@@ -43,7 +43,7 @@ from safetensors.torch import load_file  # noqa: E402
 import fastiat.evaluate  # noqa: E402, F401
 from fastiat import cli, files, run  # noqa: E402
 from fastiat.progress import Events  # noqa: E402
-from fastiat.run import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run  # noqa: E402
+from fastiat.run import CONFIG, LOG, METRICS, MODEL, PREVIOUS, STATE, Run  # noqa: E402
 from fastiat.train import train  # noqa: E402, F401
 
 SHARED = (
@@ -180,19 +180,30 @@ class _Writing:
         self._file.close()
 
 
-def place(out: Path) -> str:
-    """Say what a killed process was doing, by what it left."""
+def times(out: Path) -> list[int]:
+    """Return when each file of a run was last written."""
+    return [file.stat().st_mtime_ns for file in sorted(out.glob("*")) + sorted(out.glob(".*"))]
+
+
+def place(out: Path, before: list[int]) -> str:
+    """Say what a killed process was doing, by what it left, and by `times` before it started."""
+    if times(out) == before:
+        return "importing or reading data"
     if not (out / CONFIG).exists():
-        return "before the run was made"
+        return "making the run"
     half = sorted(file.name.split(".")[1] for file in out.glob(".*.*.*"))
     if half:
         return f"writing {half[0]}"
     if not any((out / name).exists() for name in (STATE, PREVIOUS)):
         return "before the first checkpoint"
-    if not (out / METRICS).read_bytes().endswith(b"\n") if (out / METRICS).exists() else False:
+    metrics, log = (read(out / name) for name in (METRICS, LOG))
+    if metrics and not metrics.endswith("\n"):
         return "writing metrics"
-    log = (out / "stdout.log").read_text(errors="replace") if (out / "stdout.log").exists() else ""
     return "measuring" if "trained" in log else "training"
+
+
+def read(file: Path) -> str:
+    return file.read_text(errors="replace") if file.exists() else ""
 
 
 def rows_of(out: Path) -> list[str]:
@@ -296,7 +307,7 @@ def _kill_one_training(
         if (out / CONFIG).exists():
             argv = ["train", "--resume", "--out", str(out)]
             found.resumes += 1
-        kind = "none"
+        kind, before = "none", times(out)
         if found.kills < last:
             kind = draw.choices(["command", "moment", "write"], [1, 2, 4])[0]
         if kind == "command":
@@ -322,7 +333,7 @@ def _kill_one_training(
         if status == -signal.SIGKILL:
             found.kills += 1
             found.kinds[kind] += 1
-            found.places[place(out)] += 1
+            found.places[place(out, before)] += 1
             check_left(found, out)
         elif status != 0:
             found.failures.append(f"{name}: {' '.join(argv)} ended with {status}: see {log}")
