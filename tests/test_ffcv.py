@@ -1,5 +1,6 @@
 """The FFCV loader: the resident loader's batches, trainings and resumes, without and with FFCV."""
 
+import os
 import shutil
 import sys
 import threading
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from fastiat import beton, cli, convert, data, evaluate, ffcv_loader, ffcv_package, loaders
+from fastiat import beton, cli, convert, data, device, evaluate, ffcv_loader, ffcv_package, loaders
 from fastiat.config import TrainConfig
 from fastiat.errors import InputError
 from fastiat.loaders import Shard, choose, make
@@ -218,6 +219,11 @@ def test_the_choice_and_its_reason(digits: Path, monkeypatch, without_ffcv) -> N
     monkeypatch.setattr(loaders, "free_memory", lambda _: 2 * DIGITS.nbytes - 1)
     assert choose("auto", DIGITS, cuda)[0] == "ffcv"
     assert choose("auto", DIGITS, CPU)[0] == "resident"  # it is there already
+
+
+def test_free_memory_is_some_of_what_there_is() -> None:
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < device.free_memory(CPU) < there
 
 
 def test_commands_that_measure_read_small_files_into_memory(digits: Path, monkeypatch) -> None:
