@@ -120,6 +120,12 @@ def test_judging_in_parts_counts_the_errors_that_one_process_counts(found):
     assert len(whole.holdout.labels) > 500 and row == parts["row"]
 
 
+def test_one_rank_of_a_machine_is_through_before_the_others_begin(found):
+    for results in found.values():
+        first, *others = (result["came before"] for result in results)
+        assert first == [] and all("turn 0" in names for names in others)
+
+
 def test_gaps_lead_every_shard_to_its_own_batches():
     for ranks in (1, 2, 5):
         for rank in range(ranks):
