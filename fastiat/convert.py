@@ -29,7 +29,6 @@ from PIL import Image, ImageOps
 
 from fastiat import __version__, beton, beton_writer, data, folder
 from fastiat.errors import InputError
-from fastiat.progress import Progress
 from fastiat.queries import ConvertConfig
 from fastiat.settings import DATASETS, is_beton
 
@@ -202,9 +201,9 @@ def _write(
     if name != "folder":  # results must not pass for those of the original images
         name += f"-{side}" * (side != sizes.widest) + "-jpeg" * (form == "jpeg")
     square = _Square(side, quality if form == "jpeg" else None)
-    with source.blobs(square) as blobs, Progress("converting", len(source.labels)) as progress:
+    with source.blobs(square) as blobs:
         return beton_writer.write(
-            out, source.labels, blobs, progress.advance,
+            out, source.labels, blobs,
             name=name, classes=source.classes, flip=source.flip, channels=1 if sizes.grey else 3,
             side=side, n_train=source.n_train, format=form, quality=quality,
             source=source.digest, fastiat=__version__,

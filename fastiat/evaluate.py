@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastiat import data
+from fastiat import convert, data, loaders
 from fastiat.autoattack import ATTACKS, autoattack, check_classes, library_version
 from fastiat.config import TrainConfig
 from fastiat.device import pick_device, pick_precision
@@ -190,6 +190,9 @@ def _data_for(
     data_dir = config.data_dir or (own.data_dir if own else None)
     fetch = data_dir is None or config.data_dir is not None
     dataset = load(dataset_name, data_dir, loader=own.loader if own else "auto", fetch=fetch)
+    device = pick_device(config.device)
+    if not dataset.stored and loaders.choose("auto", dataset, device)[0] == "ffcv":
+        dataset = convert.cached_dataset(dataset)
     wanted = (card.in_channels, card.image_size, card.image_size)
     if dataset.test.shape != wanted:
         raise InputError(

@@ -1,5 +1,6 @@
 """The FFCV loader: the resident loader's batches, trainings and resumes, without and with FFCV."""
 
+import os
 import shutil
 import sys
 import threading
@@ -13,10 +14,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from fastiat import beton, cli, convert, data, ffcv_package, loaders
+from fastiat import beton, cli, convert, data, device, evaluate, ffcv_loader, ffcv_package, loaders
 from fastiat.config import TrainConfig
 from fastiat.errors import InputError
 from fastiat.loaders import Shard, choose, make
+from fastiat.queries import EvaluateConfig
 from fastiat.trainer import Trainer
 
 DIGITS = data.load("digits")
@@ -118,6 +120,15 @@ def test_a_hold_out_is_read_from_its_places_in_the_file(digits: Path) -> None:
         assert same(*both(got, wanted, 32, train=True))
 
 
+def test_several_threads_decode_what_one_does(digits: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ffcv_loader, "_threads", lambda _: 2)  # as with a CUDA device
+    mine, theirs = both(data.load(str(digits)).train, DIGITS.train, 64, train=True)
+    for _ in range(2):
+        assert same(mine, theirs) == 1437 // 64
+    for (x, _), (u, _) in zip(mine.epoch(), mine.epoch(), strict=True):  # two at a time
+        assert x.shape == u.shape
+
+
 def test_two_passes_at_a_time_do_not_disturb_each_other(digits: Path) -> None:
     split = data.load(str(digits)).test
     mine, theirs = both(split, DIGITS.test, 50, train=False)
@@ -208,6 +219,11 @@ def test_the_choice_and_its_reason(digits: Path, monkeypatch, without_ffcv) -> N
     monkeypatch.setattr(loaders, "free_memory", lambda _: 2 * DIGITS.nbytes - 1)
     assert choose("auto", DIGITS, cuda)[0] == "ffcv"
     assert choose("auto", DIGITS, CPU)[0] == "resident"  # it is there already
+
+
+def test_free_memory_is_some_of_what_there_is() -> None:
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < device.free_memory(CPU) < there
 
 
 def test_commands_that_measure_read_small_files_into_memory(digits: Path, monkeypatch) -> None:
@@ -313,6 +329,23 @@ def test_a_mixed_tree_trains_and_is_found_by_what_measures_it(cache, tmp_path, c
     assert (dataset.test.images[0] == 0).all() and list(cache.glob("*.beton")) == [file]
     file.write_bytes(file.read_bytes()[:-9])  # a damaged cache is written again
     assert (data.load("folder", tree, loader="ffcv").test.images[0] == 0).all()
+
+
+def test_what_does_not_fit_is_converted_by_itself(tmp_path, monkeypatch, trained) -> None:
+    tree = tmp_path / "tree"
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tree / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tree / name / "0.png")
+    assert not data.load("folder", tree, loader="auto").stored
+    monkeypatch.setattr(data, "free_memory", lambda _: 2 * 4 * 9 * 9 * 3 - 1)
+    assert data.load("folder", tree, loader="auto").stored
+    assert not data.load("folder", tree, loader="resident").stored
+    # As if digits were too large for the device.
+    monkeypatch.setattr(loaders, "fits", lambda *_, **__: False)
+    config = EvaluateConfig(runs=(str(trained),), device="cpu")
+    (job,) = evaluate.prepare(evaluate.open_runs(config), config)
+    assert job.dataset.stored and job.dataset.fingerprint() == DIGITS.fingerprint()
+    assert isinstance(Trainer(CONFIG, DIGITS).loader, ffcv_loader.FFCVLoader)
 
 
 def test_without_ffcv_one_line_says_what_to_install(

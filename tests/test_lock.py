@@ -63,9 +63,9 @@ def test_two_that_start_at_once_make_one_run(small, tmp_path, complaint, monkeyp
     first = TrainConfig(dataset="digits")
     original = data.load
 
-    def load(*arguments, **settings):
+    def load(*arguments, **more):
         Run.create(out, first).unlock()
-        return original(*arguments, **settings)
+        return original(*arguments, **more)
 
     monkeypatch.setattr(data, "load", load)
     assert "already holds a run" in complaint("train", *small, "--out", out)
