@@ -1,6 +1,6 @@
 # make demo      train and measure a robust digits classifier
 # make test      run the test suite
-# make torture KILLS=100   kill trainings at random moments, resume and compare them
+# make torture KILLS=100 INPUTS=10000   kill trainings, resume and compare them; read hostile files
 # make test-gpu  the tests that need a CUDA device, real kernels included
 # make test-oldest TESTS=tests/test_engine.py   with every dependency at its lower bound
 # make lint      ruff and mypy
@@ -35,6 +35,7 @@ TESTS ?= tests
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 KILLS ?= 100
+INPUTS ?= 10000
 
 # A machine that has PyTorch but no network has no .venv and needs none.
 ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
@@ -56,6 +57,7 @@ quick: $(TOOLS)
 
 torture: $(TOOLS)
 	$(BIN)/python tests/torture.py --kills $(KILLS)
+	$(BIN)/python tests/fuzz.py --inputs $(INPUTS)
 
 test-gpu: $(TOOLS)
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "there is no CUDA device"'

@@ -5,17 +5,20 @@ the ones before left standing.
 """
 
 import copy
+import json
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from fastiat import data
 from fastiat.device import pick_device
+from fastiat.distributed import ranks
 from fastiat.errors import InputError
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
@@ -70,7 +73,7 @@ def autoattack(
 
     skip: (N,) bool, on the CPU: images to count as fooled without an attack.
     The norm, seed, batch size and device are `config`'s; examples are those of one call of the
-    library on all images with this batch size.
+    library on all images with this batch size. The ranks of a job share the batches.
     """
     library_version()
     import pyautoattack
@@ -81,6 +84,12 @@ def autoattack(
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     model = model.eval().requires_grad_(False)
     norm = {"linf": "Linf", "l2": "L2"}[config.norm]
+    job = ranks()
+
+    def pixels(index: Tensor) -> Tensor:
+        images = split.take(index).images.permute(0, 3, 1, 2)
+        return to_pixels(images).to(device).contiguous()
+
     outcome = Outcome(torch.zeros(len(split), dtype=torch.bool) if skip is None else skip.clone())
     cuda = [device] if device.type == "cuda" else []
     with _warnings() as warned, torch.random.fork_rng(cuda):  # it seeds torch's own generator
@@ -91,26 +100,37 @@ def autoattack(
             left = (~outcome.fooled).nonzero()[:, 0]
             adversary.attacks_to_run = [name]
             text = "AutoAttack" if name == "none" else f"AutoAttack, {name}"
-            with Progress(text, len(left)) as progress:
-                # Splitting no images would give one batch of none, which the library cannot take.
-                for index in left.split(config.batch_size) if len(left) else ():
-                    images = split.take(index).images.permute(0, 3, 1, 2)
-                    x = to_pixels(images).to(device).contiguous()
-                    y = split.labels[index].to(device)
-                    if name == "none":
-                        targets = min(TARGETS, model(x[:1]).shape[1] - 1)
-                        adversary.apgd_targeted.n_target_classes = targets
-                        adversary.fab.n_target_classes = targets
-                    else:
+            if name == "none" and len(left):
+                targets = min(TARGETS, model(pixels(left[:1])).shape[1] - 1)
+                adversary.apgd_targeted.n_target_classes = targets
+                adversary.fab.n_target_classes = targets
+            # Splitting no images would give one batch of none, which the library cannot take.
+            batches = left.split(config.batch_size) if len(left) else ()
+            wrong = torch.zeros(len(split), dtype=torch.uint8)
+            with Progress(text, len(left), share=job.count) as progress:
+                # Each is attacked from the seed, so that it does not matter who has which.
+                for index in batches[job.rank :: job.count]:
+                    x, y = pixels(index), split.labels[index].to(device)
+                    if name != "none":
                         x, _ = adversary.run_standard_evaluation(x, y, batch_size=len(y))
                     with torch.no_grad():
-                        outcome.fooled[index] = (model(x).argmax(1) != y).cpu()
+                        wrong[index] = (model(x).argmax(1) != y).to("cpu", torch.uint8)
                     progress.advance(len(y))
+            outcome.fooled |= job.add_(wrong).bool()
             outcome.errors_after[name] = int(outcome.fooled.sum())
         accuracy = {name: 1 - n / len(split) for name, n in outcome.errors_after.items()}
         check_square_sr(accuracy, logger=logging.getLogger("auto-attack"))
-    outcome.warnings = warned
+    said = [json.loads(text) for text in job.gather(json.dumps(warned))]
+    first: dict[str, str] = {}
+    for warning in chain.from_iterable(said):
+        first.setdefault(_words(warning), warning)
+    outcome.warnings = list(first.values())
     return outcome
+
+
+def _words(text: str) -> str:
+    """Return what a warning says, whatever its numbers."""
+    return re.sub(r"\d+", "", text)
 
 
 @contextmanager
@@ -121,7 +141,7 @@ def _warnings() -> Iterator[list[str]]:
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             text = record.getMessage().partition(" See flags_doc.md")[0]
-            found.setdefault(re.sub(r"\d+", "", text), text)
+            found.setdefault(_words(text), text)
 
     logger, handler = logging.getLogger("auto-attack"), Collect(logging.WARNING)
     warned: list[str] = []

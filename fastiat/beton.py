@@ -38,7 +38,7 @@ FIELDS = {"image": 2, "label": 1}
 MODES = {"jpeg": 0, "raw": 1}
 
 MAGIC = b"fastiat1"
-LONGEST_CARD = 1 << 26
+LONGEST_CARD = 1 << 24
 SMALLEST_PAGE, LARGEST_PAGE = 1 << 21, 1 << 31
 LARGEST_SIDE = 4096
 LOOKED_AT = 1024

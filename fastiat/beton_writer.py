@@ -17,20 +17,20 @@ from PIL import Image
 
 from fastiat import beton
 from fastiat.errors import InputError
+from fastiat.progress import Progress
 
 
 def write(
     path: Path,
     labels: NDArray[np.int64],
     blobs: Iterable[bytes],
-    advance: Callable[[int], None] = lambda _: None,
     **card: Any,
 ) -> beton.Card:
     """Write a .beton at `path`: beside it, read back and compared, then renamed onto it.
 
     labels: of all images, those to train on first; blobs: what is to be stored of each, in that
         order: side * side * 3 bytes, or a JPEG.
-    card: the fields of `Card` but the fingerprint; advance: told of images as they are written.
+    card: the fields of `Card` but the fingerprint.
 
     Raises `InputError` if the file does not hold afterwards what was written to it.
     """
@@ -44,16 +44,17 @@ def write(
     page = _page_size(draft.raw_size)
     fingerprint = beton.Fingerprint(labels, draft.n_train, draft.side, draft.channels)
     with replacing(path) as (part, file):
-        start = at = beton.data_start(len(labels), page)
-        file.seek(start)
-        for i, blob in zip(range(len(labels)), blobs, strict=True):
-            if at % page + len(blob) > page:  # no image lies on two pages
-                at = file.seek(beton.round_up(at, page))
-            file.write(blob)
-            allocations[i] = i, at, len(blob)
-            at += len(blob)
-            fingerprint.add(_seen(blob, draft))
-            advance(1)
+        at = beton.data_start(len(labels), page)
+        file.seek(at)
+        with Progress("converting", len(labels)) as progress:
+            for i, blob in zip(range(len(labels)), blobs, strict=True):
+                if at % page + len(blob) > page:  # no image lies on two pages
+                    at = file.seek(beton.round_up(at, page))
+                file.write(blob)
+                allocations[i] = i, at, len(blob)
+                at += len(blob)
+                fingerprint.add(_seen(blob, draft))
+                progress.advance(1)
         finished = beton.Card(**asdict(draft) | {"fingerprint": str(fingerprint)})
         text = json.dumps(asdict(finished)).encode()
         file.seek(beton.round_up(at, page))
@@ -88,10 +89,12 @@ def check(path: Path, labels: NDArray[np.int64], card: beton.Card) -> None:
     fingerprint = beton.Fingerprint(opened.labels, card.n_train, card.side, card.channels)
     decode = _any_decoder() if card.format == "jpeg" else None
     pixels = np.empty((card.side, card.side, 3), np.uint8)
-    for blob in opened.blobs(range(len(opened))):
-        fingerprint.add(_seen(blob, card))
-        if decode is not None and not decode(blob, pixels):
-            raise InputError(f"{path} cannot be decoded again: convert anew")
+    with Progress("checking", len(opened)) as progress:
+        for blob in opened.blobs(range(len(opened))):
+            fingerprint.add(_seen(blob, card))
+            if decode is not None and not decode(blob, pixels):
+                raise InputError(f"{path} cannot be decoded again: convert anew")
+            progress.advance(1)
     if str(fingerprint) != card.fingerprint or not np.array_equal(opened.labels, labels):
         raise InputError(f"{path} does not hold what was written to it: check the disk")
 

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 1 where the other processes of a job that torchrun started, or a reader, went away.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if _processes() == "1":
         return _run(argv)
     # Where a connection breaks, torch would write its C++ stack beside our line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -150,8 +150,13 @@ def _run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _processes() -> str:
+    """Return how many processes torchrun has started, this one among them."""
+    return os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
+
+
 def _check_shared(command: str) -> None:
-    count = os.environ.get("WORLD_SIZE", "1")
+    count = _processes()
     if count != "1" and command not in SHARED:
         raise InputError(
             f"{command} runs in one process, and torchrun has started {count}: "

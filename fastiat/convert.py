@@ -29,7 +29,6 @@ from PIL import Image, ImageOps
 
 from fastiat import __version__, beton, beton_writer, data, folder
 from fastiat.errors import InputError
-from fastiat.progress import Progress
 from fastiat.queries import ConvertConfig
 from fastiat.settings import DATASETS, is_beton
 
@@ -40,7 +39,7 @@ AHEAD = 64
 
 
 class Stopped(Exception):
-    """SIGTERM ended the conversion; holds its number."""
+    """SIGTERM, whose number it holds, ended the conversion."""
 
     signum = signal.SIGTERM
 
@@ -202,9 +201,9 @@ def _write(
     if name != "folder":  # results must not pass for those of the original images
         name += f"-{side}" * (side != sizes.widest) + "-jpeg" * (form == "jpeg")
     square = _Square(side, quality if form == "jpeg" else None)
-    with source.blobs(square) as blobs, Progress("converting", len(source.labels)) as progress:
+    with source.blobs(square) as blobs:
         return beton_writer.write(
-            out, source.labels, blobs, progress.advance,
+            out, source.labels, blobs,
             name=name, classes=source.classes, flip=source.flip, channels=1 if sizes.grey else 3,
             side=side, n_train=source.n_train, format=form, quality=quality,
             source=source.digest, fastiat=__version__,
@@ -257,16 +256,23 @@ def _is_of(file: Path, source: Source) -> bool:
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Let SIGTERM end the block as Ctrl-C does, so that nothing half-written stays."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise Stopped(f"stopped by signal {number}, nothing was written")
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    stopped = False
+
+    def stop(number: int, _: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt  # which nothing on the way takes for a damaged image
+
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        if not stopped:
+            raise
+        raise Stopped("terminated, nothing was written") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -9,8 +9,10 @@ cost nothing.
 import hashlib
 import os
 import re
+import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,8 @@ from fastiat.errors import InputError, Lost, out_of_memory
 
 TIMEOUT = timedelta(minutes=20)
 """How long a rank waits for one that is silent; one whose process ended is noticed at once."""
+PATIENCE = 5.0
+"""Seconds in which a process is to notice by itself that another was lost."""
 REPORTING = 2.0
 """Seconds in which the ranks that are left report, so that the lost one can be named."""
 
@@ -41,8 +45,9 @@ class Ranks:
     """This process's place among those that share a job, and what they exchange.
 
     rank, count: its number, from 0, and how many there are.
-    local_rank, local_count: the same among those on this machine.
+    local_rank, local_count: the same among those on this machine, which has number `node`.
     store: where ranks leave each other short notes; None for a process on its own.
+    sentinel: a group for the watch that every rank keeps over the next one.
     """
 
     def __init__(
@@ -51,11 +56,18 @@ class Ranks:
         count: int = 1,
         local_rank: int = 0,
         local_count: int = 1,
+        node: int = 0,
         store: dist.Store | None = None,
+        sentinel: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank, self.count = rank, count
-        self.local_rank, self.local_count = local_rank, local_count
-        self.store = store
+        self.local_rank, self.local_count, self.node = local_rank, local_count, node
+        self.store, self.sentinel = store, sentinel
+        self.context: Callable[[], str] = lambda: ""
+        """What to add to the line about a lost rank: where the job was, and how it goes on."""
+        self._watch = threading.Thread(target=self._look_after_the_next, daemon=True)
+        if sentinel is not None:
+            self._watch.start()
         self._flat: tuple[Tensor, list[Tensor]] | None = None
         self._turns = 0
 
@@ -109,6 +121,16 @@ class Ranks:
             return values
         return tuple(self._reduce(torch.tensor(values), dist.ReduceOp.MAX).tolist())
 
+    def gather(self, text: str) -> list[str]:
+        """Return the text of every rank, in order."""
+        if self.alone:
+            return [text]
+        self._turns += 1
+        names = [f"text/{self._turns}/{rank}" for rank in range(self.count)]
+        self._notes.set(names[self.rank], text)
+        self.wait()
+        return [self._notes.get(name).decode() for name in names]
+
     def wait(self) -> None:
         """Wait until every rank is here."""
         self.agree(0)
@@ -139,7 +161,7 @@ class Ranks:
             yield
             return
         self._turns += 1
-        store, done = self._notes, f"done/{self._turns}/{self.rank // self.local_count}"
+        store, done = self._notes, f"done/{self._turns}/{self.node}"
         while self.local_rank and not store.check([done]):
             if store.check(["speaker"]):
                 raise Lost("another process ended")
@@ -153,8 +175,30 @@ class Ranks:
 
         From then on SIGTERM, which torchrun sends the others when one ends, is ignored.
         """
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return self._speaks
+
+    def leave(self) -> None:
+        """Part from the others when all is done."""
+        before = (self.rank - 1) % self.count
+        with suppress(RuntimeError):  # it has left already
+            dist.send(torch.zeros(1), before, self.sentinel)
+        self._watch.join()
+        dist.destroy_process_group()
+
+    def _look_after_the_next(self) -> None:
+        """End this process if the next rank is lost and nothing here notices.
+
+        Whoever waits for the device does not: that waits for the lost rank's part for ever.
+        """
+        try:
+            dist.recv(torch.zeros(1), (self.rank + 1) % self.count, self.sentinel)
+        except RuntimeError as error:
+            time.sleep(PATIENCE)
+            if "_speaks" not in vars(self):
+                errors.complain(f"fastiat: {self._lost(error)}")
+                os._exit(1)
 
     @cached_property
     def _speaks(self) -> bool:
@@ -198,7 +242,7 @@ class Ranks:
         who = f"rank {missing.pop()}" if len(missing) == 1 else "some"
         # gloo starts with the place in its source.
         reason = re.sub(r"^\[\S*\] ", "", (str(error).splitlines() or [""])[0]).partition(". ")[0]
-        return Lost(f"{who} of {self.count} processes was lost ({reason[:100]})")
+        return Lost(f"{who} of {self.count} processes was lost ({reason[:100]}){self.context()}")
 
 
 _ranks = Ranks()
@@ -241,7 +285,7 @@ def together(work: Callable[[], int]) -> int:
         if _ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             _ranks.missing(0)
         os._exit(status)
-    dist.destroy_process_group()
+    _ranks.leave()
     return status
 
 
@@ -251,17 +295,28 @@ def _terminate(*_: object) -> None:
 
 def _join() -> Ranks:
     """Find the others by torchrun's environment."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name in names:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            print(f"fastiat: WORLD_SIZE is set but not {name}: use torchrun", file=sys.stderr)
+            print(
+                f"fastiat: RANK and WORLD_SIZE are set, but not {name}: start it with torchrun, or "
+                f"unset them",
+                file=sys.stderr,
+            )
             raise SystemExit(2)
-    rank, count, local_rank, local_count = (int(os.environ[name]) for name in names[:4])
+    rank, count, local_rank, local_count = (int(os.environ[name]) for name in names)
+    node = int(os.environ.get("GROUP_RANK", rank // local_count))
     store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         if local_rank < torch.cuda.device_count():
             torch.cuda.set_device(local_rank)
+    # Every pair of ranks has a connection or two.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
-    return Ranks(rank, count, local_rank, local_count, dist.PrefixStore("fastiat", store))
+    sentinel = dist.new_group(backend="gloo", timeout=timedelta(days=1000))
+    assert isinstance(sentinel, dist.ProcessGroup)
+    notes = dist.PrefixStore("fastiat", store)
+    return Ranks(rank, count, local_rank, local_count, node, notes, sentinel)

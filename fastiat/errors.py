@@ -70,6 +70,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def printable_lines(text: str) -> str:
+    """Return a text of several lines, each of them `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def one_line(text: object) -> str:
     """Return a text as a message: `printable`, and cut in its middle where it is very long."""
     line = printable(text)

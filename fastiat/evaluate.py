@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastiat import data
+from fastiat import convert, data, loaders
 from fastiat.autoattack import ATTACKS, autoattack, check_classes, library_version
 from fastiat.config import TrainConfig
 from fastiat.device import pick_device, pick_precision
 from fastiat.distributed import ranks
-from fastiat.errors import InputError
+from fastiat.errors import InputError, printable_lines
 from fastiat.measure import error_rates, fooled, title
 from fastiat.queries import EvaluateConfig, MeasureConfig
 from fastiat.results import Rate, add_results, figures, fingerprint, provenance, read_results
@@ -55,8 +55,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
     config.check()
     if config.autoattack:
         library_version()
-        if not ranks().alone:
-            raise InputError("--autoattack runs in one process: leave torchrun out, or that flag")
     # All is loaded and checked before anything is measured, so that a run is not measured in vain.
     runs = open_runs(config)
     for trained in runs if config.autoattack else ():
@@ -109,7 +107,7 @@ class Job(Trained):
             assert self.run is not None
             self.run.say(text)
         else:
-            print(text, flush=True)
+            print(printable_lines(text), flush=True)
 
     @property
     def _writable(self) -> bool:
@@ -192,6 +190,9 @@ def _data_for(
     data_dir = config.data_dir or (own.data_dir if own else None)
     fetch = data_dir is None or config.data_dir is not None
     dataset = load(dataset_name, data_dir, loader=own.loader if own else "auto", fetch=fetch)
+    device = pick_device(config.device)
+    if not dataset.stored and loaders.choose("auto", dataset, device)[0] == "ffcv":
+        dataset = convert.cached_dataset(dataset)
     wanted = (card.in_channels, card.image_size, card.image_size)
     if dataset.test.shape != wanted:
         raise InputError(

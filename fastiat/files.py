@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastiat.errors import InputError
-from fastiat.guard import is_endless
+from fastiat.guard import LARGEST_ROW, is_endless
 
 
 def no_link(file: str, flags: int) -> int:
@@ -87,7 +87,7 @@ def lines_of(file: Path) -> list[str]:
 def row_of(line: str) -> dict[str, Any] | None:
     """Read a line of metrics.jsonl, or return None if it is damaged."""
     try:
-        row = json.loads(line)
+        row = json.loads(line) if len(line) <= LARGEST_ROW else None
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and line.endswith("\n") else None

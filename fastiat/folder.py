@@ -40,7 +40,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from fastiat.errors import InputError, one_line
+from fastiat.beton import LARGEST_SIDE as LARGEST
+from fastiat.errors import InputError, one_line, printable
 from fastiat.guard import read_npz
 from fastiat.settings import SMALLEST_SIDE as SMALLEST
 
@@ -59,6 +60,8 @@ T = TypeVar("T")
 _CONVERT = "let fastiat convert resize them"
 
 log = logging.getLogger(__name__)
+# Pillow also logs what it then raises; without a handler that would be a line on stderr.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def warn_ignored(listing: "Listing") -> None:
     if listing.ignored:
         log.warning(
             "%s: %d files have no image's extension and were left out, the first is %s",
-            *(listing.root, len(listing.ignored), listing.ignored[0]),
+            *(listing.root, len(listing.ignored), printable(listing.ignored[0])),
         )
 
 
@@ -297,6 +300,10 @@ def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
             raise InputError(
                 f"{path} is {width}x{height} pixels: {SMALLEST}x{SMALLEST} is the smallest size"
             )
+        if width > LARGEST:
+            raise InputError(
+                f"{path} is {width}x{height} pixels: {LARGEST}x{LARGEST} is the largest size"
+            )
         if side and width != side:
             raise InputError(
                 f"{path} is {width}x{height} pixels but {first} is {side}x{side}: "
@@ -309,7 +316,10 @@ def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
 def opened(path: str) -> Iterator[Image.Image]:
     """Open an image, and turn what Pillow raises in the block into an `InputError`."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with contextlib.ExitStack() as stack:
+            image = stack.enter_context(Image.open(path, formats=FORMATS))
+            if image.format == "TIFF":  # libtiff prints by itself what it dislikes as it decodes
+                stack.enter_context(_muted())
             yield image
     except InputError:
         raise
@@ -321,6 +331,19 @@ def opened(path: str) -> Iterator[Image.Image]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} cannot be decoded ({reason}): replace or remove it") from error
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Let nothing of a C library reach stderr."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def pixels_of(image: Image.Image, path: str) -> NDArray[np.uint8]:

@@ -17,7 +17,9 @@ from torch import Tensor
 from fastiat.errors import Damaged, InputError
 
 LARGEST_JSON = 16 * 2**20
-"""Bytes; parsed, they can take thirty times as many."""
+"""Bytes, of a pickle too; parsed, they can take forty times as many."""
+LARGEST_ROW = 2**20
+"""Characters of a line of JSON."""
 
 
 def is_endless(path: Path) -> bool:
@@ -73,10 +75,11 @@ def check_checkpoint(file: Path) -> None:
         wrong = archive.testzip()
         if wrong is not None:
             raise Damaged(f"it is damaged: {wrong[:50]} has a wrong checksum")
-        if len(pickles) != 1 or not pickles[0].endswith("/data.pkl"):
+        sizes = {entry.filename: entry.file_size for entry in entries}
+        one = len(pickles) == 1 and pickles[0].endswith("/data.pkl")
+        if not one or sizes[pickles[0]] > LARGEST_JSON:
             raise Damaged("it is not a checkpoint of fastiat")
         folder = pickles[0].removesuffix("data.pkl")
-        sizes = {entry.filename: entry.file_size for entry in entries}
         content = archive.read(pickles[0])
     _check_opcodes(content)
     _Scan(content, sizes, f"{folder}data/").load()

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from fastiat import __version__, models
 from fastiat.config import TrainConfig
 from fastiat.distributed import ranks
-from fastiat.errors import Damaged, InputError, one_line
+from fastiat.errors import Damaged, InputError, one_line, printable_lines
 from fastiat.files import drop_cut_line, lines_of, no_link, row_of, write
-from fastiat.guard import check_checkpoint, read_json_text
+from fastiat.guard import LARGEST_JSON, check_checkpoint, read_json_text
 from fastiat.lock import Lock, alone, check_unused
 from fastiat.settings import flag_of, from_json, is_beton
 
@@ -220,6 +220,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print a text, and keep it in stdout.log."""
+        text = printable_lines(text)
         print(text, flush=True)
         self.append(LOG, f"{text}\n".encode())
 
@@ -384,15 +385,17 @@ def load_with_card(
 
 def _read_model(file: Path) -> tuple[nn.Module, ModelCard]:
     with safe_open(file, "pt") as opened:
-        values = json.loads((opened.metadata() or {}).get("card", "null"))
+        text = (opened.metadata() or {}).get("card", "null")
+        values = json.loads(text) if len(text) <= LARGEST_JSON else None
         if not isinstance(values, dict):
             raise InputError("it is not a model of fastiat: it does not say which network")
         card = from_json(ModelCard, values)
-        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    # Built without memory, so that a file cannot ask for more than it brings.
-    with torch.device("meta"):
-        model = card.build()
-    expected = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
+        # Built without memory, so that a file cannot ask for more than it brings.
+        with torch.device("meta"):
+            model = card.build()
+        expected = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
+        ours = set(opened.keys()) == expected.keys()
+        weights = {name: opened.get_tensor(name) for name in expected} if ours else {}
     if {name: (t.shape, t.dtype) for name, t in weights.items()} != expected:
         raise InputError(f"it does not hold the weights of {card.arch} of width {card.width}")
     if len(card.classes) != card.num_classes:

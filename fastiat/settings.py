@@ -130,7 +130,7 @@ def from_json(kind: type[Any], values: dict[str, Any]) -> Any:
     known = {field.name for field in fields(kind)}
     for name in values:
         if name not in known:
-            raise InputError(f"unknown setting {name!r}; was it written by another version?")
+            raise InputError(f"unknown setting {name[:50]!r}; was it written by another version?")
     hints = get_type_hints(kind)
     turned = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, value in turned.items():

@@ -16,7 +16,7 @@ import torch
 from fastiat import data, models
 from fastiat.config import TrainConfig
 from fastiat.distributed import ranks
-from fastiat.errors import InputError, Lost, explain_os, out_of_memory
+from fastiat.errors import InputError, explain_os, out_of_memory
 from fastiat.progress import Events, Progress, duration
 from fastiat.run import MODEL, PREVIOUS, STATE, Onlooker, Run, check_free, default_out
 from fastiat.trainer import Trainer, Update
@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> Path:
         if run is None:
             run = Run.create(path, config) if job.first else Onlooker(path, config)
         session = _Session(trainer, run)
-        with _saying_the_way_on(trainer, run), session.signals:
+        with _saying_the_way_on(run), session.signals:
             _train(session)
             # A signal may have come after the last update; and all wait for the first to write.
             if session.agree()[0]:
@@ -73,15 +73,12 @@ def train(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def _saying_the_way_on(trainer: Trainer, run: Run) -> Iterator[None]:
+def _saying_the_way_on(run: Run) -> Iterator[None]:
     """Add, to what the machine refuses, how to go on where that is mended."""
     try:
         yield
     except BrokenPipeError:
         raise
-    except Lost as lost:
-        way = f"; go on with: {_way_on(run.path)}" if run.has_state() else ""
-        raise Lost(f"{lost} at step {trainer.step}{way}") from None
     except (OSError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             wrong = (
@@ -119,6 +116,7 @@ def _train(session: "_Session") -> None:
     )
     if not begun:
         session.save()
+    trainer.ranks.context = session.way_on
     _loop(session)
 
 
@@ -150,6 +148,10 @@ class _Session:
         if number:
             self.signals.received = number
         return number, due
+
+    def way_on(self) -> str:
+        """Say where the training is and how it goes on."""
+        return f" at step {self.trainer.step}; go on with: {_way_on(self.run.path)}"
 
     def save(self) -> None:
         """Write a checkpoint; raise `InputError` instead for a training that has diverged."""

@@ -1,4 +1,4 @@
-"""One training's state: what its updates change, the schedule, and how it is measured."""
+"""One training's state: what its updates change, and how it is measured."""
 
 import copy
 import math
@@ -21,27 +21,12 @@ from fastiat.engine import Engine, pick_engine, prepare
 from fastiat.errors import Damaged, InputError, out_of_memory
 from fastiat.guard import alike
 from fastiat.mix import Mix
+from fastiat.optimise import learning_rate, make_sgd, move_average
 from fastiat.run import ModelCard
 from fastiat.step import Attack, Step, Update, algorithm1, running_statistics
 
 EVAL_BATCH = 500
 """Images evaluated at a time after an epoch."""
-
-
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of update `step`, counted from 0.
-
-    "step": section 4.1's drops at epochs 100 and 150 of 200, in proportion. "cosine": linear up
-    over the first tenth of the updates, then half a cosine down to zero.
-    """
-    total = config.epochs * steps_per_epoch
-    if config.schedule == "step":
-        drops = (2 * step >= total) + (4 * step >= 3 * total)
-        return config.lr * 0.1**drops
-    warm = total / 10
-    if step < warm:
-        return config.lr * (step + 1) / (warm + 1)
-    return config.lr * (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2
 
 
 class Trainer:
@@ -62,6 +47,9 @@ class Trainer:
         prepare(self.device, config.deterministic)
         self.precision = partial(autocast, self.device, self.arithmetic)
         kind, self.loader_reason = loaders.choose(config.loader, dataset, self.device)
+        # The memory that is free may differ; one that takes the file has all take it.
+        if self.ranks.agree(kind == "ffcv")[0]:
+            kind = "ffcv"
         if kind == "ffcv" and not dataset.stored:
             with self.ranks.one_first():
                 dataset = convert.cached_dataset(dataset)
@@ -133,19 +121,8 @@ class Trainer:
             model = self.card.build()
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
-        # A tensor, as a captured graph would hold on to a number.
         self.lr_tensor = torch.tensor(config.lr, device=self.device)
-        self.optimizer = torch.optim.SGD(
-            _parameter_groups(self.model, config),
-            lr=self.lr_tensor,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            fused=True,
-        )
-        if config.momentum:
-            for parameter in self.model.parameters():
-                velocity = torch.zeros_like(parameter)
-                self.optimizer.state[parameter]["momentum_buffer"] = velocity
+        self.optimizer = make_sgd(self.model, config, self.lr_tensor)
         self.fingerprint = dataset.fingerprint()
         self.step = 0
         self.order_before_epoch = self.random["order"].get_state()
@@ -231,7 +208,7 @@ class Trainer:
                 buffer.copy_(before)
             return update
         if self.average is not None:
-            _average(self.average, self.model, config.ema, self.step)
+            move_average(self.average, self.model, config.ema, self.step)
         self.totals += torch.stack(update.figures)
         return update
 
@@ -433,33 +410,15 @@ class Trainer:
                 raise ValueError("it has left out more updates than an epoch has")
             self.skipped = skipped
             self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             if out_of_memory(error):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise Damaged(f"the checkpoint is not of this network ({reason[:100]})") from None
-
-
-def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Split off BatchNorm parameters and biases where they are not to decay."""
-    named = list(model.named_parameters())
-    if config.decay_norm:
-        return [{"params": [p for _, p in named], "weight_decay": config.weight_decay}]
-    return [
-        {"params": [p for _, p in named if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-@torch.no_grad()
-def _average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the average towards the model, buffers too; early steps count more, so that the start
-    is soon forgotten.
-    """
-    decay = min(decay, (1 + step) / (10 + step))
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
-    values = [pair for pair in pairs if pair[0].is_floating_point()]
-    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-    torch._foreach_lerp_([old for old, _ in values], [new for _, new in values], 1 - decay)
-    for old, new in counts:
-        old.copy_(new)

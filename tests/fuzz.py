@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import resource
@@ -26,13 +27,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 from fuzz_targets import OUTSIDE, TARGETS, Refused, Target, World
 
 from fastiat import cli
-from fastiat.errors import InputError
+from fastiat.errors import InputError, out_of_memory
 
 MEMORY = 2 * 2**30
 CPU_SECONDS, SECONDS = 20.0, 120.0
@@ -74,7 +75,7 @@ def fuzz(inputs: int, seed: int, names: tuple[str, ...] = ()) -> list[Tally]:
     with _world(decode=inputs >= 2000) as (world, place):
         print(HEAD, flush=True)
         for target in chosen:
-            count = max(1, round(inputs * target.weight / weights))
+            count = math.ceil(inputs * target.weight / weights)
             tallies.append(_tally(world, place, target, seed, range(count)))
             print(tallies[-1], flush=True)
     return tallies
@@ -194,6 +195,9 @@ def _work(
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.fsync = lambda _: None
+    errors = os.fdopen(os.dup(2), "w")
+    past = os.open(place.parent / "stderr", os.O_CREAT | os.O_RDWR)
+    os.dup2(past, 2)
     start = _resident()
     guard = _Guard(place / "inside")
     with _environment(place.parent):
@@ -206,12 +210,16 @@ def _work(
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
             with guard:
-                outcome, why = _outcome(target, place, content, drawn, show)
+                outcome, why = _outcome(target, place, content, drawn, errors if show else None)
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             if guard.broken:
                 outcome, why = "failed", guard.broken.pop()
                 guard.broken.clear()
+            if os.fstat(past).st_size:
+                outcome, why = "failed", f"printed past Python {os.pread(past, 200, 0)!r}"
+                os.truncate(past, 0)
+                os.lseek(past, 0, os.SEEK_SET)
             answer = {"outcome": outcome, "why": why, "seconds": time.monotonic() - begun}
             answer["memory"] = max(_resident() - start, 0)
             os.write(out, json.dumps(answer).encode() + b"\n")
@@ -224,7 +232,7 @@ def _resident() -> int:
 
 
 def _outcome(
-    target: Target, place: Path, content: bytes, drawn: random.Random, show: bool
+    target: Target, place: Path, content: bytes, drawn: random.Random, show: TextIO | None
 ) -> tuple[str, str]:
     error: BaseException | None = None
     outcome, why = "accepted", ""
@@ -238,13 +246,13 @@ def _outcome(
         except BaseException as failed:
             error = failed
             if show:
-                traceback.print_exception(failed, file=sys.__stderr__)
+                traceback.print_exception(failed, file=show)
             where = traceback.extract_tb(failed.__traceback__)[-1]
             why = f"{type(failed).__name__}: {str(failed)[:200]} ({where.name}:{where.lineno})"
             outcome = "failed"
     said, complaint = (stream.getvalue() for stream in text)
     if show:
-        print(outcome, why, ascii(said), ascii(complaint), file=sys.__stderr__)
+        print(outcome, why, ascii(said), ascii(complaint), file=show)
     if any(_of_memory(one) for one in (*raised, error)) or "allocate" in complaint:
         return "failed", f"asked for more than 2 GB: {complaint[:200]!r}"
     if (place / OUTSIDE / "x").read_text() != "untouched" or len(list(place.iterdir())) != 2:
@@ -267,7 +275,8 @@ def _of_memory(error: BaseException | None) -> bool:
     """Whether an error, or one that it hides, says that memory ran out."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, Exception) and cli.out_of_memory(error):
+        # A size that overflows is refused before anything is asked for.
+        if out_of_memory(error) and "calculation overflowed" not in str(error):
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__

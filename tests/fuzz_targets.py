@@ -207,8 +207,9 @@ def tree(place: Path) -> None:
 
 def png_bomb(random: Random) -> bytes:
     """Return a PNG that is small and unpacks to much, pixels or text."""
-    side, kind = random.choice((9_000, 20_000, 65_535, 2**31 - 1)), random.random()
-    packed = zlib.compress(bytes(10 * 2**20), 9)
+    side, kind = random.choice((4_096, 9_000, 20_000, 65_535, 2**31 - 1)), random.random()
+    # Of the two that Pillow lets pass, all the pixels there may be.
+    packed = zlib_of_zeros(4 * 9_001 * 9_000 if side <= 9_000 else 2**20)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, random.choice((0, 2, 6)), 0, 0, 0))]
     if kind < 0.3:
         chunks[0] = (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
@@ -216,6 +217,13 @@ def png_bomb(random: Random) -> bytes:
         chunks += [(name[:4], name[4:] + packed)] * random.choice((1, 100))
     chunks += [(b"IDAT", packed), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(map(_chunk, *zip(*chunks, strict=True)))
+
+
+def zlib_of_zeros(count: int) -> bytes:
+    """Return a zlib stream of about `count` zero bytes."""
+    count -= count % 2**20
+    checksum = (count % 65_521) << 16 | 1
+    return b"\x78\x9c" + damage.zeros(count) + checksum.to_bytes(4, "big")
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:

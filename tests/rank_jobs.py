@@ -1,7 +1,9 @@
 """Processes that work together, as torchrun would start them but in a fraction of the time."""
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -9,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fastiat import cli, data, distributed, engine
 from fastiat.config import TrainConfig
 from fastiat.measure import fooled
-from fastiat.models import build
+from fastiat.models import build, to_pixels
 from fastiat.queries import EvaluateConfig
 from fastiat.trainer import Trainer
 
@@ -112,6 +115,35 @@ def command_diverging(*argv: str) -> int:
     return cli.main(argv)
 
 
+def command_waiting(*argv: str) -> int:
+    """Run the command; while rank 0 waits in C, as for a device, rank 1 is killed."""
+    original = Trainer.update
+
+    def update(self, *batch):
+        if self.step == 3:
+            if self.ranks.first:
+                ctypes.CDLL(None).sleep(100)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *batch)
+
+    Trainer.update = update
+    distributed.PATIENCE = 0.5
+    return cli.main(argv)
+
+
+def command_skipping(*argv: str) -> int:
+    """Run the command; a gradient of rank 1 alone is no number, once."""
+    original = Trainer._averaged
+
+    def averaged(self, update):
+        if self.step == 3 and self.ranks.rank == 1:
+            next(self.model.parameters()).grad.fill_(torch.nan)
+        return original(self, update)
+
+    Trainer._averaged = averaged
+    return cli.main([*argv, "--on-nan", "skip"])
+
+
 TRAINING = TrainConfig(
     dataset="digits", arch="preact18", width=2, steps=2, lr=0.02, ema=0.9, bn="update",
     holdout=700, batch_size=36, device="cpu", precision="fp32",
@@ -163,12 +195,16 @@ MEASURED = {
 }
 
 
-def measured() -> dict[str, dict[str, torch.Tensor]]:
-    """Attack the digits in several ways."""
+def guessing() -> torch.nn.Module:
+    """Return a network that has not learnt a thing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build("preact18", 10, 1, 8, width=2).eval()
-    found = {}
+        return build("preact18", 10, 1, 8, width=2).eval()
+
+
+def measured() -> dict[str, dict[str, torch.Tensor]]:
+    """Attack the digits in several ways."""
+    model, found = guessing(), {}
     for name, config in MEASURED.items():
         for worst in (False, True):
             found[f"{name}, worst {worst}"] = fooled(
@@ -178,6 +214,28 @@ def measured() -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
+def autoattacked() -> tuple[torch.Tensor, dict[str, int], list[str]]:
+    """Attack some digits with a cut version of AutoAttack in three batches."""
+    import pyautoattack
+
+    from fastiat.autoattack import autoattack
+
+    class Short(pyautoattack.AutoAttack):
+        def _set_version(self, version="standard"):
+            super()._set_version(version)
+            self.square.n_queries = 3
+            for attack in (self.apgd, self.apgd_targeted, self.fab):
+                attack.n_iter = 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyautoattack, "AutoAttack", Short)
+        images, model = data.load("digits").test.images[:21], guessing()
+        split = data.Split(images, model(to_pixels(images.permute(0, 3, 1, 2))).argmax(1))
+        config = EvaluateConfig(device="cpu", batch_size=8)
+        outcome = autoattack(model, split, eps=0.01, config=config)
+    return outcome.fooled, outcome.errors_after, outcome.warnings
+
+
 def numbers(folder: str) -> int:
     """Compute all of the above on every rank and keep it in `folder`."""
 
@@ -185,6 +243,7 @@ def numbers(folder: str) -> int:
         job = distributed.ranks()
         found: dict[str, Any] = {"measured": measured()}
         if job.count == 2:
+            found["autoattack"] = autoattacked()
             found["eager"] = trained(TRAINING, 3)
             found["mlp6"], found["preact18"] = frozen_update("mlp6"), frozen_update("preact18")
             # The step in fixed buffers, without the minutes of compiling.
@@ -194,6 +253,10 @@ def numbers(folder: str) -> int:
         job.mean_(tensors)
         found["means"] = tensors
         found["sum"] = job.add_(torch.tensor([1, job.rank]))
+        with job.one_first():
+            found["came before"] = [file.name for file in Path(folder).glob("turn *")]
+            Path(folder, f"turn {job.rank}").touch()
+        found["texts"] = job.gather(f"of {job.rank}")
         found["agreed"] = job.agree(job.rank, -job.rank)
         torch.save(found, Path(folder) / f"{job.rank}.pt")
         return 0

@@ -13,10 +13,13 @@ import torch
 from rank_jobs import (
     TRAINING,
     Ended,
+    autoattacked,
     command,
     command_diverging,
     command_signalled,
+    command_skipping,
     command_unlike,
+    command_waiting,
     frozen_update,
     measured,
     numbers,
@@ -29,7 +32,7 @@ from fastiat.config import TrainConfig
 from fastiat.device import pick_device
 from fastiat.errors import InputError
 from fastiat.loaders import Shard
-from fastiat.run import STATE
+from fastiat.run import METRICS, STATE
 from fastiat.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +90,13 @@ def test_any_number_of_ranks_fools_the_very_images_that_one_does(found, count):
         assert equal(result["measured"], truth)
 
 
+def test_two_ranks_autoattack_as_one_process_does(found):
+    fooled, errors, _ = truth = autoattacked()
+    assert len(errors) == 5 and errors["none"] < errors["square"] == fooled.sum() < 21
+    for result in found[2]:
+        assert equal(result["autoattack"], truth)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_means_sums_and_agreements_are_those_of_the_ranks_numbers(found, count):
     mean = sum(range(count)) / count
@@ -96,6 +106,7 @@ def test_means_sums_and_agreements_are_those_of_the_ranks_numbers(found, count):
         torch.testing.assert_close(single, torch.tensor(3 * mean))
         assert result["sum"].tolist() == [count, sum(range(count))]
         assert result["agreed"] == (count - 1, 0)
+        assert result["texts"] == [f"of {rank}" for rank in range(count)]
 
 
 def test_judging_in_parts_counts_the_errors_that_one_process_counts(found):
@@ -107,6 +118,12 @@ def test_judging_in_parts_counts_the_errors_that_one_process_counts(found):
     whole.best = None
     whole.judge(row := {})
     assert len(whole.holdout.labels) > 500 and row == parts["row"]
+
+
+def test_one_rank_of_a_machine_is_through_before_the_others_begin(found):
+    for results in found.values():
+        first, *others = (result["came before"] for result in results)
+        assert first == [] and all("turn 0" in names for names in others)
 
 
 def test_gaps_lead_every_shard_to_its_own_batches():
@@ -177,6 +194,24 @@ def test_without_torchrun_too_a_killed_rank_ends_the_other_with_one_line(flags, 
     assert f"rank {rank} of 2 processes was lost" in line and "at step 6" in line
     # The checkpoint from before the first update.
     assert torch.load(out / STATE, weights_only=True)["step"] == 0
+
+
+def test_a_killed_rank_ends_one_that_waits_for_the_device(flags, tmp_path):
+    out = tmp_path / "run"
+    argv = ("train", *flags, "--out", str(out))
+    ended = together(2, tmp_path / "log", command_waiting, *argv)
+    assert ended.statuses == [1, -signal.SIGKILL]
+    (line,) = ended.complaints
+    assert "rank 1 of 2 processes was lost" in line and "at step 3; go on with: torchrun" in line
+
+
+def test_an_update_that_one_rank_cannot_make_is_left_out_by_all(flags, tmp_path):
+    out = tmp_path / "run"
+    argv = ("train", *flags, "--out", str(out))
+    ended = together(2, tmp_path / "log", command_skipping, *argv)
+    assert ended.statuses == [0, 0], ended.complaints
+    rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    assert [row["skipped"] for row in rows if row["kind"] == "epoch"] == [1, 0, 0]
 
 
 def test_under_torchrun_a_killed_rank_ends_all_and_the_checkpoint_resumes_to_the_same_bits(
@@ -266,19 +301,23 @@ def test_two_ranks_measure_a_run_as_one_process_does(run, whole, tmp_path):
     assert rows[0] == rows[1] and rows[0][0][2] == 360
 
 
-def test_the_batch_of_each_rank_is_part_of_the_one_that_a_single_process_sees():
+def test_the_batch_of_each_rank_is_part_of_the_one_that_a_single_process_sees(monkeypatch):
     config = TrainConfig(dataset="digits", arch="mlp6", width=4, batch_size=6, device="cpu")
-    before = distributed._ranks
+    monkeypatch.setattr(distributed.Ranks, "agree", lambda self, *values: values)
     batches = []
-    try:
-        for place in ((0, 1), (0, 2), (1, 2)):
-            distributed._ranks = distributed.Ranks(*place)
-            batches.append(next(iter(Trainer(config, data.load("digits")).loader)))
-    finally:
-        distributed._ranks = before
+    for place in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(*place))
+        batches.append(next(iter(Trainer(config, data.load("digits")).loader)))
     (x, y), *parts = batches
     assert torch.equal(torch.cat([part[0] for part in parts]), x)
     assert torch.equal(torch.cat([part[1] for part in parts]), y)
+
+
+def test_half_of_torchruns_environment_gets_one_line(monkeypatch, capsys, complaint):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["doctor", "--device", "cpu"]) == 0  # other launchers set this, too
+    monkeypatch.setenv("RANK", "0")
+    assert "but not LOCAL_RANK: start it with torchrun" in complaint("doctor")
 
 
 def test_every_process_of_a_machine_takes_its_own_gpu(monkeypatch):

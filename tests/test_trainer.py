@@ -15,8 +15,9 @@ from fastiat.attack import count_errors, pgd
 from fastiat.config import TrainConfig, modern, paper
 from fastiat.errors import InputError
 from fastiat.mix import Mix
+from fastiat.optimise import learning_rate
 from fastiat.step import algorithm1
-from fastiat.trainer import Trainer, learning_rate
+from fastiat.trainer import Trainer
 
 
 def _network():
