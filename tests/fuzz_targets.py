@@ -428,7 +428,7 @@ def _of_state(random: Random, at: Any) -> None:
     while isinstance(at, dict | list) and at and (key is None or random.random() < 0.85):
         key = random.choice(list(at)) if isinstance(at, dict) else random.randrange(len(at))
         parent, at = at, at[key]
-    if isinstance(at, torch.Tensor) and random.random() < 0.7:
+    if isinstance(at, torch.Tensor) and _is_untouched(at) and random.random() < 0.7:
         parent[key] = _of_tensor(random, at)
     elif isinstance(at, int) and not isinstance(at, bool) and random.random() < 0.7:
         parent[key] = random.choice((at - 1, at + 1, -at - 1, 0, 2**31, -(2**62), 2**63, 10**30))
@@ -437,6 +437,11 @@ def _of_state(random: Random, at: Any) -> None:
         calls = (*canary, damage.Call(bytearray, 3 * 2**30), damage.Call(eval, "1"))
         other: Any = (*damage.HOSTILE, *calls, damage.laughs(), torch.zeros(3), torch.Size([1]))
         parent[key] = random.choice(other)
+
+
+def _is_untouched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is not one of `_of_tensor`'s, of which not everything can be made."""
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel() < 2**24
 
 
 def _of_tensor(random: Random, tensor: torch.Tensor) -> Any:
