@@ -186,6 +186,11 @@ def test_convert_refuses_in_one_line(tmp_path: Path, digits: Path, complaint) ->
     assert "does not exist" in complaint("convert", tmp_path / "no", tmp_path / "x.beton")
     assert "needs a data folder" in complaint("convert", "folder", tmp_path / "x.beton")
     tree = make_tree(tmp_path / "tree", [(20, 30), (7, 30)])
+    out = tmp_path / "x.beton"
+    assert "leave it out with" in complaint("convert", tree, out, "--data-dir", tmp_path)
+    out.symlink_to(tmp_path / "nowhere")
+    assert "is there already" in complaint("convert", "digits", out)
+    out.unlink()
     assert "1.png is 7x30 pixels: 8" in complaint("convert", tree, tmp_path / "x.beton")
     (tree / "train/b/1.png").write_bytes((tree / "train/b/0.png").read_bytes()[:300])
     for folder in ("train/a", "test/a", "test/b"):
