@@ -1,5 +1,6 @@
 """Converting to .beton, and opening files that are damaged, foreign or hostile."""
 
+import errno
 import io
 import json
 import os
@@ -224,6 +225,18 @@ def test_a_disk_that_keeps_other_bytes_is_noticed(tmp_path: Path, monkeypatch) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written_to_is_told_by_the_files_own_name(
+    tmp_path: Path, monkeypatch, complaint
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(beton_writer, "open", refuse, raising=False)
+    monkeypatch.setattr(Path, "unlink", refuse)  # such a system refuses that, too
+    told = complaint("convert", "digits", tmp_path / "x.beton")
+    assert f"Read-only file system: {tmp_path / 'x.beton'}: choose a place" in told
+
+
 def test_what_a_killed_conversion_left_is_removed_and_a_running_ones_is_not(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -269,6 +282,14 @@ def test_every_shorter_file_is_refused_by_name(tmp_path: Path, digits: Path) -> 
         file.write_bytes(whole[:length])
         with pytest.raises(InputError, match=r"cut\.beton cannot be used.*fastiat convert"):
             data.load(str(file))
+
+
+def test_a_longer_file_is_refused_by_name(tmp_path: Path, digits: Path) -> None:
+    whole = digits.read_bytes()
+    for more in (b"\0", bytes(24), whole):
+        (tmp_path / "long.beton").write_bytes(whole + more)
+        with pytest.raises(InputError, match=r"long\.beton cannot be used, it goes on after its end"):
+            data.load(str(tmp_path / "long.beton"))
 
 
 def test_foreign_files_are_refused_by_name(tmp_path: Path, complaint) -> None:
