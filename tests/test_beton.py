@@ -288,7 +288,7 @@ def test_a_longer_file_is_refused_by_name(tmp_path: Path, digits: Path) -> None:
     whole = digits.read_bytes()
     for more in (b"\0", bytes(24), whole):
         (tmp_path / "long.beton").write_bytes(whole + more)
-        with pytest.raises(InputError, match=r"long\.beton cannot be used, it goes on after its end"):
+        with pytest.raises(InputError, match=r"long\.beton .* it goes on after its end"):
             data.load(str(tmp_path / "long.beton"))
 
 
