@@ -35,7 +35,7 @@ from fastiat.settings import DATASETS, is_beton
 USUAL_SIDE = 224
 """Side of the images of a tree of mixed sizes: what networks for photographs are trained on."""
 AHEAD = 64
-"""Images that one task of a worker process decodes, resizes and compresses."""
+"""Images, at most, that one task of a worker process decodes, resizes and compresses."""
 
 
 class Stopped(Exception):
@@ -87,7 +87,8 @@ class Tree(Source):
     def blobs(self, square: "_Square") -> Iterator[Iterable[bytes]]:
         """Decode, resize and encode, in a few tasks ahead."""
         work = functools.partial(_blobs_of, square=square)
-        with folder.quiet(), folder.mapped(work, self.listing.paths, AHEAD) as results:
+        count = _at_a_time(square.side)
+        with folder.quiet(), folder.mapped(work, self.listing.paths, count) as results:
             yield itertools.chain.from_iterable(results)
 
 
@@ -110,9 +111,14 @@ class Loaded(Source):
         parts = (
             split.take(index).images.numpy()
             for split in self.splits
-            for index in torch.arange(len(split)).split(AHEAD)
+            for index in torch.arange(len(split)).split(_at_a_time(min(split.shape[1:])))
         )
         return nullcontext(square(image) for images in parts for image in images)
+
+
+def _at_a_time(side: int) -> int:
+    """Return how many images a task has: as many as `beton.CHUNK` holds, but one at least."""
+    return max(1, min(AHEAD, beton.CHUNK // (3 * side**2)))
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,18 @@ def test_resizing_takes_the_middle_and_averages_what_it_shrinks(tmp_path: Path) 
     assert (grey - 127.5).abs().max() < 3
 
 
+def test_large_images_are_in_memory_one_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    assert [convert._at_a_time(side) for side in (8, 224, 512, 4096)] == [64, 55, 10, 1]
+    asked = []
+    take = data.Split.take
+    monkeypatch.setattr(data.Split, "take", lambda s, i: asked.append(len(i)) or take(s, i))
+    monkeypatch.setattr(beton, "CHUNK", 2 * 3 * 8 * 8)
+    convert._write(tmp_path / "x.beton", convert.Loaded(DIGITS), "raw", 0, None)
+    assert max(asked) == 2 and sum(asked) == 1797
+    call("convert", make_tree(tmp_path / "tree", [(9, 9)] * 3), tmp_path / "tree.beton")
+    assert len(images_of(tmp_path / "tree.beton")) == 12
+
+
 def test_name_tells_a_resized_data_set_from_the_original(tmp_path: Path, digits: Path) -> None:
     tree = make_tree(tmp_path / "tree", [(16, 16)])
     dataset = data.load("folder", tree)
