@@ -32,7 +32,7 @@ OLDEST := .venv-oldest
 TESTS ?= tests
 
 # Two at a time, each on one core: threads that share cores slow each other down.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile
 
 KILLS ?= 100
 INPUTS ?= 10000
@@ -50,10 +50,10 @@ demo: $(STAMP)
 		--schedule cosine --lr 0.05 --pad 1 --out runs/demo
 
 test: $(TOOLS)
-	$(PYTEST)
+	$(call PYTEST,$(VENV))
 
 quick: $(TOOLS)
-	$(PYTEST) -m "not slow"
+	$(call PYTEST,$(VENV)) -m "not slow"
 
 torture: $(TOOLS)
 	$(BIN)/python tests/torture.py --kills $(KILLS)
@@ -65,7 +65,7 @@ test-gpu: $(TOOLS)
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python tests/oldest.py --check
-	$(OLDEST)/bin/python -m pytest -m "not slow" $(TESTS)
+	$(call PYTEST,$(OLDEST)) -m "not slow" $(TESTS)
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastiat import __version__, models
 from fastiat.config import TrainConfig
 from fastiat.distributed import ranks
-from fastiat.errors import Damaged, InputError, one_line, printable_lines
+from fastiat.errors import Damaged, InputError, one_line, printable, printable_lines
 from fastiat.files import drop_cut_line, lines_of, no_link, row_of, write
 from fastiat.guard import LARGEST_JSON, check_checkpoint, read_json_text
 from fastiat.lock import Lock, alone, check_unused
@@ -432,5 +432,5 @@ def _read(file: Path, reader: Callable[[], T]) -> T:
         raise
     # torch's and our own readers raise whatever a damaged file makes them stumble on.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = printable((str(error).splitlines() or [type(error).__name__])[0])
         raise Damaged(f"{file} is damaged or truncated ({reason[:100]})") from None

@@ -18,7 +18,7 @@ from fastiat.config import TrainConfig
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.distributed import ranks
 from fastiat.engine import Engine, pick_engine, prepare
-from fastiat.errors import Damaged, InputError, out_of_memory
+from fastiat.errors import Damaged, InputError, out_of_memory, printable
 from fastiat.guard import alike
 from fastiat.mix import Mix
 from fastiat.optimise import learning_rate, make_sgd, move_average
@@ -420,5 +420,5 @@ class Trainer:
         ) as error:
             if out_of_memory(error):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = printable((str(error).splitlines() or [type(error).__name__])[0])
             raise Damaged(f"the checkpoint is not of this network ({reason[:100]})") from None

@@ -25,7 +25,8 @@ from rank_jobs import (
     numbers,
     together,
 )
-from test_train import assert_same, equal
+from test_train import assert_same
+from torture import equal
 
 from fastiat import cli, data, distributed
 from fastiat.config import TrainConfig

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import assert_same, equal, rows_of, signal_in
+from test_train import assert_same, rows_of, signal_in
+from torture import equal
 
 from fastiat import cli, data, engine
 from fastiat.config import TrainConfig

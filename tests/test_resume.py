@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import assert_same, equal, signal_in
+from test_train import assert_same, signal_in
+from torture import equal
 
 from fastiat import cli, data, engine
 from fastiat.config import PRESETS, TrainConfig

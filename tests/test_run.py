@@ -250,3 +250,11 @@ def test_a_loaded_network_gives_gradients_and_is_in_eval_mode(run):
     x = torch.rand(2, 1, 8, 8, requires_grad=True)
     model(x).sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_message_about_a_damaged_model_has_no_escape_sequence_of_the_file(run):
+    head = json.dumps({"\x1b]0;owned\x07": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}})
+    (run / MODEL).write_bytes(len(head).to_bytes(8, "little") + head.encode())
+    with pytest.raises(InputError, match="owned") as raised:
+        fastiat.load(run)
+    assert str(raised.value).isprintable()

@@ -16,11 +16,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torture import equal
 
 from fastiat import cli
 from fastiat.run import METRICS, MODEL, STATE, Run
@@ -45,17 +45,6 @@ TIMES = ("seconds", "images_per_second")
 def rows_of(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Whether two nests of tensors are bit-equal."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def assert_same(one: Path, other: Path) -> None:
