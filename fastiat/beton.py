@@ -214,8 +214,10 @@ def _open(path: Path, file: IO[bytes]) -> Beton:
         raise refusal(path, "it is not a .beton of fastiat, with an image and a label field")
     if page & (page - 1) or not SMALLEST_PAGE <= page <= LARGEST_PAGE:
         raise refusal(path, f"its page size is {page}")
-    if n < 2 or table == 0 or table + n * ALLOCATION.itemsize != size:
+    if n < 2 or table == 0 or table + n * ALLOCATION.itemsize > size:
         raise refusal(path, "it is truncated")
+    if table + n * ALLOCATION.itemsize < size:
+        raise refusal(path, "it goes on after its end")
     start = data_start(n, page)
     tail = len(MAGIC) + 8
     if table < start + tail:

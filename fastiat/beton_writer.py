@@ -130,7 +130,8 @@ def replacing(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
             yield part, file
         os.replace(part, path)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed
+            part.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise

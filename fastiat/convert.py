@@ -35,7 +35,7 @@ from fastiat.settings import DATASETS, is_beton
 USUAL_SIDE = 224
 """Side of the images of a tree of mixed sizes: what networks for photographs are trained on."""
 AHEAD = 64
-"""Images that one task of a worker process decodes, resizes and compresses."""
+"""Images, at most, that one task of a worker process decodes, resizes and compresses."""
 
 
 class Stopped(Exception):
@@ -87,7 +87,8 @@ class Tree(Source):
     def blobs(self, square: "_Square") -> Iterator[Iterable[bytes]]:
         """Decode, resize and encode, in a few tasks ahead."""
         work = functools.partial(_blobs_of, square=square)
-        with folder.quiet(), folder.mapped(work, self.listing.paths, AHEAD) as results:
+        count = _at_a_time(square.side)
+        with folder.quiet(), folder.mapped(work, self.listing.paths, count) as results:
             yield itertools.chain.from_iterable(results)
 
 
@@ -110,9 +111,14 @@ class Loaded(Source):
         parts = (
             split.take(index).images.numpy()
             for split in self.splits
-            for index in torch.arange(len(split)).split(AHEAD)
+            for index in torch.arange(len(split)).split(_at_a_time(min(split.shape[1:])))
         )
         return nullcontext(square(image) for images in parts for image in images)
+
+
+def _at_a_time(side: int) -> int:
+    """Return how many images a task has: as many as `beton.CHUNK` holds, but one at least."""
+    return max(1, min(AHEAD, beton.CHUNK // (3 * side**2)))
 
 
 @dataclass(frozen=True)
@@ -161,12 +167,16 @@ def convert(config: ConvertConfig) -> beton.Card:
     """
     config.check()
     out = Path(config.out).expanduser().absolute()
-    if out.exists() and not config.force:
+    if os.path.lexists(out) and not config.force:
         raise InputError(f"{out} is there already: choose another name, or replace it with --force")
     if not out.parent.is_dir():
         raise InputError(f"the folder {out.parent} does not exist: create it, or choose another")
     if out.is_dir():
         raise InputError(f"{out} is a folder: name a file in it")
+    if config.data_dir is not None and config.dataset not in DATASETS:
+        raise InputError(
+            f"--data-dir is where a data set of a name is: leave it out with {config.dataset}"
+        )
     if config.dataset in DATASETS and config.dataset != "folder":
         source: Source = Loaded(data.load(config.dataset, config.data_dir))
     elif is_beton(config.dataset):
@@ -229,10 +239,22 @@ def cache_dir() -> Path:
 
 
 def _cached(source: Source, name: str) -> data.Dataset:
-    """Return what the cache has of a source; several processes write it once."""
+    """Return what the cache has of a source; several processes write it once.
+
+    Raises `InputError` where it has nothing and cannot be written.
+    """
     file = cache_dir() / f"{name}.beton"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w") as lock:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        if _is_of(file, source):  # a cache that is shared, and read-only
+            return data.stored(file)
+        raise InputError(
+            f"{file.parent} cannot be written to ({error.strerror}): "
+            "name another folder for converted images with FASTIAT_CACHE"
+        ) from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_of(file, source):
             if isinstance(source, Tree):

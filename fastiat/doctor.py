@@ -10,7 +10,7 @@ from fastiat import __version__, data
 from fastiat.device import free_memory, has_fast_bf16, pick_device, pick_precision
 from fastiat.distributed import ranks
 from fastiat.engine import pick_engine
-from fastiat.ffcv_package import install_hint, installed
+from fastiat.ffcv_package import obstacle
 from fastiat.queries import DoctorConfig
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "torchattacks", "foolbox")
@@ -46,8 +46,8 @@ def doctor(config: DoctorConfig) -> None:
 
 def _loader(device: torch.device) -> str:
     """Say which loader a run takes, and why."""
-    if not installed():
-        return f"a run takes resident; {install_hint()}"
+    if reason := obstacle():
+        return f"a run takes resident; {reason}"
     if device.type == "cpu":
         most, where = "is in memory anyway", "memory"
     else:

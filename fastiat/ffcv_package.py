@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from fastiat.errors import InputError
+from fastiat.errors import InputError, one_line
 
 LIBRARIES = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}
 """What FFCV is built with, by pkg-config's name, and the Debian packages that have it."""
@@ -26,20 +26,31 @@ def missing_packages() -> list[str]:
 
 def install_hint() -> str:
     """Say in one line that FFCV is not installed, and how that is done here."""
+    return f"FFCV is not installed: {_first()}pip install 'fastiat[ffcv]'"
+
+
+def _first() -> str:
     missing = missing_packages()
-    system = f"apt-get install {' '.join(missing)}, then " if missing else ""
-    return f"FFCV is not installed: {system}pip install 'fastiat[ffcv]'"
+    return f"apt-get install {' '.join(missing)}, then " if missing else ""
+
+
+def obstacle() -> str | None:
+    """Return in one line why FFCV cannot be used and what mends it, or None where it can be.
+
+    It is imported, which takes a few seconds the first time.
+    """
+    if importlib.util.find_spec("ffcv") is None:
+        return install_hint()
+    try:
+        import_ffcv()
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def installed() -> bool:
-    """Whether FFCV is there and can be imported, which takes a few seconds the first time."""
-    try:
-        if importlib.util.find_spec("ffcv") is None:
-            return False
-        import_ffcv()
-    except (ImportError, InputError):
-        return False
-    return True
+    """Whether FFCV is there and can be imported."""
+    return obstacle() is None
 
 
 def import_ffcv() -> None:
@@ -53,12 +64,15 @@ def import_ffcv() -> None:
     threads = torch.get_num_threads()
     try:
         _import()
-    except ModuleNotFoundError as error:
-        if (error.name or "ffcv").partition(".")[0] != "ffcv":
-            raise InputError(f"FFCV cannot be imported ({error}): install it anew") from None
-        raise InputError(install_hint()) from None
-    except (ImportError, OSError) as error:
-        raise InputError(f"FFCV cannot be imported ({error}): install it anew") from None
+    # Libraries that do not fit each other raise whatever makes them stumble.
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "ffcv") == "ffcv":
+            raise InputError(install_hint()) from None
+        reason = one_line(error) or type(error).__name__
+        raise InputError(
+            f"FFCV is installed but cannot be imported ({reason}): {_first()}"
+            "pip install --force-reinstall --no-deps ffcv"
+        ) from None
     finally:
         torch.set_num_threads(threads)
 

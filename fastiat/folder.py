@@ -16,6 +16,7 @@ What a tree may hold:
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -54,6 +55,7 @@ GREY = ("1", "L", "LA")  # Pillow's modes; 16-bit grey is I;16, I;16B or I
 
 CHUNK = 128  # images per task of a worker
 PARALLEL_FROM = 2000  # images from which worker processes are worth their start
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CACHE_VERSION = 1  # raise it when decoding changes
 
 T = TypeVar("T")
@@ -250,7 +252,7 @@ def mapped(
     # workers need no `if __name__ == "__main__"` in the caller's script and touch neither torch
     # nor CUDA.
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), _let_parent_handle_signals
+        workers, multiprocessing.get_context("fork"), _follow_parent, (os.getpid(),)
     )
 
     def results() -> Iterator[T]:
@@ -269,9 +271,14 @@ def mapped(
         pool.shutdown(cancel_futures=True)
 
 
-def _let_parent_handle_signals() -> None:
+def _follow_parent(parent: int) -> None:
+    """Let the parent handle the signals, and end with it, even where it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with contextlib.suppress(OSError, AttributeError):  # not this libc
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before
+        os._exit(1)
 
 
 def _decode_chunk(paths: list[str], first: str, side: int) -> tuple[NDArray[np.uint8], bool]:

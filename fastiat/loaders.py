@@ -11,7 +11,7 @@ from torch import Tensor
 from fastiat.data import Dataset, Split, StoredSplit
 from fastiat.device import free_memory
 from fastiat.errors import InputError
-from fastiat.ffcv_package import install_hint, installed
+from fastiat.ffcv_package import installed, obstacle
 from fastiat.kernels import crop_flip
 
 Kind = Literal["resident", "ffcv"]
@@ -165,8 +165,8 @@ def choose(
     than half of what is free of the device's memory. Raises `InputError` for "ffcv" where it is
     not installed.
     """
-    if wanted == "ffcv" and not installed():
-        raise InputError(f"--loader ffcv: {install_hint()}")
+    if wanted == "ffcv" and (reason := obstacle()):
+        raise InputError(f"--loader ffcv: {reason}")
     if wanted != "auto":
         return wanted, "it was asked for"
     if dataset.stored:

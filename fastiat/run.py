@@ -239,7 +239,7 @@ class Run:
         metadata = {"format": "pt", "fastiat": __version__, "card": json.dumps(asdict(card))}
         self._check_there()
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-        write(self.path / MODEL, safetensors.torch.save(tensors, metadata))
+        write(self.path / MODEL, _ordered(safetensors.torch.save(tensors, metadata)))
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write state.pt, everything that a resume needs; the one before is state.previous.pt."""
@@ -323,6 +323,18 @@ class Onlooker(Run):
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Leave it to the other."""
+
+
+def _ordered(model: bytes) -> bytes:
+    """Return a safetensors file with its metadata sorted: the library's order is another each time,
+    and equal networks are to be equal files.
+    """
+    data = 8 + int.from_bytes(model[:8], "little")
+    header = json.loads(model[8:data])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + memoryview(model)[data:]
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

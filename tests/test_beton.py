@@ -1,5 +1,6 @@
 """Converting to .beton, and opening files that are damaged, foreign or hostile."""
 
+import errno
 import io
 import json
 import os
@@ -167,6 +168,18 @@ def test_resizing_takes_the_middle_and_averages_what_it_shrinks(tmp_path: Path) 
     assert (grey - 127.5).abs().max() < 3
 
 
+def test_large_images_are_in_memory_one_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    assert [convert._at_a_time(side) for side in (8, 224, 512, 4096)] == [64, 55, 10, 1]
+    asked = []
+    take = data.Split.take
+    monkeypatch.setattr(data.Split, "take", lambda s, i: asked.append(len(i)) or take(s, i))
+    monkeypatch.setattr(beton, "CHUNK", 2 * 3 * 8 * 8)
+    convert._write(tmp_path / "x.beton", convert.Loaded(DIGITS), "raw", 0, None)
+    assert max(asked) == 2 and sum(asked) == 1797
+    call("convert", make_tree(tmp_path / "tree", [(9, 9)] * 3), tmp_path / "tree.beton")
+    assert len(images_of(tmp_path / "tree.beton")) == 12
+
+
 def test_name_tells_a_resized_data_set_from_the_original(tmp_path: Path, digits: Path) -> None:
     tree = make_tree(tmp_path / "tree", [(16, 16)])
     dataset = data.load("folder", tree)
@@ -186,6 +199,11 @@ def test_convert_refuses_in_one_line(tmp_path: Path, digits: Path, complaint) ->
     assert "does not exist" in complaint("convert", tmp_path / "no", tmp_path / "x.beton")
     assert "needs a data folder" in complaint("convert", "folder", tmp_path / "x.beton")
     tree = make_tree(tmp_path / "tree", [(20, 30), (7, 30)])
+    out = tmp_path / "x.beton"
+    assert "leave it out with" in complaint("convert", tree, out, "--data-dir", tmp_path)
+    out.symlink_to(tmp_path / "nowhere")
+    assert "is there already" in complaint("convert", "digits", out)
+    out.unlink()
     assert "1.png is 7x30 pixels: 8" in complaint("convert", tree, tmp_path / "x.beton")
     (tree / "train/b/1.png").write_bytes((tree / "train/b/0.png").read_bytes()[:300])
     for folder in ("train/a", "test/a", "test/b"):
@@ -217,6 +235,18 @@ def test_a_disk_that_keeps_other_bytes_is_noticed(tmp_path: Path, monkeypatch) -
     with pytest.raises(InputError, match="does not hold what was written"):
         convert._write(tmp_path / "x.beton", convert.Loaded(DIGITS), "raw", 0, None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_by_the_files_own_name(
+    tmp_path: Path, monkeypatch, complaint
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(beton_writer, "open", refuse, raising=False)
+    monkeypatch.setattr(Path, "unlink", refuse)  # such a system refuses that, too
+    told = complaint("convert", "digits", tmp_path / "x.beton")
+    assert f"Read-only file system: {tmp_path / 'x.beton'}: choose a place" in told
 
 
 def test_what_a_killed_conversion_left_is_removed_and_a_running_ones_is_not(tmp_path: Path) -> None:
@@ -264,6 +294,14 @@ def test_every_shorter_file_is_refused_by_name(tmp_path: Path, digits: Path) -> 
         file.write_bytes(whole[:length])
         with pytest.raises(InputError, match=r"cut\.beton cannot be used.*fastiat convert"):
             data.load(str(file))
+
+
+def test_a_longer_file_is_refused_by_name(tmp_path: Path, digits: Path) -> None:
+    whole = digits.read_bytes()
+    for more in (b"\0", bytes(24), whole):
+        (tmp_path / "long.beton").write_bytes(whole + more)
+        with pytest.raises(InputError, match=r"long\.beton .* it goes on after its end"):
+            data.load(str(tmp_path / "long.beton"))
 
 
 def test_foreign_files_are_refused_by_name(tmp_path: Path, complaint) -> None:

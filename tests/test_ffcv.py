@@ -362,6 +362,42 @@ def test_without_ffcv_one_line_says_what_to_install(
     assert "apt-get install pkg-config libturbojpeg0-dev libopencv-dev" in row
 
 
+@pytest.mark.parametrize(
+    "error", [ImportError("libturbojpeg.so.0: cannot open"), AttributeError("numpy has no x")]
+)
+def test_an_ffcv_that_cannot_be_imported_is_not_called_missing(
+    tmp_path, small, complaint, capsys, monkeypatch, error
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(ffcv_package, "_import", fail)
+    told = complaint("train", *small, "--loader", "ffcv", "--out", tmp_path / "run")
+    assert str(error) in told and "force-reinstall" in told and "not installed" not in told
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loader")]
+    assert "resident" in row and str(error) in row
+    assert choose("auto", DIGITS, CPU) == ("resident", "it fits")
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_used_for_what_it_has(
+    cache, tmp_path, monkeypatch
+) -> None:
+    tree = mixed_tree(tmp_path / "tree")
+    monkeypatch.setenv("FASTIAT_CACHE", str(tree / "test/a/0.png"))
+    with pytest.raises(InputError, match=r"0\.png cannot be written to.*FASTIAT_CACHE"):
+        data.load("folder", tree, loader="ffcv")
+    monkeypatch.setenv("FASTIAT_CACHE", str(cache))
+    before = data.load("folder", tree, loader="ffcv").fingerprint()
+    (lock,) = cache.glob("*.lock")
+    lock.unlink()
+    lock.mkdir()  # root may write wherever it likes, but not open this
+    assert data.load("folder", tree, loader="ffcv").fingerprint() == before
+    Image.new("RGB", (80, 80)).save(tree / "test/a/0.png")
+    with pytest.raises(InputError, match="cannot be written to"):
+        data.load("folder", tree, loader="ffcv")
+
+
 def test_doctor_says_which_loader_and_why(capsys) -> None:
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loader")]

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -673,3 +674,27 @@ def test_progress_is_shown_on_a_terminal_alone(
     data.load("folder", tree, progress=progress)
     assert ("decoding: 100%" in stream.getvalue()) == shown
     assert bool(stream.getvalue()) == shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="decodes in one process elsewhere")
+def test_worker_processes_end_with_a_parent_that_is_killed() -> None:
+    code = """
+import os, time
+from fastiat import folder
+
+folder.PARALLEL_FROM, os.sched_getaffinity, parent = 1, lambda _: {0, 1}, os.getpid()
+
+def work(paths):
+    if os.getpid() != parent:
+        os.kill(parent, 9)
+    time.sleep(60)
+
+with folder.mapped(work, ["a", "b"]) as results:
+    list(results)
+"""
+    # A worker that went on would keep this pipe open, and the call waiting.
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True,
+        timeout=45,
+    )  # fmt: skip
+    assert ended.returncode == -9

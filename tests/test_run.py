@@ -37,6 +37,17 @@ def stranger(tmp_path_factory, small) -> Path:
     return out
 
 
+def test_a_network_saved_again_is_the_same_file(trained, tmp_path):
+    weights, card = safetensors.torch.load_file(trained / MODEL), load_with_card(trained)[1]
+    wanted = (trained / MODEL).read_bytes()
+    assert int.from_bytes(wanted[:8], "little") % 8 == 0  # tensors lie aligned, as the library's
+    again = Run.create(tmp_path / "again", Run.open(trained).config)
+    for _ in range(20):  # unsorted, one order in six comes each time
+        again.save_model(weights, card)
+        assert (tmp_path / "again" / MODEL).read_bytes() == wanted
+    again.unlock()
+
+
 def test_config_json_rebuilds_the_settings(run):
     opened = Run.open(run)
     assert opened.config.arch == "mlp6" and opened.config.lr == 0.02
