@@ -100,8 +100,9 @@ class Ranks:
         sizes = [tensor.numel() for tensor in tensors]
         if self._flat is None or len(self._flat[0]) != sum(sizes):
             flat = torch.empty(sum(sizes), device=tensors[0].device)
+            # In the tensors' own memory order, so that one kernel copies many of them.
             parts = [
-                part.view_as(tensor)
+                part.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
                 for part, tensor in zip(flat.split(sizes), tensors, strict=True)
             ]
             self._flat = flat, parts

@@ -314,6 +314,22 @@ def test_the_batch_of_each_rank_is_part_of_the_one_that_a_single_process_sees(mo
     assert torch.equal(torch.cat([part[1] for part in parts]), y)
 
 
+def test_the_flat_buffer_has_the_tensors_own_memory_order(monkeypatch):
+    monkeypatch.setattr(distributed.Ranks, "add_", lambda self, flat: flat.mul_(3))
+    job = distributed.Ranks(0, 2)
+    image = torch.randn(4, 3, 2, 2)
+    tensors = [image.contiguous(memory_format=torch.channels_last), torch.randn(3, 5).t()]
+    tensors += [torch.randn(()), image[:1, :1], torch.randn(7)[::2]]
+    for _ in range(2):
+        expected = [1.5 * tensor for tensor in tensors]
+        job.mean_(tensors)
+        for mean, wanted in zip(tensors, expected, strict=True):
+            torch.testing.assert_close(mean, wanted, rtol=0, atol=0)
+    # Else CUDA copies one tensor at a time.
+    assert job._flat is not None
+    assert [part.stride() for part in job._flat[1][:2]] == [(12, 1, 6, 3), (1, 5)]
+
+
 def test_half_of_torchruns_environment_gets_one_line(monkeypatch, capsys, complaint):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["doctor", "--device", "cpu"]) == 0  # other launchers set this, too
