@@ -196,13 +196,14 @@ def test_without_torchrun_too_a_killed_rank_ends_the_other_with_one_line(flags, 
     assert torch.load(out / STATE, weights_only=True)["step"] == 0
 
 
-def test_a_killed_rank_ends_one_that_waits_for_the_device(flags, tmp_path):
+@pytest.mark.parametrize("others", [1, 2])
+def test_a_killed_rank_ends_those_that_wait_for_the_device(flags, tmp_path, others):
     out = tmp_path / "run"
-    argv = ("train", *flags, "--out", str(out))
-    ended = together(2, tmp_path / "log", command_waiting, *argv)
-    assert ended.statuses == [1, -signal.SIGKILL]
+    argv = ("train", *flags, "--out", str(out), "--batch-size", "60")
+    ended = together(1 + others, tmp_path / "log", command_waiting, *argv)
+    assert ended.statuses == [1, -signal.SIGKILL, 1][: 1 + others]
     (line,) = ended.complaints
-    assert "rank 1 of 2 processes was lost" in line and "at step 3; go on with: torchrun" in line
+    assert f"rank 1 of {1 + others} processes was lost" in line and " at step 3; go on with" in line
 
 
 def test_an_update_that_one_rank_cannot_make_is_left_out_by_all(flags, tmp_path):
