@@ -85,12 +85,16 @@ def command(*argv: str) -> int:
 
 
 def command_signalled(number: int, to: int, step: int, *argv: str) -> int:
-    """Run the command; rank `to` sends itself a signal before the update after `step`."""
+    """Run the command; rank `to` sends itself a signal, twice, before the update after `step`.
+
+    SLURM sends it to every process, and torchrun, which has it too, passes it on.
+    """
     original = Trainer.update
 
     def update(self, *batch):
         if self.step == step and self.ranks.rank == to:
-            os.kill(os.getpid(), number)
+            for _ in range(2):
+                os.kill(os.getpid(), number)
         return original(self, *batch)
 
     Trainer.update = update

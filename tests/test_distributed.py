@@ -347,6 +347,11 @@ def test_every_process_of_a_machine_takes_its_own_gpu(monkeypatch):
     assert distributed.ranks().launcher == "torchrun --nnodes 2 --nproc-per-node 4 -m fastiat"
     with pytest.raises(InputError, match="cuda:1 would be shared by the 4 processes"):
         pick_device("cuda:1")
+    monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(1, 2, 0, 1, 1))
+    assert pick_device("cuda") == torch.device("cuda:0")
+    assert pick_device("cuda:3") == torch.device("cuda:3")
+    with pytest.raises(InputError, match="cuda:4: this machine has 4 CUDA devices"):
+        pick_device("cuda:4")
     monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(6, 8, 6, 8))
     with pytest.raises(InputError, match=r"8 processes on this machine need .* has 4"):
         pick_device("auto")
