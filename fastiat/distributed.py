@@ -298,7 +298,7 @@ def together(work: Callable[[], int]) -> int:
         status = error.code if isinstance(error.code, int) else 1
     except Terminated:
         errors.complain(
-            "fastiat: ended by SIGTERM, which torchrun sends when one of the processes is lost"
+            "fastiat: ended by SIGTERM, which torchrun sends when it is ended or a process is lost"
         )
         status = 128 + signal.SIGTERM
     except BaseException:
