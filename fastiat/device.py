@@ -19,7 +19,8 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not ranks().alone and name.startswith("cuda"):
+    shared = ranks().local_count > 1 and name.startswith("cuda:")
+    if (not ranks().alone and name == "cuda") or shared:
         return _own_gpu(name)
     try:
         device = torch.device(name)
@@ -57,7 +58,7 @@ def free_memory(device: torch.device) -> int:
 def _own_gpu(name: str) -> torch.device:
     """Return the GPU of this process among those that share a machine."""
     processes = ranks().local_count
-    if name != "cuda" and processes > 1:
+    if name != "cuda":
         raise InputError(
             f"--device {name} would be shared by the {processes} processes of this machine: "
             f"leave it out, and each takes a GPU of its own"
@@ -68,7 +69,7 @@ def _own_gpu(name: str) -> torch.device:
             f"{processes} processes on this machine need a GPU each, and it has {count}: "
             f"give torchrun --nproc-per-node {count}, or fastiat --device cpu"
         )
-    return torch.device(name if name != "cuda" else f"cuda:{ranks().local_rank}")
+    return torch.device(f"cuda:{ranks().local_rank}")
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -66,8 +66,11 @@ class Ranks:
         self.context: Callable[[], str] = lambda: ""
         """What to add to the line about a lost rank: where the job was, and how it goes on."""
         self._watch = threading.Thread(target=self._look_after_the_next, daemon=True)
+        self._ear = threading.Thread(target=self._listen, daemon=True)
+        self._leaving = threading.Event()
         if sentinel is not None:
             self._watch.start()
+            self._ear.start()
         self._flat: tuple[Tensor, list[Tensor]] | None = None
         self._turns = 0
 
@@ -100,8 +103,9 @@ class Ranks:
         sizes = [tensor.numel() for tensor in tensors]
         if self._flat is None or len(self._flat[0]) != sum(sizes):
             flat = torch.empty(sum(sizes), device=tensors[0].device)
+            # In the tensors' own memory order, so that one kernel copies many of them.
             parts = [
-                part.view_as(tensor)
+                part.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
                 for part, tensor in zip(flat.split(sizes), tensors, strict=True)
             ]
             self._flat = flat, parts
@@ -181,6 +185,8 @@ class Ranks:
 
     def leave(self) -> None:
         """Part from the others when all is done."""
+        self._leaving.set()
+        self._ear.join()
         before = (self.rank - 1) % self.count
         with suppress(RuntimeError):  # it has left already
             dist.send(torch.zeros(1), before, self.sentinel)
@@ -192,13 +198,29 @@ class Ranks:
 
         Whoever waits for the device does not: that waits for the lost rank's part for ever.
         """
+        after = (self.rank + 1) % self.count
         try:
-            dist.recv(torch.zeros(1), (self.rank + 1) % self.count, self.sentinel)
+            dist.recv(torch.zeros(1), after, self.sentinel)
         except RuntimeError as error:
+            with suppress(RuntimeError):
+                if not self._notes.check([f"ended/{after}"]):
+                    self._notes.set("lost", str(after))
             time.sleep(PATIENCE)
             if "_speaks" not in vars(self):
                 errors.complain(f"fastiat: {self._lost(error)}")
                 os._exit(1)
+
+    def _listen(self) -> None:
+        """End this process if another has said why all end, and nothing here notices.
+
+        Each of those that wait for the device would otherwise end only after its next.
+        """
+        with suppress(RuntimeError):  # the notes went with the process that had them
+            while not self._notes.check(["speaker"]):
+                if self._leaving.wait(1):
+                    return
+        if not self._leaving.wait(PATIENCE) and "_speaks" not in vars(self):
+            os._exit(1)
 
     @cached_property
     def _speaks(self) -> bool:
@@ -209,11 +231,16 @@ class Ranks:
         return True
 
     def missing(self, enough: int) -> set[int]:
-        """Return the others that do not notice the end soon; wait until they are `enough`."""
+        """Return the others that do not notice the end soon; wait until they are `enough`.
+
+        A single one is enough, too, whose process is known to be lost.
+        """
         missing = set(range(self.count)) - {self.rank}
         until = time.monotonic() + REPORTING
         while len(missing) > enough and time.monotonic() < until:
             with suppress(RuntimeError):
+                if enough and self._notes.check(["lost"]):
+                    return {int(self._notes.get("lost"))}
                 missing -= {rank for rank in missing if self._notes.check([f"ended/{rank}"])}
             time.sleep(0.02)
         return missing
@@ -239,10 +266,10 @@ class Ranks:
         if not self.may_speak():
             return Lost("another process ended")
         missing = self.missing(1)
-        who = f"rank {missing.pop()}" if len(missing) == 1 else "some"
+        who = f"rank {missing.pop()} of" if len(missing) == 1 else "one or more of"
         # gloo starts with the place in its source.
         reason = re.sub(r"^\[\S*\] ", "", (str(error).splitlines() or [""])[0]).partition(". ")[0]
-        return Lost(f"{who} of {self.count} processes was lost ({reason[:100]}){self.context()}")
+        return Lost(f"{who} {self.count} processes was lost ({reason[:100]}){self.context()}")
 
 
 _ranks = Ranks()
@@ -271,7 +298,7 @@ def together(work: Callable[[], int]) -> int:
         status = error.code if isinstance(error.code, int) else 1
     except Terminated:
         errors.complain(
-            "fastiat: ended by SIGTERM, which torchrun sends when one of the processes is lost"
+            "fastiat: ended by SIGTERM, which torchrun sends when it is ended or a process is lost"
         )
         status = 128 + signal.SIGTERM
     except BaseException:

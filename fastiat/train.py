@@ -283,7 +283,11 @@ class _Now(BaseException):
 
 
 class _Signals:
-    """SIGINT and SIGTERM, noted instead of dying of the first; the second of a kind kills."""
+    """SIGINT and SIGTERM, noted instead of dying of the first; the second of a kind kills.
+
+    Not where several ranks train: what SLURM sends to all processes torchrun then sends once more,
+    and it kills by itself those that do not end within half a minute.
+    """
 
     def __init__(self) -> None:
         self.received = 0
@@ -297,12 +301,15 @@ class _Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.received and not ranks().alone:
+            return  # the second may still be on its way
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _: Any) -> None:
         self.received = number
-        signal.signal(number, self._before[number])
+        if ranks().alone:
+            signal.signal(number, self._before[number])
         if self._at_once:
             raise _Now
 

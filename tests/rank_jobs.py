@@ -85,12 +85,16 @@ def command(*argv: str) -> int:
 
 
 def command_signalled(number: int, to: int, step: int, *argv: str) -> int:
-    """Run the command; rank `to` sends itself a signal before the update after `step`."""
+    """Run the command; rank `to` sends itself a signal, twice, before the update after `step`.
+
+    SLURM sends it to every process, and torchrun, which has it too, passes it on.
+    """
     original = Trainer.update
 
     def update(self, *batch):
         if self.step == step and self.ranks.rank == to:
-            os.kill(os.getpid(), number)
+            for _ in range(2):
+                os.kill(os.getpid(), number)
         return original(self, *batch)
 
     Trainer.update = update
@@ -116,17 +120,22 @@ def command_diverging(*argv: str) -> int:
 
 
 def command_waiting(*argv: str) -> int:
-    """Run the command; while rank 0 waits in C, as for a device, rank 1 is killed."""
+    """Run the command; while the others wait in C, as for a device, rank 1 is killed.
+
+    Rank 0 alone sees to it that its neighbour lives.
+    """
     original = Trainer.update
 
     def update(self, *batch):
         if self.step == 3:
-            if self.ranks.first:
-                ctypes.CDLL(None).sleep(100)
+            if self.ranks.rank != 1:
+                ctypes.CDLL(None).sleep(1000)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *batch)
 
     Trainer.update = update
+    if os.environ["RANK"] != "0":
+        distributed.Ranks._look_after_the_next = lambda self: None
     distributed.PATIENCE = 0.5
     return cli.main(argv)
 

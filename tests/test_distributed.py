@@ -197,13 +197,14 @@ def test_without_torchrun_too_a_killed_rank_ends_the_other_with_one_line(flags, 
     assert torch.load(out / STATE, weights_only=True)["step"] == 0
 
 
-def test_a_killed_rank_ends_one_that_waits_for_the_device(flags, tmp_path):
+@pytest.mark.parametrize("others", [1, 2])
+def test_a_killed_rank_ends_those_that_wait_for_the_device(flags, tmp_path, others):
     out = tmp_path / "run"
-    argv = ("train", *flags, "--out", str(out))
-    ended = together(2, tmp_path / "log", command_waiting, *argv)
-    assert ended.statuses == [1, -signal.SIGKILL]
+    argv = ("train", *flags, "--out", str(out), "--batch-size", "60")
+    ended = together(1 + others, tmp_path / "log", command_waiting, *argv)
+    assert ended.statuses == [1, -signal.SIGKILL, 1][: 1 + others]
     (line,) = ended.complaints
-    assert "rank 1 of 2 processes was lost" in line and "at step 3; go on with: torchrun" in line
+    assert f"rank 1 of {1 + others} processes was lost" in line and " at step 3; go on with" in line
 
 
 def test_an_update_that_one_rank_cannot_make_is_left_out_by_all(flags, tmp_path):
@@ -315,6 +316,22 @@ def test_the_batch_of_each_rank_is_part_of_the_one_that_a_single_process_sees(mo
     assert torch.equal(torch.cat([part[1] for part in parts]), y)
 
 
+def test_the_flat_buffer_has_the_tensors_own_memory_order(monkeypatch):
+    monkeypatch.setattr(distributed.Ranks, "add_", lambda self, flat: flat.mul_(3))
+    job = distributed.Ranks(0, 2)
+    image = torch.randn(4, 3, 2, 2)
+    tensors = [image.contiguous(memory_format=torch.channels_last), torch.randn(3, 5).t()]
+    tensors += [torch.randn(()), image[:1, :1], torch.randn(7)[::2]]
+    for _ in range(2):
+        expected = [1.5 * tensor for tensor in tensors]
+        job.mean_(tensors)
+        for mean, wanted in zip(tensors, expected, strict=True):
+            torch.testing.assert_close(mean, wanted, rtol=0, atol=0)
+    # Else CUDA copies one tensor at a time.
+    assert job._flat is not None
+    assert [part.stride() for part in job._flat[1][:2]] == [(12, 1, 6, 3), (1, 5)]
+
+
 def test_half_of_torchruns_environment_gets_one_line(monkeypatch, capsys, complaint):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["doctor", "--device", "cpu"]) == 0  # other launchers set this, too
@@ -331,6 +348,11 @@ def test_every_process_of_a_machine_takes_its_own_gpu(monkeypatch):
     assert distributed.ranks().launcher == "torchrun --nnodes 2 --nproc-per-node 4 -m fastiat"
     with pytest.raises(InputError, match="cuda:1 would be shared by the 4 processes"):
         pick_device("cuda:1")
+    monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(1, 2, 0, 1, 1))
+    assert pick_device("cuda") == torch.device("cuda:0")
+    assert pick_device("cuda:3") == torch.device("cuda:3")
+    with pytest.raises(InputError, match="cuda:4: this machine has 4 CUDA devices"):
+        pick_device("cuda:4")
     monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(6, 8, 6, 8))
     with pytest.raises(InputError, match=r"8 processes on this machine need .* has 4"):
         pick_device("auto")
