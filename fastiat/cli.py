@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 1 where the other processes of a job that torchrun started, or a reader, went away.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _open_standard_streams()
     if _processes() == "1":
         return _run(argv)
     # Where a connection breaks, torch would write its C++ stack beside our line.
@@ -130,6 +131,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastiat.distributed import together
 
     return together(lambda: _run(argv))
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null for what the shell has closed (`2>&-`).
+
+    A checkpoint that is opened under the number 2 would get what libraries write to stderr.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -232,7 +246,7 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
     preset = PRESETS[given.get("preset", "paper")]()
     own = {} if given.get("resume") else DATASET_DEFAULTS.get(_data_set(given, preset), {})
     config = replace(preset, **{**own, **given})
-    if not config.resume:
+    if not config.resume or config.out == "":
         return config
     from fastiat.run import Run, default_out
 
@@ -357,15 +371,15 @@ def _write(value: Any) -> str:
 def train_and_evaluate(config: TrainConfig) -> None:
     """Train, then print the errors under the paper's four attacks."""
     from fastiat.evaluate import evaluate
-    from fastiat.train import train
+    from fastiat.train import saying_how_to_measure, train
 
     path = train(config)
-    evaluate(
-        EvaluateConfig(
-            runs=(str(path),),
-            limit=config.eval_limit,
-            data_dir=config.data_dir,
-            device=config.device,
-            precision=config.precision,
-        )
+    settings = EvaluateConfig(
+        runs=(str(path),),
+        limit=config.eval_limit,
+        data_dir=config.data_dir,
+        device=config.device,
+        precision=config.precision,
     )
+    with saying_how_to_measure(path):
+        evaluate(settings)

@@ -14,6 +14,8 @@ MENDS = {
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
+    errno.EISDIR: "move that folder away",
+    errno.ELOOP: "remove that link",
 }
 
 

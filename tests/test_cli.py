@@ -69,6 +69,26 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert ended.returncode == 0, ended.stderr.decode()
 
 
+def test_streams_that_the_shell_has_closed_neither_end_a_command_nor_lend_their_numbers(tmp_path):
+    script = """
+import os
+from fastiat.cli import main
+code = main(["report", "--out", "no/run.html", "missing"])
+opened = os.open(os.devnull, os.O_RDONLY)
+os._exit(code if opened > 2 else 99)
+"""
+    ended = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert ended.returncode == 2
+
+
+def test_an_empty_out_is_refused_by_a_resume_too(complaint):
+    assert "--out is empty" in complaint("train", "--resume", "--out", "")
+
+
 def test_python_m_fastiat_works_outside_the_checkout(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-m", "fastiat", "--version"],
