@@ -15,7 +15,17 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
 from fastiat.config import DATASET_DEFAULTS, PRESETS, TrainConfig
-from fastiat.errors import InputError, Lost, complain, explain_os, one_line, out_of_memory
+from fastiat.errors import (
+    InputError,
+    Lost,
+    check_interrupts,
+    complain,
+    explain_os,
+    interrupted,
+    noting_interrupts,
+    one_line,
+    out_of_memory,
+)
 from fastiat.queries import (
     ConvertConfig,
     DiagnoseConfig,
@@ -148,10 +158,13 @@ def _open_standard_streams() -> None:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        command, config = parse(argv)
-        _check_shared(command)
-        module, function = COMMANDS[command].target.split(":")
-        getattr(importlib.import_module(module), function)(config)
+        with noting_interrupts():
+            command, config = parse(argv)
+            _check_shared(command)
+            module, function = COMMANDS[command].target.split(":")
+            call = getattr(importlib.import_module(module), function)
+            check_interrupts()
+            call(config)
     except Exception as error:
         status, line = explain(error)
         if status is None:
@@ -196,6 +209,8 @@ def explain(error: Exception) -> tuple[int | None, str]:
     if isinstance(error, Lost):
         return 1, str(error)
     signum = getattr(error, "signum", None)
+    if signum is None and interrupted():  # in the midst of an import
+        return 130, "interrupted"
     return (None, "") if signum is None else (128 + signum, str(error))
 
 
@@ -373,6 +388,7 @@ def train_and_evaluate(config: TrainConfig) -> None:
     from fastiat.evaluate import evaluate
     from fastiat.train import saying_how_to_measure, train
 
+    check_interrupts()
     path = train(config)
     settings = EvaluateConfig(
         runs=(str(path),),

@@ -17,7 +17,7 @@ import torch
 from fastiat import data, models
 from fastiat.config import TrainConfig
 from fastiat.distributed import ranks
-from fastiat.errors import InputError, explain_os, one_line, out_of_memory
+from fastiat.errors import InputError, check_interrupts, explain_os, one_line, out_of_memory
 from fastiat.progress import Events, Progress, duration
 from fastiat.run import METRICS, MODEL, PREVIOUS, STATE, Onlooker, Run, check_free, default_out
 from fastiat.trainer import Trainer, Update
@@ -63,6 +63,7 @@ def train(config: TrainConfig) -> Path:
             run = Run.create(path, config) if job.first else Onlooker(path, config)
         session = _Session(trainer, run)
         with _saying_the_way_on(run), session.signals:
+            check_interrupts()
             _train(session)
             # A signal may have come after the last update; and all wait for the first to write.
             if session.agree()[0]:
