@@ -15,7 +15,17 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
 from fastiat.config import DATASET_DEFAULTS, PRESETS, TrainConfig
-from fastiat.errors import InputError, Lost, complain, explain_os, one_line, out_of_memory
+from fastiat.errors import (
+    InputError,
+    Lost,
+    check_interrupts,
+    complain,
+    explain_os,
+    interrupted,
+    noting_interrupts,
+    one_line,
+    out_of_memory,
+)
 from fastiat.queries import (
     ConvertConfig,
     DiagnoseConfig,
@@ -123,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 1 where the other processes of a job that torchrun started, or a reader, went away.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _open_standard_streams()
     if _processes() == "1":
         return _run(argv)
     # Where a connection breaks, torch would write its C++ stack beside our line.
@@ -132,12 +143,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return together(lambda: _run(argv))
 
 
+def _open_standard_streams() -> None:
+    """Open /dev/null for what the shell has closed (`2>&-`).
+
+    A checkpoint that is opened under the number 2 would get what libraries write to stderr.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
 def _run(argv: Sequence[str]) -> int:
     try:
-        command, config = parse(argv)
-        _check_shared(command)
-        module, function = COMMANDS[command].target.split(":")
-        getattr(importlib.import_module(module), function)(config)
+        with noting_interrupts():
+            command, config = parse(argv)
+            _check_shared(command)
+            module, function = COMMANDS[command].target.split(":")
+            call = getattr(importlib.import_module(module), function)
+            check_interrupts()
+            call(config)
     except Exception as error:
         status, line = explain(error)
         if status is None:
@@ -182,6 +209,8 @@ def explain(error: Exception) -> tuple[int | None, str]:
     if isinstance(error, Lost):
         return 1, str(error)
     signum = getattr(error, "signum", None)
+    if signum is None and interrupted():  # in the midst of an import
+        return 130, "interrupted"
     return (None, "") if signum is None else (128 + signum, str(error))
 
 
@@ -232,7 +261,7 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
     preset = PRESETS[given.get("preset", "paper")]()
     own = {} if given.get("resume") else DATASET_DEFAULTS.get(_data_set(given, preset), {})
     config = replace(preset, **{**own, **given})
-    if not config.resume:
+    if not config.resume or config.out == "":
         return config
     from fastiat.run import Run, default_out
 
@@ -357,15 +386,16 @@ def _write(value: Any) -> str:
 def train_and_evaluate(config: TrainConfig) -> None:
     """Train, then print the errors under the paper's four attacks."""
     from fastiat.evaluate import evaluate
-    from fastiat.train import train
+    from fastiat.train import saying_how_to_measure, train
 
+    check_interrupts()
     path = train(config)
-    evaluate(
-        EvaluateConfig(
-            runs=(str(path),),
-            limit=config.eval_limit,
-            data_dir=config.data_dir,
-            device=config.device,
-            precision=config.precision,
-        )
+    settings = EvaluateConfig(
+        runs=(str(path),),
+        limit=config.eval_limit,
+        data_dir=config.data_dir,
+        device=config.device,
+        precision=config.precision,
     )
+    with saying_how_to_measure(path):
+        evaluate(settings)

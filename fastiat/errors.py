@@ -1,8 +1,11 @@
 """The one exception that means "your input is wrong, and here is what would mend it"."""
 
 import errno
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 LONGEST_LINE = 2000
 """Characters that a message may have."""
@@ -14,6 +17,8 @@ MENDS = {
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
+    errno.EISDIR: "move that folder away",
+    errno.ELOOP: "remove that link",
 }
 
 
@@ -37,6 +42,42 @@ def complain(line: str) -> None:
     """Print the line that a command ends with."""
     if may_speak():
         print(line, file=sys.stderr, flush=True)
+
+
+_interrupts: list[int] = []
+
+
+@contextmanager
+def noting_interrupts() -> Iterator[None]:
+    """Note what SIGINT raises: `import numpy` from torch's C code swallows it, and is left half."""
+
+    def note(number: int, _: object) -> None:
+        _interrupts.append(number)
+        raise KeyboardInterrupt
+
+    _interrupts.clear()
+    # Where SIGINT is ignored, as under nohup, it stays so.
+    ours = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupted() -> bool:
+    """Whether a `KeyboardInterrupt` was noted."""
+    return bool(_interrupts)
+
+
+def check_interrupts() -> None:
+    """Raise `KeyboardInterrupt` if one was noted."""
+    if interrupted():
+        raise KeyboardInterrupt
 
 
 class Damaged(InputError):

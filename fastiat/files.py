@@ -1,5 +1,6 @@
 """Files of ours: written whole or not at all, JSON lines, and where a file may be put."""
 
+import errno
 import io
 import json
 import math
@@ -36,7 +37,8 @@ def write(file: Path, content: bytes | memoryview, older: Path | None = None) ->
     except BaseException as error:
         beside.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(file)) from None
+            place = older if older is not None and error.filename == str(older) else file
+            raise OSError(error.errno, error.strerror, str(place)) from None
         raise
     folder = os.open(file.parent, os.O_RDONLY)
     try:
@@ -47,6 +49,8 @@ def write(file: Path, content: bytes | memoryview, older: Path | None = None) ->
 
 def _keep(file: Path, older: Path) -> None:
     """Make `file` be `older` too, without a moment in which it is not there."""
+    if older.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(older))
     beside = older.with_name(f".{older.name}.{os.getpid()}")
     try:
         os.link(file, beside)

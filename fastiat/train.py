@@ -3,6 +3,7 @@
 import math
 import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ import torch
 from fastiat import data, models
 from fastiat.config import TrainConfig
 from fastiat.distributed import ranks
-from fastiat.errors import InputError, explain_os, out_of_memory
+from fastiat.errors import InputError, check_interrupts, explain_os, one_line, out_of_memory
 from fastiat.progress import Events, Progress, duration
-from fastiat.run import MODEL, PREVIOUS, STATE, Onlooker, Run, check_free, default_out
+from fastiat.run import METRICS, MODEL, PREVIOUS, STATE, Onlooker, Run, check_free, default_out
 from fastiat.trainer import Trainer, Update
 
 LOG_EVERY = 20
@@ -62,6 +63,7 @@ def train(config: TrainConfig) -> Path:
             run = Run.create(path, config) if job.first else Onlooker(path, config)
         session = _Session(trainer, run)
         with _saying_the_way_on(run), session.signals:
+            check_interrupts()
             _train(session)
             # A signal may have come after the last update; and all wait for the first to write.
             if session.agree()[0]:
@@ -105,6 +107,8 @@ def _train(session: "_Session") -> None:
     else:
         _check_unbegun(run)
     run.rewind(trainer.step, trainer.judged)
+    if trainer.ranks.first:
+        _warn_of_lost_rows(session)
     if trainer.judged == trainer.epoch and trainer.finished:
         run.say(f"{run.path} is trained already, {trainer.epoch} epochs: nothing to resume")
         return
@@ -118,6 +122,20 @@ def _train(session: "_Session") -> None:
         session.save()
     trainer.ranks.context = session.way_on
     _loop(session)
+
+
+def _warn_of_lost_rows(session: "_Session") -> None:
+    """Say how many rows up to the checkpoint are not in metrics.jsonl: no crash takes them out."""
+    trainer = session.trainer
+    rows = [row for row in session.run.rows() if row.get("kind") in ("step", "epoch")]
+    there = len({(row["kind"], row[row["kind"]]) for row in rows})
+    lost = trainer.step // LOG_EVERY + trainer.judged - there
+    if lost > 0:
+        print(
+            f"fastiat: warning: {one_line(session.run.path / METRICS)} was damaged or changed: it "
+            f"lacks {lost} row{'s' * (lost > 1)} of the {trainer.step} steps so far",
+            file=sys.stderr,
+        )
 
 
 def _check_unbegun(run: Run) -> None:
@@ -272,6 +290,25 @@ def _loop(session: _Session) -> None:
         f"trained {trainer.epoch} epochs{kept}, this time in "
         f"{duration(time.monotonic() - started)}: {run.path}"
     )
+
+
+@contextmanager
+def saying_how_to_measure(path: Path) -> Iterator[None]:
+    """Measure a run that is trained; a signal ends the block with `Interrupted` at once.
+
+    Several ranks, which torchrun ends, are left to it.
+    """
+    if not ranks().alone:
+        yield
+        return
+    signals = _Signals()
+    try:
+        with signals, signals.at_once():
+            yield
+    except _Now:
+        raise Interrupted(
+            signals.received, f"{path} is trained; measure it with: {_way_on(path)}"
+        ) from None
 
 
 def _way_on(path: Path) -> str:

@@ -139,6 +139,37 @@ def test_only_the_cut_last_line_is_dropped_and_damaged_ones_stay_to_be_named(run
     assert f"{run / METRICS}, line 1 is damaged" in complaint("report", run)
 
 
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [("removed", "2 rows of the 30"), ("a line", "1 row of the 30"), ("nothing", "")],
+)
+def test_a_resume_says_that_rows_before_its_checkpoint_are_gone(stopped, capsys, damage, lost):
+    lines = (stopped / METRICS).read_text().splitlines(keepends=True)
+    assert len(lines) == 2  # step 20 and epoch 1
+    if damage == "removed":
+        (stopped / METRICS).unlink()
+    elif damage == "a line":
+        (stopped / METRICS).write_text("damaged\n" + lines[1])
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "--out", str(stopped)]) == 0
+    assert capsys.readouterr().err == (
+        f"fastiat: warning: {stopped / METRICS} was damaged or changed: it lacks {lost} steps "
+        f"so far\n"
+        if lost
+        else ""
+    )
+
+
+@pytest.mark.parametrize("name", [STATE, PREVIOUS])
+def test_a_folder_in_the_place_of_a_checkpoint_is_named_with_what_mends_it(
+    stopped, complaint, name
+):
+    (stopped / name).unlink()
+    (stopped / name).mkdir()
+    line = complaint("train", "--resume", "--out", stopped)
+    assert f"Is a directory: {stopped / name}: move that folder away" in line
+
+
 def test_measuring_again_after_a_kill_doubles_no_row(run, trained):
     lines = (run / METRICS).read_text().splitlines(keepends=True)
     (run / METRICS).write_text("".join(lines[:-1]))

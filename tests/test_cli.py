@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +71,55 @@ sys.exit(f"imported {heavy}" if heavy else 0)
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True
     )
     assert ended.returncode == 0, ended.stderr.decode()
+
+
+def test_streams_that_the_shell_has_closed_neither_end_a_command_nor_lend_their_numbers(tmp_path):
+    script = """
+import os
+from fastiat.cli import main
+code = main(["report", "--out", "no/run.html", "missing"])
+opened = os.open(os.devnull, os.O_RDONLY)
+os._exit(code if opened > 2 else 99)
+"""
+    ended = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert ended.returncode == 2
+
+
+@pytest.mark.parametrize("target", ["doctor", "train"])
+def test_an_interrupt_that_an_import_swallows_ends_the_command_all_the_same(
+    monkeypatch, capsys, target
+):
+    original, done = cli.resolve, []
+
+    def swallow(kind: Any, given: Any) -> Any:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        return original(kind, given)
+
+    monkeypatch.setattr("fastiat.cli.resolve", swallow)
+    monkeypatch.setattr("fastiat.train.train", done.append)
+    monkeypatch.setattr("fastiat.doctor.doctor", done.append)
+    assert cli.main([target]) == 130
+    assert capsys.readouterr().err == "fastiat: interrupted\n"
+    assert not done
+    # As a library does that was imported by half.
+    monkeypatch.setattr("fastiat.cli.check_interrupts", lambda: {}["multiply"])
+    assert cli.main([target]) == 130
+    assert capsys.readouterr().err == "fastiat: interrupted\n"
+    monkeypatch.undo()
+    monkeypatch.setattr("fastiat.doctor.doctor", done.append)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert cli.main(["doctor"]) == 0
+    assert len(done) == 1
+
+
+def test_an_empty_out_is_refused_by_a_resume_too(complaint):
+    assert "--out is empty" in complaint("train", "--resume", "--out", "")
 
 
 def test_python_m_fastiat_works_outside_the_checkout(tmp_path):

@@ -390,3 +390,18 @@ def test_tensorboard_reads_the_events_of_both_sessions(small, tmp_path, monkeypa
         assert [point.step for point in points] == [22, 44]
         assert [point.value for point in points] == pytest.approx([row[name] for row in rows])
     assert [point.step for point in events.Scalars("step/learning_rate")] == [20, 40]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_trained_run_is_measured_says_how_to_measure_it(
+    small, trained, tmp_path, monkeypatch, capsys, number
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("fastiat.evaluate.evaluate", lambda config: os.kill(os.getpid(), number))
+        assert cli.main(["train", *small, "--out", str(out)]) == 128 + number
+    assert capsys.readouterr().err == (
+        f"fastiat: {out} is trained; measure it with: fastiat train --resume --out {out}\n"
+    )
+    assert cli.main(["train", "--resume", "--out", str(out)]) == 0
+    assert_same(trained, out)
