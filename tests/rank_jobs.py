@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,8 @@ def numbers(folder: str) -> int:
         job = distributed.ranks()
         found: dict[str, Any] = {"measured": measured()}
         if job.count == 2:
-            found["autoattack"] = autoattacked()
+            if find_spec("pyautoattack"):
+                found["autoattack"] = autoattacked()
             found["eager"] = trained(TRAINING, 3)
             found["mlp6"], found["preact18"] = frozen_update("mlp6"), frozen_update("preact18")
             # The step in fixed buffers, without the minutes of compiling.

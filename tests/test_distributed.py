@@ -92,6 +92,7 @@ def test_any_number_of_ranks_fools_the_very_images_that_one_does(found, count):
 
 
 def test_two_ranks_autoattack_as_one_process_does(found):
+    pytest.importorskip("pyautoattack")
     fooled, errors, _ = truth = autoattacked()
     assert len(errors) == 5 and errors["none"] < errors["square"] == fooled.sum() < 21
     for result in found[2]:
