@@ -2,9 +2,7 @@
 
 import math
 import shlex
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +18,7 @@ from fastiat.distributed import ranks
 from fastiat.errors import InputError, check_interrupts, explain_os, one_line, out_of_memory
 from fastiat.progress import Events, Progress, duration
 from fastiat.run import METRICS, MODEL, PREVIOUS, STATE, Onlooker, Run, check_free, default_out
+from fastiat.signals import Now, Signals
 from fastiat.trainer import Trainer, Update
 
 LOG_EVERY = 20
@@ -152,7 +151,7 @@ class _Session:
 
     def __init__(self, trainer: Trainer, run: Run) -> None:
         self.trainer, self.run = trainer, run
-        self.signals = _Signals()
+        self.signals = Signals()
         self.saved_at, self.saved_step = time.monotonic(), 0
 
     def agree(self) -> tuple[int, int]:
@@ -271,7 +270,7 @@ def _loop(session: _Session) -> None:
                 # Ranks that count together must all come to the end of it.
                 with signals.at_once() if trainer.ranks.alone else nullcontext():
                     better = trainer.judge(row)
-            except _Now:
+            except Now:
                 trainer.best = best
                 session.stop()
             row["seconds"] = round(trainer.seconds + time.monotonic() - judging, 3)
@@ -301,11 +300,11 @@ def saying_how_to_measure(path: Path) -> Iterator[None]:
     if not ranks().alone:
         yield
         return
-    signals = _Signals()
+    signals = Signals()
     try:
         with signals, signals.at_once():
             yield
-    except _Now:
+    except Now:
         raise Interrupted(
             signals.received, f"{path} is trained; measure it with: {_way_on(path)}"
         ) from None
@@ -313,53 +312,6 @@ def saying_how_to_measure(path: Path) -> Iterator[None]:
 
 def _way_on(path: Path) -> str:
     return f"{ranks().launcher} train --resume --out {shlex.quote(str(path))}"
-
-
-class _Now(BaseException):
-    """A signal came in a block that it is to end."""
-
-
-class _Signals:
-    """SIGINT and SIGTERM, noted instead of dying of the first; the second of a kind kills.
-
-    Not where several ranks train: what SLURM sends to all processes torchrun then sends once more,
-    and it kills by itself those that do not end within half a minute.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._at_once = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.received and not ranks().alone:
-            return  # the second may still be on its way
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: Any) -> None:
-        self.received = number
-        if ranks().alone:
-            signal.signal(number, self._before[number])
-        if self._at_once:
-            raise _Now
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """End the block with `_Now` as soon as a signal comes."""
-        self._at_once = True
-        try:
-            if self.received:
-                raise _Now
-            yield
-        finally:
-            self._at_once = False
 
 
 def _headline(trainer: Trainer) -> str:
