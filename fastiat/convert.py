@@ -302,7 +302,7 @@ def _stoppable() -> Iterator[None]:
 def _sizes_of(paths: list[str]) -> Sizes:
     shorter, longer, grey = [], [], True
     for path in paths:
-        with folder.opened(path) as image:
+        with folder.opened(path, head_only=True) as image:
             width, height = image.size
             if min(width, height) < folder.SMALLEST:
                 raise InputError(

@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import io
 import itertools
 import logging
 import multiprocessing
@@ -54,6 +55,7 @@ SPLITS = ("train", "test")
 GREY = ("1", "L", "LA")  # Pillow's modes; 16-bit grey is I;16, I;16B or I
 
 CHUNK = 128  # images per task of a worker
+LARGEST_FILE = 2**28  # bytes of an image, which is read into memory whole
 PARALLEL_FROM = 2000  # images from which worker processes are worth their start
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CACHE_VERSION = 1  # raise it when decoding changes
@@ -100,7 +102,7 @@ def read(root: str | os.PathLike, *, progress: bool = True) -> Tree:
 def decoded_size(root: Path) -> int:
     """Return the bytes of a tree's images, if all are as large as the first."""
     paths = scan(root).paths
-    with opened(paths[0]) as image:
+    with opened(paths[0], head_only=True) as image:
         width, height = image.size
     return len(paths) * width * height * 3
 
@@ -320,11 +322,15 @@ def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[Image.Image]:
-    """Open an image, and turn what Pillow raises in the block into an `InputError`."""
+def opened(path: str, *, head_only: bool = False) -> Iterator[Image.Image]:
+    """Open an image, to decode it or for its `head_only`; errors in the block are `InputError`s."""
     try:
         with contextlib.ExitStack() as stack:
-            image = stack.enter_context(Image.open(path, formats=FORMATS))
+            if os.stat(path).st_size > LARGEST_FILE:
+                raise InputError(f"{path} is larger than {LARGEST_FILE >> 20} MiB: shrink it")
+            # Decoding asks a file for as many bytes as a damaged head names.
+            source = path if head_only else io.BytesIO(Path(path).read_bytes())
+            image = stack.enter_context(Image.open(source, formats=FORMATS))
             if image.format == "TIFF":  # libtiff prints by itself what it dislikes as it decodes
                 stack.enter_context(_muted())
             yield image

@@ -1,5 +1,6 @@
 """Image trees: what they may hold, what is refused, and the cache."""
 
+import contextlib
 import io
 import logging
 import os
@@ -7,6 +8,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -698,3 +700,17 @@ with folder.mapped(work, ["a", "b"]) as results:
         timeout=45,
     )  # fmt: skip
     assert ended.returncode == -9
+
+
+def test_a_damaged_head_that_names_gigabytes_takes_no_memory(tree: Path) -> None:
+    file = sorted((tree / "train").rglob("*.png"))[0]
+    content = file.read_bytes()
+    at = content.index(b"IDAT")
+    file.write_bytes(content[: at - 4] + (2**32 - 1).to_bytes(4, "big") + content[at:])
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(InputError):  # Pillow has the pixels by then, or has not
+            folder.read(tree)
+        assert tracemalloc.get_traced_memory()[1] < 2**28
+    finally:
+        tracemalloc.stop()
