@@ -17,6 +17,7 @@ from PIL import Image
 
 from fastiat import beton
 from fastiat.errors import InputError
+from fastiat.files import flush_folder
 from fastiat.progress import Progress
 
 
@@ -135,11 +136,7 @@ def replacing(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush_folder(path.parent)
 
 
 def _page_size(image: int) -> int:

@@ -40,11 +40,16 @@ def write(file: Path, content: bytes | memoryview, older: Path | None = None) ->
             place = older if older is not None and error.filename == str(older) else file
             raise OSError(error.errno, error.strerror, str(place)) from None
         raise
-    folder = os.open(file.parent, os.O_RDONLY)
+    flush_folder(file.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the disk keep the names in a folder, such as one that a file was just renamed to."""
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def _keep(file: Path, older: Path) -> None:

@@ -131,9 +131,9 @@ class _Pass:
             return
         # Only the last batch is shorter, and none comes after it.
         _, *shape = images.permute(0, 2, 3, 1).shape
-        full = images.new_empty((self.config.batch_size, *shape)).permute(0, 3, 1, 2)
+        full = to_pixels(images.new_empty((self.config.batch_size, *shape)).permute(0, 3, 1, 2))
         for _ in range(batches * self.config.restarts):
-            skip_start(to_pixels(full), self.config.norm, self.generator)
+            skip_start(full, self.config.norm, self.generator)
 
     def _fgsm(self, x: Tensor, y: Tensor) -> Tensor:
         norm, loss = self.config.norm, self.config.attack_loss
