@@ -47,7 +47,7 @@ RUN ?= runs/gpu-train
 demo: $(STAMP)
 	rm -rf runs/demo
 	$(BIN)/fastiat train --arch preact18 --mix manifold --dataset digits --width 32 --epochs 8 \
-		--schedule cosine --lr 0.05 --pad 1 --out runs/demo
+		--schedule cosine --pad 1 --out runs/demo
 
 test: $(TOOLS)
 	$(call PYTEST,$(VENV))

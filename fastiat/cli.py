@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
-from fastiat.config import DATASET_DEFAULTS, PRESETS, TrainConfig
+from fastiat.config import PRESETS, TrainConfig
 from fastiat.errors import (
     InputError,
     Lost,
@@ -37,7 +37,7 @@ from fastiat.queries import (
     SweepConfig,
     TransferConfig,
 )
-from fastiat.settings import Settings, flag_of, is_beton
+from fastiat.settings import Settings, flag_of
 
 
 @dataclass(frozen=True)
@@ -255,32 +255,16 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
 
 
 def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
-    """Lay what was given over the defaults: the preset's and the data set's, or a resumed run's."""
+    """Lay what was given over the defaults: those of the preset, or a resumed run's settings."""
     if kind is not TrainConfig:
         return kind(**given)
-    preset = PRESETS[given.get("preset", "paper")]()
-    own = {} if given.get("resume") else DATASET_DEFAULTS.get(_data_set(given, preset), {})
-    config = replace(preset, **{**own, **given})
+    config = replace(PRESETS[given.get("preset", "paper")](), **given)
     if not config.resume or config.out == "":
         return config
     from fastiat.run import Run, default_out
 
     out = config.out or str(default_out(config))
     return replace(Run.open(Path(out)).config, **{**given, "out": out})
-
-
-def _data_set(given: dict[str, Any], preset: TrainConfig) -> str:
-    """Return the name of the data set, which a .beton says of itself."""
-    name: str = given.get("dataset", preset.dataset)
-    files = [path for path in (name, str(given.get("data_dir"))) if is_beton(path)]
-    if not files or os.path.isdir(files[0]):
-        return name
-    from fastiat.beton import open_beton
-
-    try:
-        return open_beton(os.path.expanduser(files[0])).card.name
-    except InputError:  # said in its place, when the data are loaded
-        return name
 
 
 def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
@@ -348,27 +332,22 @@ def number(text: str) -> float:
 
 
 def _default(kind: type[Settings], name: str) -> str:
-    """Write a field's default, and those of presets and data sets that differ; "" without any.
+    """Write a field's default, and those of presets that differ; "" without any.
 
     A field whose default is None, "what fits the others", has it told in its docstring.
     """
     default = next(field.default for field in fields(kind) if field.name == name)  # type: ignore[arg-type]
-    if default is None:
-        return ""
-    text = _write(default)
+    others = ""
     if kind is TrainConfig and name != "preset":
         presets = {preset: getattr(make(), name) for preset, make in PRESETS.items()}
-        text += "".join(
+        others = "".join(
             f"; {preset}: {_write(value)}"
             for preset, value in presets.items()
             if value not in (default, None)
         )
-        text += "".join(
-            f"; {dataset}: {_write(own[name])}"
-            for dataset, own in DATASET_DEFAULTS.items()
-            if name in own
-        )
-    return text
+    if default is None and not others:
+        return ""
+    return ("none" if default is None else _write(default)) + others
 
 
 def _write(value: Any) -> str:

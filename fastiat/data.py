@@ -302,3 +302,37 @@ def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     for label, take in enumerate(quota.tolist()):
         held[shuffled[split.labels[shuffled] == label][:take]] = True
     return split.take(~held), split.take(held)
+
+
+def limited(split: Split, total: int | None, per_class: int | None, seed: int) -> Split:
+    """Return at most `total` images of `split` and at most `per_class` of each class, in its order.
+
+    `total` is shared among the classes in proportion, rounded by largest remainder, but every class
+    keeps at least one image. Which images stay depends on `seed` and the labels alone. None is no
+    limit. Raises `InputError` for a `total` below the number of classes.
+    """
+    counts = torch.bincount(split.labels)
+    quota = counts if per_class is None else counts.clamp(max=per_class)
+    if total is not None and total < int(quota.sum()):
+        present = int((quota > 0).sum())
+        if total < present:
+            raise InputError(
+                f"{total} training images cannot show {present} classes: give --train-limit at "
+                f"least {present}"
+            )
+        shares = quota.double() * total / int(quota.sum())
+        # One image a class first, then the rest to the classes that lack most of their share.
+        quota_of_draw = torch.maximum(shares.floor(), (quota > 0).double()).long()
+        while (missing := total - int(quota_of_draw.sum())) != 0:
+            lack = shares - quota_of_draw
+            if missing > 0:
+                quota_of_draw[int(lack.argmax())] += 1
+            else:
+                lack[quota_of_draw <= 1] = torch.inf
+                quota_of_draw[int(lack.argmin())] -= 1
+        quota = quota_of_draw
+    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    kept = torch.zeros(len(split), dtype=torch.bool)
+    for label, take in enumerate(quota.tolist()):
+        kept[shuffled[split.labels[shuffled] == label][:take]] = True
+    return split if bool(kept.all()) else split.take(kept)

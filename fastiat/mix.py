@@ -3,6 +3,7 @@
 Mixing is data, drawn outside the model: `logits = model(x, draw("manifold", len(x)))`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +90,14 @@ def mixed_loss(
     if mix is None:
         return F.cross_entropy(logits, y)
     return kernels.mixed_cross_entropy(logits, y, y[mix.perm], mix.lam)
+
+
+def chance_loss(classes: int, loss: Literal["ce", "bce"] = "ce") -> float:
+    """Return the loss of a prediction that gives each of the `classes` the same probability."""
+    if loss == "ce":
+        return math.log(classes)
+    right, wrong = math.log(classes), -(classes - 1) * math.log1p(-1 / classes)
+    return (right + wrong) / classes
 
 
 def mixed_correct(logits: Tensor, y: Tensor, mix: Mix | None) -> Tensor:

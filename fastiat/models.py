@@ -61,7 +61,7 @@ class Shortcut(nn.Conv2d):
         if x.device.type == "cpu" and self.in_channels < 16 and x.shape[-1] >= 24:
             rows, columns = self.stride
             kept = x[..., ::rows, ::columns].contiguous(memory_format=torch.channels_last)
-            return F.conv2d(kept, self.weight)
+            return F.conv2d(kept, self.weight, self.bias)
         return super().forward(x)
 
 
@@ -85,20 +85,44 @@ class PreActBlock(nn.Module):
         return shortcut + self.conv2(F.relu(self.bn2(out)))
 
 
-def _group(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
+def _group(
+    inputs: int, outputs: int, blocks: int, stride: int, block: type[PreActBlock] = PreActBlock
+) -> nn.Sequential:
     sizes = [inputs] + [outputs] * (blocks - 1)
-    return nn.Sequential(
-        *(PreActBlock(n, outputs, stride if i == 0 else 1) for i, n in enumerate(sizes))
-    )
+    return nn.Sequential(*(block(n, outputs, stride if i == 0 else 1) for i, n in enumerate(sizes)))
+
+
+class AuthorsWideBlock(PreActBlock):
+    """The block of the manifold mixup code's wide_resnet.py, which differs from the published one.
+
+    Its convolutions have biases, the second one has the stride, and the shortcut takes the block's
+    input before BatchNorm and ReLU.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__(inputs, outputs, stride)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, stride, padding=1)
+        if self.shortcut is not None:
+            self.shortcut = Shortcut(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        out = self.conv1(F.relu(self.bn1(x)))
+        return shortcut + self.conv2(F.relu(self.bn2(out)))
 
 
 class PreActResNet18(Network):
-    """PreActResNet18 as the mixup papers run it: four groups of two blocks, no final BN or ReLU.
+    """Pre-activation ResNet-18 (He et al. 2016b): four groups of two blocks, final BatchNorm, ReLU.
 
-    The initialisation is PyTorch's default, as in those codebases.
+    `final_norm` False leaves the last two out, as the manifold mixup code does. Cross-entropy at
+    learning rate 0.1 then diverges within 20 updates (RECORDS.md). The initialisation is PyTorch's
+    default, as in the published codebases.
     """
 
-    def __init__(self, num_classes: int, in_channels: int, width: int) -> None:
+    def __init__(
+        self, num_classes: int, in_channels: int, width: int, final_norm: bool = True
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.groups = nn.ModuleList(
@@ -110,7 +134,10 @@ class PreActResNet18(Network):
             ]
         )
         self.head = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, num_classes)
+            *((nn.BatchNorm2d(8 * width), nn.ReLU()) if final_norm else ()),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8 * width, num_classes),
         )
 
 
@@ -118,26 +145,33 @@ class WideResNet(Network):
     """Wide residual network (Zagoruyko & Komodakis 2016), depth 6n + 4, dropout 0.
 
     Convolutions start from He's normal initialisation (fan out), as in the original code.
+    `authors` True gives the network of the manifold mixup code instead: `AuthorsWideBlock`, biases
+    in every convolution, momentum 0.9 in the last BatchNorm, PyTorch's default initialisation.
     """
 
-    def __init__(self, depth: int, num_classes: int, in_channels: int, width: int) -> None:
+    def __init__(
+        self, depth: int, num_classes: int, in_channels: int, width: int, authors: bool = False
+    ) -> None:
         super().__init__()
         blocks = (depth - 4) // 6
-        self.stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        block = AuthorsWideBlock if authors else PreActBlock
+        self.stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=authors)
         self.groups = nn.ModuleList(
             [
-                _group(16, 16 * width, blocks, 1),
-                _group(16 * width, 32 * width, blocks, 2),
-                _group(32 * width, 64 * width, blocks, 2),
+                _group(16, 16 * width, blocks, 1, block),
+                _group(16 * width, 32 * width, blocks, 2, block),
+                _group(32 * width, 64 * width, blocks, 2, block),
             ]
         )
         self.head = nn.Sequential(
-            nn.BatchNorm2d(64 * width),
+            nn.BatchNorm2d(64 * width, momentum=0.9 if authors else 0.1),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(64 * width, num_classes),
         )
+        if authors:
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -162,6 +196,7 @@ class MLP6(Network):
 
 
 ARCHS = ("preact18", "wrn28_10", "wrn34_10", "mlp6")
+VARIANTS = ("standard", "authors")
 DEFAULT_WIDTH = {"preact18": 64, "wrn28_10": 10, "wrn34_10": 10, "mlp6": 512}
 
 
@@ -171,17 +206,23 @@ def build(
     in_channels: int = 3,
     image_size: int = 32,
     width: int | None = None,
+    *,
+    variant: str = "standard",
 ) -> Network:
     """Return a freshly initialised network in training mode, in fp32.
 
     `name` is one of `ARCHS`; `image_size` is the side of the square images, at least 8 pixels;
     `width` is the base channels (preact18: 64), the widening factor (wrn: 10) or the hidden units
-    (mlp6: 512). Raises `InputError` (a `ValueError`) for anything else.
+    (mlp6: 512). `variant` "standard" is the network as published; "authors" is the network of the
+    manifold mixup code (preact18: no final BatchNorm and ReLU; wrn: see `WideResNet`; mlp6: no
+    difference). Raises `InputError` (a `ValueError`) for anything else.
     """
     if name not in ARCHS:
         close = difflib.get_close_matches(name, ARCHS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise InputError(f"unknown arch {name!r}: choose from {', '.join(ARCHS)}{hint}")
+    if variant not in VARIANTS:
+        raise InputError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
     width = DEFAULT_WIDTH[name] if width is None else width
     limits = {
         "num_classes": (num_classes, 2),
@@ -193,10 +234,11 @@ def build(
         if value < least:
             raise InputError(f"{what} is {value}, but {name} needs at least {least}")
     if name == "preact18":
-        return PreActResNet18(num_classes, in_channels, width)
+        return PreActResNet18(num_classes, in_channels, width, final_norm=variant == "standard")
     if name == "mlp6":
         return MLP6(num_classes, in_channels, image_size, width)
-    return WideResNet(28 if name == "wrn28_10" else 34, num_classes, in_channels, width)
+    depth = 28 if name == "wrn28_10" else 34
+    return WideResNet(depth, num_classes, in_channels, width, authors=variant == "authors")
 
 
 def normalisation_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

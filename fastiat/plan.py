@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastiat import tables
-from fastiat.config import DATASET_DEFAULTS, TrainConfig, paper
+from fastiat.config import TrainConfig, paper
 from fastiat.errors import Damaged, InputError
 from fastiat.estimate import images_of
 from fastiat.models import DEFAULT_WIDTH
@@ -97,8 +97,7 @@ class Plan:
         names = ("epochs", "width", "arch", "dataset", "lr", "data_dir", "device", "precision")
         asked = {name: getattr(self.config, name) for name in names}
         given = {name: value for name, value in asked.items() if value is not None}
-        own = {} if self.figure else DATASET_DEFAULTS.get(given.get("dataset", ""), {})
-        return replace(self.recipe, **{**own, **given}, eval_limit=self.config.limit)
+        return replace(self.recipe, **given, eval_limit=self.config.limit)
 
     def _jobs(self) -> list[Job]:
         rows = FIGURE_ROWS if self.figure else self.table.rows

@@ -250,7 +250,7 @@ class ReproduceConfig(Settings):
     dataset: DatasetName | None = None
     """Images (default: the paper's)."""
     lr: float | None = None
-    """Highest learning rate (default: 0.1; digits: 0.02; figure1: 0.01)."""
+    """Highest learning rate (default: 0.1; figure1: 0.01)."""
 
     data_dir: str | None = None
     """Where the data set is or goes (default: $FASTIAT_DATA or ~/.cache/fastiat/data)."""

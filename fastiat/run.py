@@ -52,11 +52,17 @@ class ModelCard:
     in_channels: int
     image_size: int
     classes: tuple[str, ...]
+    variant: str = "standard"
 
     def build(self) -> models.Network:
         """Return a freshly initialised network of this kind."""
         return models.build(
-            self.arch, self.num_classes, self.in_channels, self.image_size, self.width
+            self.arch,
+            self.num_classes,
+            self.in_channels,
+            self.image_size,
+            self.width,
+            variant=self.variant,
         )
 
 

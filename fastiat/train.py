@@ -16,6 +16,7 @@ from fastiat import data, models
 from fastiat.config import TrainConfig
 from fastiat.distributed import ranks
 from fastiat.errors import InputError, check_interrupts, explain_os, one_line, out_of_memory
+from fastiat.mix import chance_loss
 from fastiat.progress import Events, Progress, duration
 from fastiat.run import METRICS, MODEL, PREVIOUS, STATE, Onlooker, Run, check_free, default_out
 from fastiat.signals import Now, Signals
@@ -23,6 +24,8 @@ from fastiat.trainer import Trainer, Update
 
 LOG_EVERY = 20
 """Steps between two looks at the losses, each of which waits for the device."""
+GROWN = 10
+"""How many times the loss of a guess a loss is when the first epoch warns of it."""
 MOST_SKIPPED = 20
 """Updates in a row that may be left out by --on-nan skip before the training ends."""
 
@@ -153,6 +156,7 @@ class _Session:
         self.trainer, self.run = trainer, run
         self.signals = Signals()
         self.saved_at, self.saved_step = time.monotonic(), 0
+        self.warned = False
 
     def agree(self) -> tuple[int, int]:
         """Return the signal that is to end the training, or 0, and whether a checkpoint is due.
@@ -197,12 +201,25 @@ class _Session:
             self.diverged()
 
     def diverged(self) -> NoReturn:
-        """Raise `InputError` with the ways out."""
+        """Raise `InputError` that names the setting at fault and the commands that go on."""
         raise InputError(
             f"the training diverged: its loss or weights are not finite at step "
             f"{self.trainer.step}; the checkpoint of step {self.saved_step} is intact: leave such "
             f"updates out with {_way_on(self.run.path)} --on-nan skip, or start again with another "
-            f"--out and a lower --lr, or --schedule cosine, which warms up"
+            f"--out and {remedy(self.trainer.config)}"
+        )
+
+    def growth_warning(self, row: dict[str, Any]) -> str:
+        """Return a warning, once, where the first epoch's loss is far above that of a guess."""
+        trainer, highest = self.trainer, max(row["clean_loss"], row["adv_loss"])
+        guess = chance_loss(len(trainer.card.classes), trainer.config.loss)
+        if self.warned or trainer.step > len(trainer.loader) or not highest > GROWN * guess:
+            return ""
+        self.warned = True
+        return (
+            f"warning: the loss is {highest:.3g} at step {trainer.step}, and that of a guess "
+            f"{guess:.2g}: the training diverges; if it does not recover, stop it and start again "
+            f"with another --out and {remedy(trainer.config)}"
         )
 
     def check_skipped(self) -> None:
@@ -216,13 +233,26 @@ class _Session:
                 f"the training diverged: the loss or gradient of {trainer.skipped_in_a_row} "
                 f"updates in a row, the last at step {trainer.step}, was not finite; the "
                 f"checkpoint of step {self.saved_step} is intact: start again with another --out "
-                f"and a lower --lr, or --schedule cosine, which warms up"
+                f"and {remedy(trainer.config)}"
             )
         if trainer.skipped_in_a_row and trainer.skipped == 1:
             self.run.say(
                 f"warning: the loss or gradient of step {trainer.step} is not finite; it is left "
                 f"out, and so is every other such step of this epoch"
             )
+
+
+def remedy(config: TrainConfig) -> str:
+    """Name the settings that a training which diverged is to be started with instead."""
+    if config.arch == "preact18" and config.variant == "authors" and config.loss == "ce":
+        return (
+            "--variant standard or --loss bce: preact18 without a final BatchNorm diverges under "
+            "cross-entropy"
+        )
+    lower = f"a lower --lr than {config.lr:g}"
+    return (
+        lower if config.schedule == "cosine" else f"{lower}, or --schedule cosine, which warms up"
+    )
 
 
 def _loop(session: _Session) -> None:
@@ -250,6 +280,9 @@ def _loop(session: _Session) -> None:
                         if not trainer.skipped_in_a_row:
                             if not math.isfinite(row["clean_loss"] + row["adv_loss"]):
                                 session.diverged()
+                            if warning := session.growth_warning(row):
+                                progress.clear()
+                                run.say(warning)
                             progress.show(**_figures(config, row))
                         if trainer.step % LOG_EVERY == 0:
                             run.log("step", **row)

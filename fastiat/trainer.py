@@ -61,7 +61,8 @@ class Trainer:
             train=False,
             shard=shard,
         )
-        train, test, self.holdout = dataset.train, dataset.test, None
+        train = data.limited(dataset.train, config.train_limit, config.class_limit, config.seed)
+        test, self.holdout = dataset.test, None
         kept_out = min(1000, len(train) // 10) if config.holdout is None else config.holdout
         if kept_out >= len(train):
             raise InputError(
@@ -114,7 +115,13 @@ class Trainer:
         self.train_shape = channels, size, _ = train.shape
         width = models.DEFAULT_WIDTH[config.arch] if config.width is None else config.width
         self.card = ModelCard(
-            config.arch, width, len(dataset.classes), channels, size, dataset.classes
+            config.arch,
+            width,
+            len(dataset.classes),
+            channels,
+            size,
+            dataset.classes,
+            config.variant,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -9,7 +9,7 @@ from scipy import stats
 
 from fastiat import kernels
 from fastiat.errors import InputError
-from fastiat.mix import DEFAULT_ALPHA, Mix, draw, mixed_correct, mixed_loss
+from fastiat.mix import DEFAULT_ALPHA, Mix, chance_loss, draw, mixed_correct, mixed_loss
 
 
 def _draws(kind, count, **settings):
@@ -129,3 +129,12 @@ def test_draw_refuses_layers_that_are_no_mix_points(layers):
 
 def test_defaults_are_the_papers():
     assert DEFAULT_ALPHA == {"mixup": 1.0, "manifold": 2.0}
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_chance_loss_is_that_of_equal_logits(classes, loss):
+    y = torch.arange(classes)
+    logits = torch.zeros(classes, classes, dtype=torch.float64)
+    expected = float(mixed_loss(logits, y, None, loss))
+    assert chance_loss(classes, loss) == pytest.approx(expected, rel=1e-12)

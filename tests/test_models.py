@@ -23,21 +23,43 @@ def test_parameter_count_is_the_published_one(name, millions):
     assert round(models.count_parameters(model) / 1e6, 2) == millions
 
 
+def test_preact18_has_the_parameters_of_robust_overfittings_network():
+    # locuslab/robust_overfitting's PreActResNet18, counted; its final BatchNorm has 2 * 512.
+    counts = {"standard": 11_172_170, "authors": 11_172_170 - 2 * 512}
+    for variant, expected in counts.items():
+        with torch.device("meta"):
+            model = models.build("preact18", variant=variant)
+        assert models.count_parameters(model) == expected
+
+
+def _norm_relu(x, p, name):
+    """BatchNorm by the batch's own statistics, then ReLU."""
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    x = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+    weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
+    return (x * weight[:, None, None] + bias[:, None, None]).clamp_min(0)
+
+
 def _block(x, p, prefix, stride):
     """A pre-activation block from its weights, in functional form (He et al. 2016b)."""
-
-    def norm(x, name):
-        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        x = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
-        weight, bias = p[f"{prefix}.{name}.weight"], p[f"{prefix}.{name}.bias"]
-        return x * weight[:, None, None] + bias[:, None, None]
-
-    out = norm(x, "bn1").clamp_min(0)
+    out = _norm_relu(x, p, f"{prefix}.bn1")
     down = p.get(f"{prefix}.shortcut.weight")
     shortcut = x if down is None else F.conv2d(out, down, stride=stride)
     out = F.conv2d(out, p[f"{prefix}.conv1.weight"], stride=stride, padding=1)
-    out = norm(out, "bn2").clamp_min(0)
+    out = _norm_relu(out, p, f"{prefix}.bn2")
     return shortcut + F.conv2d(out, p[f"{prefix}.conv2.weight"], padding=1)
+
+
+def _authors_block(x, p, prefix, stride):
+    """The manifold mixup code's wide_basic: biases, the stride last, the shortcut of the input."""
+
+    def conv(x, name, **options):
+        return F.conv2d(x, p[f"{prefix}.{name}.weight"], p[f"{prefix}.{name}.bias"], **options)
+
+    down = f"{prefix}.shortcut.weight" in p
+    shortcut = conv(x, "shortcut", stride=stride) if down else x
+    out = conv(_norm_relu(x, p, f"{prefix}.bn1"), "conv1", padding=1)
+    return shortcut + conv(_norm_relu(out, p, f"{prefix}.bn2"), "conv2", stride=stride, padding=1)
 
 
 def _standardised(x):
@@ -56,33 +78,47 @@ def _randomise(model):
     return model.double().train()
 
 
+@pytest.mark.parametrize("variant", models.VARIANTS)
 @pytest.mark.parametrize("size", [8, 11, 32])
-def test_preact18_computes_what_its_weights_say(size):
+def test_preact18_computes_what_its_weights_say(size, variant):
     torch.manual_seed(0)
-    model = _randomise(models.build("preact18", 7, 2, size, width=4))
+    model = _randomise(models.build("preact18", 7, 2, size, width=4, variant=variant))
     p = dict(model.named_parameters())
     x = torch.rand(3, 2, size, size, dtype=torch.float64)
     out = F.conv2d(_standardised(x), p["stem.weight"], padding=1)
     for group, stride in enumerate((1, 2, 2, 2)):
         out = _block(out, p, f"groups.{group}.0", stride)
         out = _block(out, p, f"groups.{group}.1", 1)
-    # No BatchNorm and no ReLU at the end (recipe of the mixup codebases).
-    expected = out.mean((2, 3)) @ p["head.2.weight"].T + p["head.2.bias"]
+    last = "head.2"
+    if variant == "standard":
+        out, last = _norm_relu(out, p, "head.0"), "head.4"
+    expected = out.mean((2, 3)) @ p[f"{last}.weight"].T + p[f"{last}.bias"]
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_wide_resnet_computes_what_its_weights_say():
+@pytest.mark.parametrize("variant", models.VARIANTS)
+def test_wide_resnet_computes_what_its_weights_say(variant):
     torch.manual_seed(0)
-    model = _randomise(models.build("wrn28_10", 5, 3, 8, width=1))
+    model = _randomise(models.build("wrn28_10", 5, 3, 8, width=1, variant=variant))
     p = dict(model.named_parameters())
+    block_of = _authors_block if variant == "authors" else _block
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
-    out = F.conv2d(_standardised(x), p["stem.weight"], padding=1)
+    out = F.conv2d(_standardised(x), p["stem.weight"], p.get("stem.bias"), padding=1)
     for group, stride in enumerate((1, 2, 2)):
         for block in range(4):
-            out = _block(out, p, f"groups.{group}.{block}", stride if block == 0 else 1)
-    out = F.batch_norm(out, None, None, p["head.0.weight"], p["head.0.bias"], training=True)
-    expected = out.clamp_min(0).mean((2, 3)) @ p["head.4.weight"].T + p["head.4.bias"]
+            out = block_of(out, p, f"groups.{group}.{block}", stride if block == 0 else 1)
+    out = _norm_relu(out, p, "head.0")
+    expected = out.mean((2, 3)) @ p["head.4.weight"].T + p["head.4.bias"]
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_authors_wide_resnet_moves_its_last_running_statistics_by_nine_tenths():
+    torch.manual_seed(0)
+    model = models.build("wrn28_10", 5, 3, 8, width=1, variant="authors").train()
+    seen = []
+    model.head[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(torch.rand(4, 3, 8, 8))
+    torch.testing.assert_close(model.head[0].running_mean, 0.9 * seen[0].mean((0, 2, 3)))
 
 
 def test_mlp6_is_six_matrices_with_relu_between():

@@ -104,6 +104,42 @@ def test_holdout_of_nothing_or_everything_is_refused(n: int) -> None:
         data.holdout(make_split(6), n, 0)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
+def test_limited_gives_every_class_its_share_and_at_least_one(
+    labels: list[int], more: st.DataObject
+) -> None:
+    size, counts = len(labels), Counter(labels)
+    total = more.draw(st.integers(len(counts), size))
+    numbers = torch.arange(size, dtype=torch.uint8)  # an image is its own number
+    split = Split(numbers.view(size, 1, 1, 1), torch.tensor(labels))
+    drawn = data.limited(split, total, None, more.draw(st.integers(0, 2**32)))
+    ids, found = drawn.images.flatten().tolist(), Counter(drawn.labels.tolist())
+    assert len(ids) == total and ids == sorted(set(ids))
+    assert drawn.labels.tolist() == [labels[i] for i in ids]
+    shares = {label: Fraction(total * count, size) for label, count in counts.items()}
+    assert min(found.values()) >= 1 and found.keys() == counts.keys()
+    if min(shares.values()) >= 1:
+        assert all(abs(found[label] - shares[label]) < 1 for label in counts)
+
+
+def test_limited_takes_at_most_so_many_of_each_class_and_then_of_all() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 4 + [2] * 2)
+    split = Split(torch.zeros(16, 1, 1, 1, dtype=torch.uint8), labels)
+    assert data.limited(split, None, 4, 0).labels.bincount().tolist() == [4, 4, 2]
+    assert data.limited(split, 5, 4, 0).labels.bincount().tolist() == [2, 2, 1]
+    assert data.limited(split, 99, 99, 0) is split
+
+
+def test_limited_repeats_by_seed_and_refuses_fewer_images_than_classes() -> None:
+    split = data.load("digits").train
+    first, again, other = (data.limited(split, 100, None, seed) for seed in (0, 0, 1))
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+    with pytest.raises(InputError, match="--train-limit at least 10"):
+        data.limited(split, 9, None, 0)
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -15,6 +15,7 @@ import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,48 @@ def test_a_training_that_diverges_ends_in_one_line_and_keeps_its_checkpoint(
     state = torch.load(out / STATE, weights_only=True)
     assert state["step"] == 24
     assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.slow
+def test_preact18_without_its_final_norm_diverges_and_the_setting_at_fault_is_named(
+    tmp_path, complaint, capsys
+):
+    line = complaint(
+        *("train", "--variant", "authors", "--adv", "none", "--mix", "none", "--epochs", "4"),
+        *("--dataset", "digits", "--device", "cpu", "--precision", "fp32"),
+        *("--out", tmp_path / "run"),
+    )
+    assert "the training diverged" in line and "--variant standard or --loss bce" in line
+
+
+def test_a_loss_far_above_a_guess_is_told_once_in_the_first_epoch(
+    small, tmp_path, monkeypatch, capsys
+):
+    original = Trainer.update
+
+    def update(self, *batch):
+        return replace(original(self, *batch), adv_loss=torch.tensor(24.0))
+
+    monkeypatch.setattr(Trainer, "update", update)
+    flags = (*small, "--batch-size", "16", "--out", str(tmp_path / "run"))
+    assert cli.main(["train", *flags]) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert "the loss is 24 at step 1, and that of a guess 2.3" in warnings[0]
+    assert "a lower --lr than 0.02, or --schedule cosine" in warnings[0]
+
+
+def test_a_training_on_a_part_of_the_images_resumes_on_the_same_part(small, tmp_path, monkeypatch):
+    flags = ("train", *small, "--train-limit", "130", "--batch-size", "16")
+    assert cli.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    signal_in(monkeypatch, "update", signal.SIGTERM, 11)
+    assert cli.main([*flags, "--out", str(tmp_path / "parts")]) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert cli.main(["train", "--resume", "--out", str(tmp_path / "parts")]) == 0
+    whole, parts = (load_file(tmp_path / name / MODEL) for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    steps = [row["step"] for row in rows_of(tmp_path / "parts") if row["kind"] == "epoch"]
+    assert steps == [8, 16]
 
 
 @contextmanager

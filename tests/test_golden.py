@@ -1,0 +1,66 @@
+"""Golden losses: each method's first updates give the losses committed in golden/losses.json.
+
+A change that is meant to change no number is proven so. One that changes numbers on purpose writes
+the file anew with `python tests/test_golden.py` and says why in its commit.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastiat import data
+from fastiat.config import TrainConfig
+from fastiat.trainer import Trainer
+
+FILE = Path(__file__).parent / "golden" / "losses.json"
+UPDATES = 6
+METHODS: dict[str, dict[str, Any]] = {
+    **{
+        f"{adv}-{mix}": {"adv": adv, "mix": mix}
+        for adv in ("none", "fgsm", "pgd")
+        for mix in ("none", "mixup", "manifold")
+    },
+    "bce": {"loss": "bce", "variant": "authors"},
+    "margin": {"attack_loss": "margin"},
+    "bn-batch": {"bn": "batch"},
+    "bn-update": {"bn": "update"},
+    "pixel": {"mix": "mixup", "mix_space": "pixel"},
+    "per-sample": {"lam_per_sample": True},
+    "shared": {"shared_mix": True},
+    "wrn": {"arch": "wrn28_10", "width": 1},
+    "mlp": {"arch": "mlp6", "width": 32},
+}
+
+
+def losses(settings: dict[str, Any]) -> list[list[float]]:
+    """Return the clean and adversarial loss of each of the first updates."""
+    config = TrainConfig(
+        **{"arch": "preact18", "width": 4, "dataset": "digits", "lr": 0.02, "batch_size": 32}
+        | {"device": "cpu", "precision": "fp32", "steps": 2}
+        | settings
+    )
+    trainer = Trainer(config, data.load("digits"))
+    updates = zip(range(UPDATES), trainer.epoch_updates(), strict=False)
+    return [[float(update.clean_loss), float(update.adv_loss)] for _, update in updates]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_the_committed_ones(method):
+    expected = torch.tensor(json.loads(FILE.read_text())[method])
+    # CPUs sum in different orders, and a gradient near 0 may then change its sign.
+    torch.testing.assert_close(
+        torch.tensor(losses(METHODS[method])), expected, rtol=2e-3, atol=2e-3
+    )
+
+
+def test_the_file_has_the_methods_of_the_table():
+    assert json.loads(FILE.read_text()).keys() == METHODS.keys()
+
+
+if __name__ == "__main__":
+    rows = {name: losses(settings) for name, settings in METHODS.items()}
+    text = ",\n".join(f"{json.dumps(name)}: {json.dumps(values)}" for name, values in rows.items())
+    FILE.write_text(f"{{\n{text}\n}}\n")
