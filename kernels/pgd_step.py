@@ -166,8 +166,7 @@ def pgd_step(
     else, among it an `eps` or `alpha` that is negative or NaN.
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)
-    with torch.no_grad():
-        return _op(x_adv, grad, x, *sizes)
+    return _op(x_adv, grad, x, *sizes)
 
 
 def pgd_step_(
@@ -185,6 +184,5 @@ def pgd_step_(
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)
     check_writable("x_adv", x_adv, grad=grad, x=x)
-    with torch.no_grad():
-        _inplace_op(x_adv, grad, x, *sizes)
+    _inplace_op(x_adv, grad, x, *sizes)
     return x_adv

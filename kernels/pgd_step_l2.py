@@ -149,5 +149,4 @@ def pgd_step_l2(
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)
     check_images("x", x)
-    with torch.no_grad():
-        return _op(x_adv, grad, x, *sizes)
+    return _op(x_adv, grad, x, *sizes)

@@ -131,5 +131,4 @@ def random_start(
         raise ValueError(f"seed must have one element, not the shape {tuple(seed.shape)}")
     check_same_device("seed", seed, "x", x)
     sizes = check_radius("eps", eps), *check_clip(clip)
-    with torch.no_grad():
-        return _op(x, seed, *sizes)
+    return _op(x, seed, *sizes)
