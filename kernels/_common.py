@@ -3,8 +3,9 @@
 An op is registered three times over: its Triton launcher for CUDA, its torch reference for the
 CPU and a shape function for tracing. Where a transform needs more than that (torch.func,
 forward-mode AD, a vmapped backward), the op is replaced by its formula in torch, which torch
-transforms; an op without a derivative refuses to be differentiated there. With `TRITON_INTERPRET=1` in the environment CPU tensors run
-the Triton launcher too, in Triton's interpreter, so that kernels can be tested without a GPU.
+transforms; an op without a derivative refuses to be differentiated there. With
+`TRITON_INTERPRET=1` in the environment CPU tensors run the Triton launcher too, in Triton's
+interpreter, so that kernels can be tested without a GPU.
 """
 
 import math
@@ -132,7 +133,12 @@ def _one_by_one(op: "torch.library.CustomOpDef", in_place: bool) -> Callable[...
                 f"{op._name} writes into a tensor that vmap does not batch: give it an in_dim"
             )
         outs = [
-            op(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)))
+            op(
+                *(
+                    a if dim is None else a.select(dim, i)
+                    for a, dim in zip(args, in_dims, strict=True)
+                )
+            )
             for i in range(info.batch_size)
         ]
         return (None, None) if in_place else (torch.stack(outs), 0)
@@ -284,14 +290,15 @@ def check_clip(clip: tuple[float, float]) -> tuple[float, float]:
 
 
 def check_writable(name: str, x: Tensor, /, **inputs: Tensor) -> None:
-    """Refuse to write into `x` where it overlaps itself or shares memory with an input."""
+    """Refuse to write into `x` where it overlaps itself or shares memory with an input.
+
+    For the kernels of an op alone: what is traced has neither sizes to sort nor addresses.
+    """
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
             raise ValueError(f"{name} overlaps itself in memory (expanded?): pass {name}.clone()")
         reach += (size - 1) * stride
-    if torch.compiler.is_compiling():  # tracing gives every mutated argument memory of its own
-        return
     for other_name, other in inputs.items():
         (start, end), (other_start, other_end) = _extent(x), _extent(other)
         if start < other_end and other_start < end:

@@ -53,7 +53,7 @@ def mix_reference(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tens
 
 def _mix_cpu(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor:
     batch = x.shape[0]
-    if not torch.equal(perm.sort().values, torch.arange(batch)):
+    if not torch.equal(perm.sort().values, torch.arange(batch, device=perm.device)):
         raise ValueError(f"perm is no permutation of the batch: 0..{batch - 1} once each")
     check_lam_values(lam)
     return mix_reference(x, perm, lam, transpose)

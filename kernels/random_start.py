@@ -40,7 +40,7 @@ _TO_UNIT = 4.6566127342e-10  # just under 2^-31, so that u < 1
 
 def philox_uniform(seed: int, first: int, groups: int) -> Tensor:
     """u of `groups` groups of 4096 values, from group `first` on, as a (groups * 4096,) tensor."""
-    counter = torch.arange(first * _BLOCK, (first + groups) * _BLOCK)
+    counter = torch.arange(first * _BLOCK, (first + groups) * _BLOCK, device="cpu")
     c0, c1 = counter & _WORD, counter >> 32
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
