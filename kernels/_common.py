@@ -221,7 +221,8 @@ def check_floating(name: str, x: Tensor) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, not {x.dtype}")
     check_device(name, x)
-    if torch.compiler.is_compiling():
+    # torch.compile guards what it reads, so code compiled outside of a level is not used inside.
+    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         _refuse_duals()
     if x.dtype == torch.float64 and x.is_cuda:
         raise TypeError(f"{name} is float64, which only the CPU path takes: use {name}.float()")

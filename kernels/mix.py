@@ -148,7 +148,7 @@ _op = register(
 
 
 def mix(x: Tensor, perm: Tensor, lam: Tensor | float) -> Tensor:
-    """Return `lam * x + (1 - lam) * x[perm]`, differentiable in `x`.
+    """Return `lam * x + (1 - lam) * x[perm]`, differentiable in `x`, in torch.func in `lam` too.
 
     `x` is (B, ...) floating point, `perm` a permutation of the batch, (B,) int64, and `lam` in
     [0, 1] a number, a scalar tensor or one value per sample, (B,), on the device of `x`. The result

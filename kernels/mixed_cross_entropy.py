@@ -228,8 +228,8 @@ def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor | 
     `logits` is (B, K) floating point, `y_a` and `y_b` are (B,) int64 class numbers in [0, K) and
     `lam` in [0, 1] is a number, a scalar tensor or (B,) values, all on one device. The loss is
     float32 (float64 for float64), NaN for an empty batch as in torch. Differentiable in `logits`,
-    also twice. Raises `ValueError` or `TypeError` for wrong arguments. The values of the labels
-    and of a `lam` tensor are checked on the CPU alone; on CUDA, where looking would stall the
+    also twice, and in `lam` too inside of torch.func. Raises `ValueError` or `TypeError` for wrong
+    arguments. The values of the labels and of a `lam` tensor are checked on the CPU alone; on CUDA, where looking would stall the
     device, a label outside the classes makes the loss NaN.
     """
     check_floating("logits", logits)

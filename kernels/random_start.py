@@ -121,7 +121,8 @@ def random_start(
     `x` is any floating-point tensor; `eps` and `clip` are numbers in its units; `seed` is an int64
     tensor of one element on the device of `x`, which is read, not advanced: add to it for another
     draw. The same seed, shape and memory format give the same start on every device. The result
-    has the dtype and the memory format of `x` and carries no gradient. Raises `ValueError` or
+    has the dtype and the memory format of `x` and carries no gradient; inside of
+    torch.func and forward-mode AD a `RuntimeError` asks for `x.detach()`. Raises `ValueError` or
     `TypeError` for anything else.
     """
     check_floating("x", x)
