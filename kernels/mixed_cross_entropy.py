@@ -229,8 +229,8 @@ def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor | 
     `lam` in [0, 1] is a number, a scalar tensor or (B,) values, all on one device. The loss is
     float32 (float64 for float64), NaN for an empty batch as in torch. Differentiable in `logits`,
     also twice, and in `lam` too inside of torch.func. Raises `ValueError` or `TypeError` for wrong
-    arguments. The values of the labels and of a `lam` tensor are checked on the CPU alone; on CUDA, where looking would stall the
-    device, a label outside the classes makes the loss NaN.
+    arguments. The values of the labels and of a `lam` tensor are checked on the CPU alone; on CUDA,
+    where looking would stall the device, a label outside the classes makes the loss NaN.
     """
     check_floating("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:

@@ -164,10 +164,9 @@ def pgd_step(
 
     `x_adv`, `grad` and `x` share one shape, any, and one device; `x_adv` and `x` one dtype. `eps`,
     `alpha` and `clip` are numbers in the units of `x`. The result has the dtype and the memory
-    format of `x_adv` and carries no gradient; inside of
-    torch.func and forward-mode AD a `RuntimeError` asks for `x.detach()`. Raises `ValueError` or
-    `TypeError` for anything
-    else, among it an `eps` or `alpha` that is negative or NaN.
+    format of `x_adv` and carries no gradient; inside of torch.func and forward-mode AD a
+    `RuntimeError` asks for `x.detach()`. Raises `ValueError` or `TypeError` for anything else,
+    among it an `eps` or `alpha` that is negative or NaN.
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)
     return _op(x_adv, grad, x, *sizes)

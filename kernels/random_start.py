@@ -120,10 +120,10 @@ def random_start(
 
     `x` is any floating-point tensor; `eps` and `clip` are numbers in its units; `seed` is an int64
     tensor of one element on the device of `x`, which is read, not advanced: add to it for another
-    draw. The same seed, shape and memory format give the same start on every device. The result
-    has the dtype and the memory format of `x` and carries no gradient; inside of
-    torch.func and forward-mode AD a `RuntimeError` asks for `x.detach()`. Raises `ValueError` or
-    `TypeError` for anything else.
+    draw. The same seed, shape and memory format give the same start on every device. The result has
+    the dtype and the memory format of `x` and carries no gradient; inside of torch.func and
+    forward-mode AD a `RuntimeError` asks for `x.detach()`. Raises `ValueError` or `TypeError` for
+    anything else.
     """
     check_floating("x", x)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
