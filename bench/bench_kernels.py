@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from fastiat import kernels
 from fastiat.kernels.crop_flip import crop_flip_reference
-from fastiat.kernels.pgd_step_standardize import pgd_step_standardize_reference
 
 EPS, ALPHA, CLASSES, PAD = 8 / 255, 2 / 255, 10, 4
 SHAPE = (3, 32, 32)
@@ -57,10 +56,6 @@ def plain_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -
     return (lam * loss_a + (1 - lam) * loss_b).mean()
 
 
-def plain_glue(image: Tensor, delta: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return pgd_step_standardize_reference(image, delta, grad, EPS, ALPHA, 0.0, 1.0, torch.bfloat16)
-
-
 def images(batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
     x = torch.rand(batch, *SHAPE, device=DEVICE)
     x = (x * 255).to(dtype) if dtype == torch.uint8 else x.to(dtype)
@@ -74,11 +69,6 @@ def attack_inputs(batch: int) -> list[Tensor]:
 def cross_entropy_inputs(batch: int) -> list[Tensor]:
     labels = torch.randint(CLASSES, (2, batch), device=DEVICE)
     return [torch.randn(batch, CLASSES, device=DEVICE), *labels, torch.tensor(0.3, device=DEVICE)]
-
-
-def glue_inputs(batch: int) -> list[Tensor]:
-    delta = (images(batch) - 0.5) * EPS
-    return [images(batch, torch.uint8), delta, images(batch, torch.bfloat16) - 0.5]
 
 
 def crop_inputs(batch: int) -> list[Tensor]:
@@ -127,9 +117,6 @@ CASES = {
     ),
     "standardize": Case(
         kernels.standardize, plain_standardize, lambda batch: [images(batch)], 8 * N, 12 * N
-    ),
-    "pgd_step_standardize": Case(
-        lambda *t: kernels.pgd_step_standardize(*t, EPS, ALPHA), plain_glue, glue_inputs, 13 * N
     ),
     "mixed_cross_entropy": Case(
         kernels.mixed_cross_entropy,

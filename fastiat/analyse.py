@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from fastiat.device import own_defaults
 from fastiat.errors import InputError, printable
 from fastiat.files import check_place, finite_json, write
 from fastiat.guard import read_json_text
@@ -59,6 +60,7 @@ class Finding:
     """What it means, for a newcomer."""
 
 
+@own_defaults()
 def norms(config: NormsConfig) -> dict[str, list[WeightNorms]]:
     """Print the norms of every run of `config`, write their norms.json, and chart them together.
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fastiat import __version__, beton, beton_writer, data, folder
+from fastiat.device import own_defaults
 from fastiat.errors import InputError
 from fastiat.queries import ConvertConfig
 from fastiat.settings import DATASETS, is_beton
@@ -160,6 +161,7 @@ class _Square:
         return buffer.getvalue()
 
 
+@own_defaults()
 def convert(config: ConvertConfig) -> beton.Card:
     """Write the .beton that `config` asks for, say what is in it, and return its card.
 

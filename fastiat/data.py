@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastiat import beton, downloads, folder
-from fastiat.device import free_memory
+from fastiat.device import free_memory, own_defaults
 from fastiat.distributed import ranks
 from fastiat.errors import InputError, one_line
 from fastiat.ffcv_package import installed
@@ -159,6 +159,7 @@ def default_dir() -> Path:
     return Path(os.path.expanduser(given)) if given else folder.user_cache("data")
 
 
+@own_defaults()
 def load(
     name: str,
     data_dir: str | os.PathLike | None = None,

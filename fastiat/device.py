@@ -2,7 +2,8 @@
 
 import os
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,24 @@ def pick_device(name: str) -> torch.device:
             there = f"{count} CUDA device{'s' * (count != 1)}" if count else "no CUDA device"
             raise InputError(f"--device {name}: this machine has {there}; use --device cpu or auto")
     return device
+
+
+@contextmanager
+def own_defaults(*, keep_device: bool = False) -> Iterator[None]:
+    """Make fp32 and, but for `keep_device`, the CPU the defaults of new tensors; a decorator too.
+
+    The caller may have changed them by `torch.set_default_dtype`, `torch.set_default_device` or
+    `with torch.device(...)`.
+    """
+    # A device context slows down every call of torch, so there is none where it changes nothing.
+    keep_device = keep_device or torch.get_default_device().type == "cpu"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if keep_device else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def free_memory(device: torch.device) -> int:

@@ -23,7 +23,7 @@ from fastiat.analyse import Finding, write_diagnosis
 from fastiat.attack import Loss, Norm, crafting, input_gradient, pgd, start_in_ball
 from fastiat.autoattack import autoattack as run_autoattack
 from fastiat.autoattack import check_classes, library_version
-from fastiat.device import pick_device
+from fastiat.device import own_defaults, pick_device
 from fastiat.errors import InputError
 from fastiat.evaluate import Job, open_runs, prepare
 from fastiat.measure import fooled
@@ -52,6 +52,7 @@ NOISE_POINTS = 10.0
 """Noise is compared at the smallest eps where PGD adds this much error: less is no measure."""
 
 
+@own_defaults()
 def diagnose(config: DiagnoseConfig) -> list[Finding]:
     """Check the run of `config`, print the findings and return them.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastiat import convert, data, loaders
 from fastiat.autoattack import ATTACKS, autoattack, check_classes, library_version
 from fastiat.config import TrainConfig
-from fastiat.device import pick_device, pick_precision
+from fastiat.device import own_defaults, pick_device, pick_precision
 from fastiat.distributed import ranks
 from fastiat.errors import InputError, printable_lines
 from fastiat.measure import error_rates, fooled, title
@@ -44,6 +44,7 @@ def error_rate(
     return error_rates(model, split, (attack,), eps=eps, alpha=alpha, config=config)[attack]
 
 
+@own_defaults()
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
     """Measure every run of `config` and print a table.
 

@@ -64,12 +64,12 @@ def draw(
         raise InputError(f"mix alpha is {alpha}, but Beta(alpha, alpha) needs a positive number")
     if not layers or not set(layers) <= set(MIX_POINTS):
         raise InputError(f"mix layers are {layers}: give some of 0, 1 and 2")
-    layer = layers[int(torch.randint(len(layers), (), generator=generator))]
-    perm = torch.randperm(batch, generator=generator)
+    layer = layers[int(torch.randint(len(layers), (), generator=generator, device="cpu"))]
+    perm = torch.randperm(batch, generator=generator, device="cpu")
     # torch has no Beta that takes a generator: numpy draws it, seeded from the generator.
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device="cpu"))
     values = np.random.default_rng(seed).beta(alpha, alpha, batch if per_sample else None)
-    lam = torch.as_tensor(values, dtype=torch.float32)
+    lam = torch.as_tensor(values, dtype=torch.float32, device="cpu")
     return Mix(layer, perm.to(device, non_blocking=True), lam.to(device, non_blocking=True))
 
 
@@ -80,8 +80,11 @@ def mixed_loss(
 
     `logits` is (B, K), `y` (B,) int64; without `mix` it is plain L. `loss` "ce" is cross-entropy,
     section 3 of the paper; "bce" is the manifold mixup code's binary cross-entropy of the softmax
-    against the mixed one-hot labels.
+    against the mixed one-hot labels. Logits in half precision are calculated in fp32, as is the
+    loss.
     """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
     if loss == "bce":
         target = F.one_hot(y, logits.shape[1]).to(logits.dtype)
         if mix is not None:

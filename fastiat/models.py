@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastiat import kernels
+from fastiat.device import own_defaults
 from fastiat.errors import InputError
 
 MIX_POINTS = (0, 1, 2)
@@ -200,6 +201,7 @@ VARIANTS = ("standard", "authors")
 DEFAULT_WIDTH = {"preact18": 64, "wrn28_10": 10, "wrn34_10": 10, "mlp6": 512}
 
 
+@own_defaults(keep_device=True)
 def build(
     name: str,
     num_classes: int = 10,
@@ -253,5 +255,5 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Turn a uint8 batch into fp32 pixels in [0, 1], keeping its memory format."""
-    return images.to(torch.float32).div_(255)
+    """Return a batch of 0..255, uint8 as a rule, as fp32 pixels in [0, 1] in its memory format."""
+    return images.to(torch.float32) / 255

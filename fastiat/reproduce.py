@@ -12,6 +12,7 @@ from typing import Any
 
 from fastiat import figure1
 from fastiat.analyse import weight_norms, write_norms
+from fastiat.device import own_defaults
 from fastiat.errors import InputError
 from fastiat.estimate import Speed, speed
 from fastiat.evaluate import evaluate
@@ -33,6 +34,7 @@ from fastiat.train import Interrupted, train
 from fastiat.transfer import transfer
 
 
+@own_defaults()
 def reproduce(config: ReproduceConfig) -> None:
     """Train and measure what is missing, write the comparison and the report, and print the table.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastiat import __version__, models
 from fastiat.config import TrainConfig
+from fastiat.device import own_defaults
 from fastiat.distributed import ranks
 from fastiat.errors import Damaged, InputError, one_line, printable, printable_lines
 from fastiat.files import drop_cut_line, lines_of, no_link, row_of, write
@@ -388,6 +389,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
     return load_with_card(path, device)[0]
 
 
+@own_defaults()
 def load_with_card(
     path: str | os.PathLike[str], device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, ModelCard]:

@@ -3,7 +3,7 @@
 import time
 from itertools import product
 
-from fastiat.device import pick_device
+from fastiat.device import own_defaults, pick_device
 from fastiat.evaluate import UNITS, Job, open_runs, prepare, table, unusual
 from fastiat.measure import error_rates
 from fastiat.queries import SweepConfig
@@ -13,6 +13,7 @@ Key = tuple[str, float, int]
 """Split, eps and steps."""
 
 
+@own_defaults()
 def sweep(config: SweepConfig) -> dict[str, dict[Key, Rate]]:
     """Measure every run of `config` at each eps and number of steps, and print tables.
 

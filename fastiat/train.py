@@ -14,6 +14,7 @@ import torch
 
 from fastiat import data, models
 from fastiat.config import TrainConfig
+from fastiat.device import own_defaults
 from fastiat.distributed import ranks
 from fastiat.errors import InputError, check_interrupts, explain_os, one_line, out_of_memory
 from fastiat.mix import chance_loss
@@ -38,6 +39,7 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+@own_defaults()
 def train(config: TrainConfig) -> Path:
     """Train as `config` says and return the run directory.
 

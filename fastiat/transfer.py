@@ -9,7 +9,7 @@ import torch
 
 from fastiat import loaders
 from fastiat.attack import crafting, pgd
-from fastiat.device import autocast, pick_device, pick_precision
+from fastiat.device import autocast, own_defaults, pick_device, pick_precision
 from fastiat.errors import InputError
 from fastiat.evaluate import UNITS, Job, Trained, open_runs, prepare, some, table, unusual
 from fastiat.models import to_pixels
@@ -23,6 +23,7 @@ Matrix = dict[str, dict[str, Rate]]
 """{target: {attacking run: error of the target}}."""
 
 
+@own_defaults()
 def transfer(config: TransferConfig) -> dict[tuple[str, float], Matrix]:
     """Attack every run of `config` with every run's PGD examples, and print a matrix per eps.
 

@@ -12,7 +12,6 @@ from .mix import mix
 from .mixed_cross_entropy import mixed_cross_entropy
 from .pgd_step import pgd_step, pgd_step_
 from .pgd_step_l2 import pgd_step_l2
-from .pgd_step_standardize import pgd_step_standardize
 from .random_start import random_start
 from .standardize import standardize
 
@@ -23,7 +22,6 @@ __all__ = [
     "pgd_step",
     "pgd_step_",
     "pgd_step_l2",
-    "pgd_step_standardize",
     "random_start",
     "standardize",
 ]

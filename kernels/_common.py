@@ -1,18 +1,24 @@
 """What every op here shares: Triton if there is one, registration, memory layout, argument checks.
 
 An op is registered three times over: its Triton launcher for CUDA, its torch reference for the
-CPU and a shape function for tracing. With `TRITON_INTERPRET=1` in the environment CPU tensors run
-the Triton launcher too, in Triton's interpreter, so that kernels can be tested without a GPU.
+CPU and a shape function for tracing. Where a transform needs more than that (torch.func,
+forward-mode AD, a vmapped backward), the op is replaced by its formula in torch, which torch
+transforms; an op without a derivative refuses to be differentiated there. With
+`TRITON_INTERPRET=1` in the environment CPU tensors run the Triton launcher too, in Triton's
+interpreter, so that kernels can be tested without a GPU.
 """
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -50,19 +56,106 @@ def register(
     cpu: Callable[..., Any],
     fake: Callable[..., Any],
     mutates: Sequence[str] = (),
+    formula: Callable[..., Tensor] | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
 ) -> "torch.library.CustomOpDef":
-    """Register `torch.ops.fastiat.<name>`: `launch` for CUDA, `cpu`, and `fake` for tracing."""
+    """Register `torch.ops.fastiat.<name>`: `launch` for CUDA, `cpu`, and `fake` for tracing.
+
+    `formula` is the op in differentiable torch code, written out of place; None for an op without
+    a derivative. `backward` and `setup_context` are those of `torch.library.register_autograd`.
+    """
     op = torch.library.custom_op(
         f"fastiat::{name}", launch, mutates_args=mutates, device_types="cuda"
     )
     op.register_kernel("cpu")(launch if INTERPRETED else cpu)
     op.register_fake(fake)
+    if backward is not None:
+        op.register_autograd(backward, setup_context=setup_context)
+    if formula is None:
+        op.register_vmap(_one_by_one(op, in_place=bool(mutates)))
+    else:
+        _LIBRARY.impl(name, formula, "FuncTorchBatched")
+    _guard_derivatives(op, formula)
     return op
 
 
-def transforming() -> bool:
-    """Whether a torch.func transform is at work: it needs plain torch code, not a custom op."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+# Registrations live as long as their library object.
+_LIBRARY = torch.library.Library("fastiat", "FRAGMENT")
+
+
+def _guard_derivatives(
+    op: "torch.library.CustomOpDef", formula: Callable[..., Tensor] | None
+) -> None:
+    """Put a kernel in front of autograd's that sees to the derivatives autograd's does not give.
+
+    A custom op drops the tangents of forward-mode AD, and its backward knows no torch.func. The
+    dispatcher is the one place that every way to the op leads through: eager, compiled, exported.
+    """
+    autograd_kernel = make_autograd_impl(op._opoverload, op)
+
+    def kernel(keys: Any, *args: Any) -> Any:
+        if formula is None:
+            if torch.is_grad_enabled() and any(_transformed(arg) for arg in args):
+                raise RuntimeError(
+                    f"{op._name} has no derivative: pass x.detach() for every "
+                    "argument x that the transform differentiates"
+                )
+            with torch.no_grad():
+                return autograd_kernel(keys, *args)
+        if any(_transformed(arg) for arg in args):
+            return formula(*args)
+        return autograd_kernel(keys, *args)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        _LIBRARY.impl(op._name, kernel, "Autograd", with_keyset=True)
+
+
+def _transformed(arg: object) -> bool:
+    """Whether forward-mode AD, or torch.func in either mode, differentiates in `arg`."""
+    if not isinstance(arg, Tensor):
+        return False
+    in_functorch = torch._C._functorch.is_gradtrackingtensor(arg)
+    if in_functorch and arg.requires_grad:
+        return True
+    # Compiled code enters the one level there is, 0, without telling forward_ad of it.
+    in_level = in_functorch or forward_ad._current_level >= 0
+    return in_level and forward_ad.unpack_dual(arg, level=0).tangent is not None
+
+
+def _one_by_one(op: "torch.library.CustomOpDef", in_place: bool) -> Callable[..., Any]:
+    """The vmap rule that calls `op`, which may write into its first argument, once per entry."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, int | None]:
+        if in_place and in_dims[0] is None:
+            raise RuntimeError(
+                f"{op._name} writes into a tensor that vmap does not batch: give it an in_dim"
+            )
+        outs = [
+            op(
+                *(
+                    a if dim is None else a.select(dim, i)
+                    for a, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        return (None, None) if in_place else (torch.stack(outs), 0)
+
+    return rule
+
+
+@torch.compiler.assume_constant_result  # runs while torch.compile traces, which guards the level
+def _refuse_duals() -> None:
+    """Refuse to be compiled for dual tensors: Inductor drops the tangents of what it is given."""
+    interpreters = torch._C._functorch.get_interpreter_stack() or ()
+    within = any(i.key() == torch._C._functorch.TransformType.Jvp for i in interpreters)
+    if forward_ad._current_level >= 0 and not within:
+        raise RuntimeError(
+            "compiled code drops the tangents of torch.autograd.forward_ad: call the function or "
+            "the model without torch.compile, or compile torch.func.jvp of it"
+        )
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -128,6 +221,9 @@ def check_floating(name: str, x: Tensor) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, not {x.dtype}")
     check_device(name, x)
+    # torch.compile guards what it reads, so code compiled outside of a level is not used inside.
+    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        _refuse_duals()
     if x.dtype == torch.float64 and x.is_cuda:
         raise TypeError(f"{name} is float64, which only the CPU path takes: use {name}.float()")
 
@@ -195,14 +291,15 @@ def check_clip(clip: tuple[float, float]) -> tuple[float, float]:
 
 
 def check_writable(name: str, x: Tensor, /, **inputs: Tensor) -> None:
-    """Refuse to write into `x` where it overlaps itself or shares memory with an input."""
+    """Refuse to write into `x` where it overlaps itself or shares memory with an input.
+
+    For the kernels of an op alone: what is traced has neither sizes to sort nor addresses.
+    """
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
             raise ValueError(f"{name} overlaps itself in memory (expanded?): pass {name}.clone()")
         reach += (size - 1) * stride
-    if torch.compiler.is_compiling():  # tracing gives every mutated argument memory of its own
-        return
     for other_name, other in inputs.items():
         (start, end), (other_start, other_end) = _extent(x), _extent(other)
         if start < other_end and other_start < end:
@@ -236,8 +333,6 @@ def lam_tensor(lam: Tensor | float, x_name: str, x: Tensor) -> Tensor:
             f"lam must be a scalar or have shape ({x.shape[0]},), not {tuple(lam.shape)}"
         )
     check_same_device("lam", lam, x_name, x)
-    if lam.requires_grad and torch.is_grad_enabled():
-        raise ValueError("lam requires a gradient, which this op does not give: use lam.detach()")
     return lam.to(torch.promote_types(lam.dtype, compute_dtype(x.dtype)))
 
 
@@ -248,10 +343,7 @@ def check_lam_values(lam: Tensor) -> None:
         raise ValueError("lam must be in [0, 1]")
 
 
-def weights(lam: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
-    """`lam` and 1 - `lam`: numbers where that is free, else tensors of `dtype`."""
-    if lam.dim() == 0 and lam.is_cpu and not transforming():
-        value = lam.item()
-        # In float64, which rounds a float32 difference as float32 arithmetic does.
-        return value, 1 - value
-    return lam.to(dtype), (1 - lam).to(dtype)
+def refuse_lam_gradient(required: bool) -> None:
+    """Refuse a `lam` that a backward would have to give a gradient."""
+    if required:
+        raise ValueError("lam requires a gradient, which this op does not give: use lam.detach()")

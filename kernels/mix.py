@@ -31,11 +31,10 @@ from ._common import (
     image_rows,
     lam_tensor,
     on_device_of,
+    refuse_lam_gradient,
     register,
     tl,
-    transforming,
     triton,
-    weights,
 )
 
 _BLOCK = 1024
@@ -44,17 +43,17 @@ _BLOCK = 1024
 def mix_reference(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor:
     """The formulas above in torch: the truth of the tests and the CPU path."""
     rows = image_rows(dense(x)).to(compute_dtype(x.dtype))
-    own, other = weights(lam, rows.dtype)
+    own, other = lam.to(rows.dtype), (1 - lam).to(rows.dtype)
     source = perm.argsort() if transpose else perm
     if lam.dim():
         own, other = own[:, None], (other[source] if transpose else other)[:, None]
-    mixed = rows.index_select(0, source).mul_(other).add_(rows * own)
+    mixed = rows.index_select(0, source) * other + rows * own
     return from_rows(mixed.to(x.dtype), x)
 
 
 def _mix_cpu(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor:
     batch = x.shape[0]
-    if not torch.equal(perm.sort().values, torch.arange(batch)):
+    if not torch.equal(perm.sort().values, torch.arange(batch, device=perm.device)):
         raise ValueError(f"perm is no permutation of the batch: 0..{batch - 1} once each")
     check_lam_values(lam)
     return mix_reference(x, perm, lam, transpose)
@@ -126,10 +125,8 @@ def _mix_triton(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor
     return out
 
 
-_op = register("mix", _mix_triton, cpu=_mix_cpu, fake=lambda x, *_: empty_like(x))
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    refuse_lam_gradient(ctx.needs_input_grad[2])
     _, perm, lam, ctx.transpose = inputs
     ctx.save_for_backward(perm, lam)
 
@@ -139,11 +136,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return _op(grad, perm, lam, not ctx.transpose), None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_save)
+_op = register(
+    "mix",
+    _mix_triton,
+    cpu=_mix_cpu,
+    fake=lambda x, *_: empty_like(x),
+    formula=mix_reference,
+    backward=_backward,
+    setup_context=_save,
+)
 
 
 def mix(x: Tensor, perm: Tensor, lam: Tensor | float) -> Tensor:
-    """Return `lam * x + (1 - lam) * x[perm]`, differentiable in `x`.
+    """Return `lam * x + (1 - lam) * x[perm]`, differentiable in `x`, in torch.func in `lam` too.
 
     `x` is (B, ...) floating point, `perm` a permutation of the batch, (B,) int64, and `lam` in
     [0, 1] a number, a scalar tensor or one value per sample, (B,), on the device of `x`. The result
@@ -159,4 +164,4 @@ def mix(x: Tensor, perm: Tensor, lam: Tensor | float) -> Tensor:
     check_images("x", x)
     check_vector("perm", perm, x.shape[0], torch.int64, "x", x)
     lam = lam_tensor(lam, "x", x)
-    return (mix_reference if transforming() else _op)(x, perm, lam, False)
+    return _op(x, perm, lam, False)

@@ -26,11 +26,10 @@ from ._common import (
     lam_tensor,
     on_device_of,
     power_of_two,
+    refuse_lam_gradient,
     register,
     tl,
-    transforming,
     triton,
-    weights,
 )
 
 # torch skips samples whose label is -100; here that is a label outside the classes like any other.
@@ -40,7 +39,7 @@ _NO_CLASS = -(2**63)
 def mixed_cross_entropy_reference(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
     """The formula in torch: the truth of the tests and the CPU path."""
     log_p = F.log_softmax(logits.to(compute_dtype(logits.dtype)), 1)
-    own, other = weights(lam, log_p.dtype)
+    own, other = lam.to(log_p.dtype), (1 - lam).to(log_p.dtype)
     loss_a = F.nll_loss(log_p, y_a, reduction="none", ignore_index=_NO_CLASS)
     loss_b = F.nll_loss(log_p, y_b, reduction="none", ignore_index=_NO_CLASS)
     return (own * loss_a + other * loss_b).mean()
@@ -191,21 +190,17 @@ def _backward_triton(grad: Tensor, logits: Tensor, y_a: Tensor, y_b: Tensor, lam
     return out
 
 
-_op = register(
-    "mixed_cross_entropy",
-    _mixed_cross_entropy_triton,
-    cpu=_cpu,
-    fake=lambda logits, *_: logits.new_empty((), dtype=compute_dtype(logits.dtype)),
-)
 _backward_op = register(
     "mixed_cross_entropy_backward",
     _backward_triton,
     cpu=mixed_cross_entropy_backward_reference,
     fake=lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    formula=mixed_cross_entropy_backward_reference,
 )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    refuse_lam_gradient(ctx.needs_input_grad[3])
     ctx.save_for_backward(*inputs)
 
 
@@ -216,7 +211,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return backward(grad, *ctx.saved_tensors), None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_save)
+_op = register(
+    "mixed_cross_entropy",
+    _mixed_cross_entropy_triton,
+    cpu=_cpu,
+    fake=lambda logits, *_: logits.new_empty((), dtype=compute_dtype(logits.dtype)),
+    formula=mixed_cross_entropy_reference,
+    backward=_backward,
+    setup_context=_save,
+)
 
 
 def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor | float) -> Tensor:
@@ -225,9 +228,9 @@ def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor | 
     `logits` is (B, K) floating point, `y_a` and `y_b` are (B,) int64 class numbers in [0, K) and
     `lam` in [0, 1] is a number, a scalar tensor or (B,) values, all on one device. The loss is
     float32 (float64 for float64), NaN for an empty batch as in torch. Differentiable in `logits`,
-    also twice. Raises `ValueError` or `TypeError` for wrong arguments. The values of the labels
-    and of a `lam` tensor are checked on the CPU alone; on CUDA, where looking would stall the
-    device, a label outside the classes makes the loss NaN.
+    also twice, and in `lam` too inside of torch.func. Raises `ValueError` or `TypeError` for wrong
+    arguments. The values of the labels and of a `lam` tensor are checked on the CPU alone; on CUDA,
+    where looking would stall the device, a label outside the classes makes the loss NaN.
     """
     check_floating("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
@@ -235,4 +238,4 @@ def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor | 
     for name, y in (("y_a", y_a), ("y_b", y_b)):
         check_vector(name, y, logits.shape[0], torch.int64, "logits", logits)
     lam = lam_tensor(lam, "logits", logits)
-    return (mixed_cross_entropy_reference if transforming() else _op)(logits, y_a, y_b, lam)
+    return _op(logits, y_a, y_b, lam)

@@ -46,6 +46,7 @@ def pgd_step_reference(
 def _pgd_step_inplace_reference(
     x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, low: float, high: float
 ) -> None:
+    check_writable("x_adv", x_adv, grad=grad, x=x)
     if x_adv.dtype == compute_dtype(x_adv.dtype):
         _step_into(x_adv, x_adv, grad, x, eps, alpha, low, high)
     else:
@@ -116,6 +117,7 @@ def _pgd_step_triton(
 def _pgd_step_inplace_triton(
     x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, low: float, high: float
 ) -> None:
+    check_writable("x_adv", x_adv, grad=grad, x=x)
     out = dense(x_adv)
     _launch(out, dense(grad, out), dense(x, out), out, eps, alpha, low, high)
     if out is not x_adv:
@@ -162,12 +164,12 @@ def pgd_step(
 
     `x_adv`, `grad` and `x` share one shape, any, and one device; `x_adv` and `x` one dtype. `eps`,
     `alpha` and `clip` are numbers in the units of `x`. The result has the dtype and the memory
-    format of `x_adv` and carries no gradient. Raises `ValueError` or `TypeError` for anything
-    else, among it an `eps` or `alpha` that is negative or NaN.
+    format of `x_adv` and carries no gradient; inside of torch.func and forward-mode AD a
+    `RuntimeError` asks for `x.detach()`. Raises `ValueError` or `TypeError` for anything else,
+    among it an `eps` or `alpha` that is negative or NaN.
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)
-    with torch.no_grad():
-        return _op(x_adv, grad, x, *sizes)
+    return _op(x_adv, grad, x, *sizes)
 
 
 def pgd_step_(
@@ -184,7 +186,5 @@ def pgd_step_(
     shares memory with `grad` or `x`.
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)
-    check_writable("x_adv", x_adv, grad=grad, x=x)
-    with torch.no_grad():
-        _inplace_op(x_adv, grad, x, *sizes)
+    _inplace_op(x_adv, grad, x, *sizes)
     return x_adv

@@ -144,10 +144,10 @@ def pgd_step_l2(
 
     `x_adv`, `grad` and `x` share one shape, (B, ...), and one device; `x_adv` and `x` one dtype.
     `eps` and `alpha` are numbers, L2 lengths in the units of `x`, and so is `clip`. The result has
-    the dtype and the memory format of `x_adv` and carries no gradient. Raises `ValueError` or
-    `TypeError` for anything else, among it an `eps` or `alpha` that is negative or NaN.
+    the dtype and the memory format of `x_adv` and carries no gradient; inside of torch.func and
+    forward-mode AD a `RuntimeError` asks for `x.detach()`. Raises `ValueError` or `TypeError` for
+    anything else, among it an `eps` or `alpha` that is negative or NaN.
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)
     check_images("x", x)
-    with torch.no_grad():
-        return _op(x_adv, grad, x, *sizes)
+    return _op(x_adv, grad, x, *sizes)

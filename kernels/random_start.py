@@ -40,7 +40,7 @@ _TO_UNIT = 4.6566127342e-10  # just under 2^-31, so that u < 1
 
 def philox_uniform(seed: int, first: int, groups: int) -> Tensor:
     """u of `groups` groups of 4096 values, from group `first` on, as a (groups * 4096,) tensor."""
-    counter = torch.arange(first * _BLOCK, (first + groups) * _BLOCK)
+    counter = torch.arange(first * _BLOCK, (first + groups) * _BLOCK, device="cpu")
     c0, c1 = counter & _WORD, counter >> 32
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
@@ -120,9 +120,10 @@ def random_start(
 
     `x` is any floating-point tensor; `eps` and `clip` are numbers in its units; `seed` is an int64
     tensor of one element on the device of `x`, which is read, not advanced: add to it for another
-    draw. The same seed, shape and memory format give the same start on every device. The result
-    has the dtype and the memory format of `x` and carries no gradient. Raises `ValueError` or
-    `TypeError` for anything else.
+    draw. The same seed, shape and memory format give the same start on every device. The result has
+    the dtype and the memory format of `x` and carries no gradient; inside of torch.func and
+    forward-mode AD a `RuntimeError` asks for `x.detach()`. Raises `ValueError` or `TypeError` for
+    anything else.
     """
     check_floating("x", x)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
@@ -131,5 +132,4 @@ def random_start(
         raise ValueError(f"seed must have one element, not the shape {tuple(seed.shape)}")
     check_same_device("seed", seed, "x", x)
     sizes = check_radius("eps", eps), *check_clip(clip)
-    with torch.no_grad():
-        return _op(x, seed, *sizes)
+    return _op(x, seed, *sizes)

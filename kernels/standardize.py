@@ -32,7 +32,6 @@ from ._common import (
     power_of_two,
     register,
     tl,
-    transforming,
     triton,
 )
 
@@ -55,8 +54,7 @@ def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def standardize_reference(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The formula in torch: the truth of the tests and the CPU path."""
     rows, scale, _ = _centre(x)
-    z = rows * scale if rows.requires_grad else rows.mul_(scale)
-    return from_rows(z.to(dtype), x)
+    return from_rows((rows * scale).to(dtype), x)
 
 
 def standardize_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
@@ -157,17 +155,12 @@ def _standardize_backward_triton(grad: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-_op = register(
-    "standardize",
-    _standardize_triton,
-    cpu=standardize_reference,
-    fake=lambda x, dtype: empty_like(x, dtype),
-)
 _backward_op = register(
     "standardize_backward",
     _standardize_backward_triton,
     cpu=standardize_backward_reference,
     fake=lambda grad, x: empty_like(x),
+    formula=standardize_backward_reference,
 )
 
 
@@ -182,7 +175,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return backward(grad, x), None
 
 
-_op.register_autograd(_backward, setup_context=_save)
+_op = register(
+    "standardize",
+    _standardize_triton,
+    cpu=standardize_reference,
+    fake=lambda x, dtype: empty_like(x, dtype),
+    formula=standardize_reference,
+    backward=_backward,
+    setup_context=_save,
+)
 
 
 def standardize(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -201,4 +202,4 @@ def standardize(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
     if dtype not in FLOATS or (dtype == torch.float64 and x.is_cuda):
         raise TypeError(f"standardize does not return {dtype} on {x.device.type}")
-    return (standardize_reference if transforming() else _op)(x, dtype)
+    return _op(x, dtype)

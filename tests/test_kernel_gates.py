@@ -93,12 +93,6 @@ def cross_entropy(launcher: str, dtype: torch.dtype, classes: int, lam: torch.Te
     return op("mixed_cross_entropy", launcher, *upstream, logits, PERM, PERM, lam)
 
 
-def glue(grad: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Any]:
-    tensors = batch(U8, shape), batch(shape=shape), batch(grad, shape)
-    module = "pgd_step_standardize"
-    return op(module, "_pgd_step_standardize_triton", *tensors, 0.03, 0.01, *CLIP, grad)
-
-
 def crop(channels: int) -> Callable[[], Any]:
     images = batch(U8, (128, 32, 32, channels))
     return op("crop_flip", "_crop_flip_triton", images, PERM, PERM, PERM, PERM > 0, 4)
@@ -126,9 +120,6 @@ LAUNCHES = {
     "standardize backward bf16": Launch(
         op("standardize", "_standardize_backward_triton", batch(BF16), batch()), 64
     ),
-    "pgd_step_standardize bf16": Launch(glue(BF16, (128, 3, 32, 32)), 104),
-    "pgd_step_standardize fp32": Launch(glue(torch.float32, (128, 3, 32, 32)), 104),
-    "pgd_step_standardize 48x48": Launch(glue(BF16, (128, 3, 48, 48)), 104),
     # Ten classes are 40 bytes a row and a crop starts anywhere: no 16-byte loads there.
     "cross-entropy 10": Launch(
         cross_entropy("_mixed_cross_entropy_triton", torch.float32, 10, LAM), 64, wide=False

@@ -98,6 +98,31 @@ def test_mixed_loss_is_the_formula_in_float64(lam, loss):
     assert float(mixed_loss(logits, y, None, loss)) == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_loss_of_half_precision_logits_is_that_of_float64(loss, mixed, dtype):
+    torch.manual_seed(0)
+    logits, y = (2 * torch.randn(64, 10)).to(dtype), torch.randint(10, (64,))
+    mix = Mix(0, torch.randperm(64), torch.tensor(0.7)) if mixed else None
+    exact = logits.double().requires_grad_()
+    target = torch.eye(10, dtype=torch.float64)[y]
+    if mix is not None:
+        target = 0.7 * target + 0.3 * target[mix.perm]
+    p = exact.softmax(1)
+    of_class = target * p.log()
+    if loss == "bce":
+        expected = -(of_class + (1 - target) * (1 - p).log()).mean()
+    else:
+        expected = -of_class.sum(1).mean()
+    actual = mixed_loss(logits.requires_grad_(), y, mix, loss)
+    assert actual.dtype == torch.float32
+    assert float(actual) == pytest.approx(float(expected), rel=1e-5)
+    actual.backward()
+    expected.backward()
+    torch.testing.assert_close(logits.grad, exact.grad.to(dtype), rtol=1e-2, atol=1e-6)
+
+
 def test_correct_predictions_count_with_the_weight_of_the_label_they_hit():
     logits = torch.eye(3)
     y, perm = torch.tensor([0, 2, 2]), torch.tensor([1, 2, 0])
