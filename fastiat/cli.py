@@ -37,7 +37,7 @@ from fastiat.queries import (
     SweepConfig,
     TransferConfig,
 )
-from fastiat.settings import Settings, flag_of, is_beton
+from fastiat.settings import Settings, expanded, flag_of, is_beton
 
 
 @dataclass(frozen=True)
@@ -273,12 +273,12 @@ def _data_set(given: dict[str, Any], preset: TrainConfig) -> str:
     """Return the name of the data set, which a .beton says of itself."""
     name: str = given.get("dataset", preset.dataset)
     files = [path for path in (name, str(given.get("data_dir"))) if is_beton(path)]
-    if not files or os.path.isdir(files[0]):
+    if not files or os.path.isdir(expanded(files[0])):
         return name
     from fastiat.beton import open_beton
 
     try:
-        return open_beton(os.path.expanduser(files[0])).card.name
+        return open_beton(files[0]).card.name
     except InputError:  # said in its place, when the data are loaded
         return name
 

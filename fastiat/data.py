@@ -20,7 +20,7 @@ from fastiat.distributed import ranks
 from fastiat.errors import InputError, one_line
 from fastiat.ffcv_package import installed
 from fastiat.guard import read_npz
-from fastiat.settings import DATASETS, is_beton
+from fastiat.settings import DATASETS, expanded, is_beton
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,14 @@ class Dataset:
 def default_dir() -> Path:
     """Return where data sets are looked for and downloaded to when no folder is named."""
     given = os.environ.get("FASTIAT_DATA")
-    return Path(os.path.expanduser(given)) if given else folder.user_cache("data")
+    if given:
+        return Path(expanded(given))
+    try:
+        return folder.user_cache("data")
+    except InputError as error:
+        raise InputError(
+            f"{error}: name one for data sets with --data-dir or FASTIAT_DATA"
+        ) from None
 
 
 def load(
@@ -176,7 +183,8 @@ def load(
     scikit-learn's 1,797 scans of 8x8 pixels, 0..16 scaled to 0..255, 1,437 of them to train on.
     Progress bars appear when `progress` is set and stderr is a terminal.
 
-    `data_dir` may be a .beton that was made of the data set. With the `loader` "ffcv" a tree is
+    `data_dir` may be a .beton that was made of the data set. Of a .beton it is the folder that the
+    file lies in now, or the file itself, for one that was moved since it was named. With the `loader` "ffcv" a tree is
     converted into the cache, images of any size, and stays in that file; "auto" does so where FFCV
     is installed and the tree does not fit into memory.
 
@@ -186,12 +194,14 @@ def load(
     Raises `InputError` in one line for an unknown name, a folder that is not there, files that
     can neither be found nor downloaded (it says what to put where) and a damaged file (named).
     """
+    name = expanded(name)
+    data_dir = None if data_dir is None else expanded(data_dir)
     if is_beton(name):
-        return stored(name)
+        return stored(name if data_dir is None else _moved(name, data_dir))
     if name not in DATASETS:
         raise InputError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    if is_beton(data_dir) and not os.path.isdir(str(data_dir)):
-        return _stored_as(name, str(data_dir))
+    if data_dir is not None and is_beton(data_dir) and not os.path.isdir(data_dir):
+        return _stored_as(name, data_dir)
     if name == "digits":
         return _digits()
     with ranks().one_first():
@@ -229,7 +239,7 @@ def tree_root(data_dir: str | os.PathLike | None) -> Path:
             "the data set 'folder' needs a data folder (--data-dir) with "
             "train/<class>/ and test/<class>/ in it"
         )
-    root = Path(os.path.expanduser(data_dir))
+    root = Path(expanded(data_dir))
     if not os.path.exists(root):  # Path.exists would raise for a path no system takes
         raise InputError(f"the data folder {root} does not exist: create it or name another")
     if not os.path.isdir(root):
@@ -244,12 +254,25 @@ def stored(path: str | os.PathLike) -> Dataset:
 
     Raises `InputError`, naming the file, unless it is a whole .beton of fastiat.
     """
-    file = beton.open_beton(os.path.expanduser(path))
+    file = beton.open_beton(path)
     card, everything = file.card, torch.arange(len(file))
     train, test = (
         StoredSplit(file, part) for part in (everything[: card.n_train], everything[card.n_train :])
     )
     return Dataset(card.name, card.classes, train, test, card.flip, card.fingerprint)
+
+
+def _moved(name: str, data_dir: str) -> str:
+    """Return where the .beton that was `name` is now, in or at `data_dir`."""
+    if not os.path.isdir(data_dir):
+        return data_dir if is_beton(data_dir) else str(tree_root(data_dir) / Path(name).name)
+    place = os.path.join(data_dir, Path(name).name)
+    if not os.path.exists(place):
+        raise InputError(
+            f"{data_dir} holds no {Path(name).name}: name the folder that it is in, or leave "
+            f"--data-dir out where {name} is"
+        )
+    return place
 
 
 def _stored_as(name: str, path: str) -> Dataset:
@@ -289,16 +312,56 @@ def _digits() -> Dataset:
 def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     """Return (`split` without `n` of its images, those `n`), each in the order of `split`.
 
-    Stratified: every class gives its share of `n`, rounded by largest remainder. Which images go
-    depends on `seed` and the labels alone. Raises `InputError` unless 0 < n < len(split).
+    Stratified: every class gives its share of `n`, rounded by largest remainder, but keeps one
+    image at least. Which images go depends on `seed` and the labels alone. Raises `InputError`
+    where the classes cannot give `n` so.
     """
-    if not 0 < n < len(split):
-        raise InputError(f"cannot hold out {n} of {len(split)} images: give 1 to {len(split) - 1}")
     counts = torch.bincount(split.labels)
-    quota, remainder = n * counts // len(split), n * counts % len(split)
-    quota[remainder.argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
-    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    held = torch.zeros(len(split), dtype=torch.bool)
-    for label, take in enumerate(quota.tolist()):
-        held[shuffled[split.labels[shuffled] == label][:take]] = True
+    spare = (counts - 1).clamp(min=0)
+    most = int(spare.sum())
+    if not 0 < n <= most:
+        raise InputError(
+            f"cannot hold out {n} of {len(split)} images, as every class keeps one at least: "
+            + (f"hold out 1 to {most}" if most else "hold out none")
+        )
+    held = _drawn(split, _shares(counts, n, torch.zeros_like(counts), spare), seed)
     return split.take(~held), split.take(held)
+
+
+def draw(split: Split, n: int, seed: int) -> Split:
+    """Return `n` images of `split`, in its order: a stratified draw, as that of `holdout`.
+
+    Every class has one image at least where `n` is enough for that. Raises `InputError` unless
+    0 < n <= len(split).
+    """
+    if not 0 < n <= len(split):
+        raise InputError(f"cannot draw {n} of {len(split)} images: give 1 to {len(split)}")
+    counts = torch.bincount(split.labels)
+    least = counts.clamp(max=1)
+    if int(least.sum()) > n:
+        least = torch.zeros_like(counts)
+    return split.take(_drawn(split, _shares(counts, n, least, counts), seed))
+
+
+def _shares(counts: Tensor, n: int, least: Tensor, most: Tensor) -> Tensor:
+    """Divide `n` in proportion to `counts`, (K,), by largest remainder, within two bounds, (K,)."""
+    total = int(counts.sum())
+    quota, remainder = n * counts // total, n * counts % total
+    quota[remainder.argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
+    quota = quota.clamp(least, most)
+    # What the bounds took or gave goes to, or comes from, the classes furthest from their share.
+    while (missing := n - int(quota.sum())) != 0:
+        step = 1 if missing > 0 else -1
+        behind = step * (n * counts - quota * total)
+        behind[quota == (most if missing > 0 else least)] = torch.iinfo(torch.int64).min
+        quota[behind.argmax()] += step
+    return quota
+
+
+def _drawn(split: Split, quota: Tensor, seed: int) -> Tensor:
+    """Return (N,) bool: which images are drawn, `quota`, (K,), of each class."""
+    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.zeros(len(split), dtype=torch.bool)
+    for label, take in enumerate(quota.tolist()):
+        drawn[shuffled[split.labels[shuffled] == label][:take]] = True
+    return drawn

@@ -175,7 +175,7 @@ def _prepare(trained: Trained, config: MeasureConfig, load: Callable[..., data.D
     splits = {split: getattr(dataset, split) for split in config.splits}
     for split, images in splits.items():
         if config.limit is not None and config.limit < len(images):
-            splits[split] = data.holdout(images, config.limit, config.seed)[1]
+            splits[split] = data.draw(images, config.limit, config.seed)
     return Job(**vars(trained), dataset=dataset, splits=splits)
 
 

@@ -92,7 +92,7 @@ def at_hand(config: TrainConfig) -> bool:
     for place in (config.dataset, config.data_dir):
         if is_beton(place):
             return Path(str(place)).exists()
-    folder = Path(os.path.expanduser(config.data_dir)) if config.data_dir else data.default_dir()
+    folder = Path(config.data_dir) if config.data_dir else data.default_dir()
     return (folder / _FETCHED.get(config.dataset, "test")).exists()
 
 

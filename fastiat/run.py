@@ -25,7 +25,7 @@ from fastiat.errors import Damaged, InputError, one_line, printable, printable_l
 from fastiat.files import drop_cut_line, lines_of, no_link, row_of, write
 from fastiat.guard import LARGEST_JSON, check_checkpoint, read_json_text
 from fastiat.lock import Lock, alone, check_unused
-from fastiat.settings import flag_of, from_json, is_beton
+from fastiat.settings import expanded, flag_of, from_json, is_beton
 
 CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
     "config.json",
@@ -87,7 +87,7 @@ class Run:
         if config.data_dir is not None:
             kept["data_dir"] = str(Path(config.data_dir).absolute())
         if is_beton(config.dataset):
-            kept["dataset"] = str(Path(config.dataset).expanduser().absolute())
+            kept["dataset"] = str(Path(config.dataset).absolute())
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         run = cls(path, config)
         try:
@@ -386,6 +386,7 @@ def load_with_card(
     path: str | os.PathLike[str], device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, ModelCard]:
     """`load`, with what the network is and the names of its classes."""
+    path = expanded(path)
     file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
     if not file.is_file():
         hint = "no trained model in it yet" if Path(path).is_dir() else "no such run"

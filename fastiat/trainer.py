@@ -71,7 +71,7 @@ class Trainer:
             train, held_out = data.holdout(train, kept_out, config.seed)
             self.holdout = evaluation_loader(held_out)
         if config.eval_limit is not None and config.eval_limit < len(test):
-            _, test = data.holdout(test, config.eval_limit, config.seed)
+            test = data.draw(test, config.eval_limit, config.seed)
         self.test, self.test_size = evaluation_loader(test), len(test)
         if config.pad >= min(train.shape[1:]):
             raise InputError(
