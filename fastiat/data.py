@@ -184,9 +184,9 @@ def load(
     Progress bars appear when `progress` is set and stderr is a terminal.
 
     `data_dir` may be a .beton that was made of the data set. Of a .beton it is the folder that the
-    file lies in now, or the file itself, for one that was moved since it was named. With the `loader` "ffcv" a tree is
-    converted into the cache, images of any size, and stays in that file; "auto" does so where FFCV
-    is installed and the tree does not fit into memory.
+    file lies in now, or the file itself, for one that was moved since it was named. With
+    the `loader` "ffcv" a tree is converted into the cache, images of any size, and stays in that
+    file; "auto" does so where FFCV is installed and the tree does not fit into memory.
 
     Without `fetch` nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
     config.json of a stranger's run, must not choose where something is written.
@@ -202,6 +202,8 @@ def load(
         raise InputError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     if data_dir is not None and is_beton(data_dir) and not os.path.isdir(data_dir):
         return _stored_as(name, data_dir)
+    if data_dir is not None:
+        check_folder(name, data_dir)
     if name == "digits":
         return _digits()
     with ranks().one_first():
@@ -213,6 +215,8 @@ def _load(
 ) -> Dataset:
     root = tree_root(data_dir) if name == "folder" or data_dir is not None else default_dir()
     if name == "folder":
+        if downloads.held(root) and not os.path.isdir(root / "train"):
+            raise InputError(f"{root} is no image tree: it {downloads.looks_like(root)}")
         if loader == "ffcv" or (loader == "auto" and _needs_converting(root)):
             from fastiat import convert
 
@@ -282,6 +286,21 @@ def _stored_as(name: str, path: str) -> Dataset:
             f"{path} holds {dataset.name}, not {name}: name it with --dataset {path} alone"
         )
     return dataset
+
+
+def check_folder(name: str, data_dir: str | os.PathLike[str], *, chosen: bool = True) -> None:
+    """Raise `InputError` for a data folder that holds other images than `name`'s, saying which.
+
+    Of a data set that was `chosen`, only an image tree is refused: one folder may serve several
+    data sets, to be downloaded to it. One that nobody chose is not downloaded beside others.
+    """
+    root = Path(expanded(data_dir))
+    if not os.path.isdir(root) or name in downloads.held(root) or name == "folder":
+        return
+    tree = all(os.path.isdir(root / split) for split in folder.SPLITS)
+    looks = downloads.looks_like(root) if tree or not chosen else ""
+    if looks:
+        raise InputError(f"--data-dir {root} {looks} (the data set asked for is {name})")
 
 
 def _needs_converting(root: Path) -> bool:

@@ -31,6 +31,7 @@ from fastiat.models import to_pixels
 from fastiat.progress import Progress
 from fastiat.queries import DiagnoseConfig, EvaluateConfig
 from fastiat.results import provenance
+from fastiat.settings import is_beton
 
 CLIP = (0.0, 1.0)
 
@@ -300,7 +301,7 @@ def _prepare(config: DiagnoseConfig) -> list[Job]:
         measured = replace(
             measured,
             dataset=config.dataset or own.dataset,
-            data_dir=config.data_dir or own.data_dir,
+            data_dir=config.data_dir or (None if is_beton(config.dataset) else own.data_dir),
         )
     return prepare(runs, measured)
 

@@ -21,7 +21,7 @@ from fastiat.measure import error_rates, fooled, title
 from fastiat.queries import EvaluateConfig, MeasureConfig
 from fastiat.results import Rate, add_results, figures, fingerprint, provenance, read_results
 from fastiat.run import MODEL, ModelCard, Run, load_with_card
-from fastiat.settings import steps_of
+from fastiat.settings import is_beton, steps_of
 
 __all__ = ["Rate", "error_rate", "error_rates", "evaluate", "read_results"]
 
@@ -187,7 +187,8 @@ def _data_for(
     dataset_name = config.dataset or (own.dataset if own else None)
     if dataset_name is None:
         raise InputError(f"{name} is a model without its run: say which images with --dataset")
-    data_dir = config.data_dir or (own.data_dir if own else None)
+    # A .beton that is named now is where it is.
+    data_dir = config.data_dir or (own.data_dir if own and not is_beton(config.dataset) else None)
     fetch = data_dir is None or config.data_dir is not None
     dataset = load(dataset_name, data_dir, loader=own.loader if own else "auto", fetch=fetch)
     device = pick_device(config.device)

@@ -125,6 +125,38 @@ def warn_ignored(listing: "Listing") -> None:
     log.warning("%s, left out: %s", listing.root, "; ".join(reasons))
 
 
+def looks_like(root: Path) -> str:
+    """Say what of an image tree a folder looks like, and what then to do; "" for any other."""
+    inside = _entries(root)
+    if all(os.path.isdir(root / split) for split in SPLITS):
+        return "is an image tree (train/<class>/*, test/<class>/*): add --dataset folder"
+    betons = sorted(name for name in inside if name.endswith(".beton"))
+    if betons:
+        return f"holds {betons[0]}: name it with --dataset {root / betons[0]}"
+    below = [root / name for name in inside]
+    classes = any(_has_images(_entries(place)) for place in below)
+    splits = any(_has_images(_entries(p / name)) for p in below for name in _entries(p)[:10])
+    if not (classes or splits or _has_images(inside)):
+        return ""
+    if root.name in SPLITS and classes:
+        return f"is one split of an image tree: give --dataset folder --data-dir {root.parent}"
+    return (
+        "holds images: move them to train/<class>/ and test/<class>/ in it, "
+        "then add --dataset folder"
+    )
+
+
+def _entries(folder: Path) -> list[str]:
+    """Return the first names in a folder that are not hidden; none where it cannot be read."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return [e.name for e in itertools.islice(entries, 1000) if not e.name.startswith(".")]
+    return []
+
+
+def _has_images(names: list[str]) -> bool:
+    return any(name.lower().endswith(EXTENSIONS) for name in names)
+
+
 def user_cache(name: str) -> Path:
     """Return fastiat's folder `name` in the user's cache folder; it need not exist yet.
 

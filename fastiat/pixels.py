@@ -127,7 +127,8 @@ def pixels_of(image: Image.Image, path: str) -> NDArray[np.uint8]:
 
 def _raw_mode(image: Image.Image) -> str:
     """Return how the pixels lie in the file, in Pillow's words, or "" where it does not say."""
-    args = image.tile[0][3] if getattr(image, "tile", None) else ""
+    tile = getattr(image, "tile", None)
+    args = tile[0][3] if tile else ""
     raw = args[0] if isinstance(args, tuple) and args else args
     return raw if isinstance(raw, str) else ""
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,12 +82,6 @@ class Run:
     def create(cls, path: Path, config: TrainConfig) -> "Run":
         """Make the directory and lock it; raise `InputError` if it holds a run or is a file."""
         check_free(path)
-        kept = asdict(config) | {"out": None, "resume": False}
-        # `evaluate` must find the data again.
-        if config.data_dir is not None:
-            kept["data_dir"] = str(Path(config.data_dir).absolute())
-        if is_beton(config.dataset):
-            kept["dataset"] = str(Path(config.dataset).absolute())
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         run = cls(path, config)
         try:
@@ -96,7 +90,7 @@ class Run:
             try:
                 if (path / CONFIG).exists():
                     raise InputError(f"{path} has become another's run: choose another --out")
-                write(path / CONFIG, json.dumps(kept, indent=1).encode() + b"\n")
+                write(path / CONFIG, _text(config))
             except BaseException:
                 (path / LOCK).unlink(missing_ok=True)
                 run.unlock()
@@ -130,6 +124,14 @@ class Run:
         except (ValueError, RecursionError):
             raise InputError(f"{file} is damaged: it is not JSON") from None
         return cls(path, config)
+
+    def follow(self, config: TrainConfig) -> None:
+        """Keep where a resume has found the data, as measuring must find them again."""
+        moved = replace(self.config, dataset=config.dataset, data_dir=config.data_dir)
+        if _text(moved) != _text(self.config):
+            with alone(self.path):
+                write(self.path / CONFIG, _text(moved))
+        self.config = moved
 
     def check_same(self, config: TrainConfig) -> None:
         """Raise `InputError`, naming the first difference, unless `config` is this run's."""
@@ -309,6 +311,9 @@ class Onlooker(Run):
     def lock(self) -> None:
         """Leave it to the other."""
 
+    def follow(self, config: TrainConfig) -> None:
+        """Leave it to the other."""
+
     def append(self, name: str, content: bytes) -> None:
         """Leave it to the other."""
 
@@ -335,6 +340,16 @@ def _ordered(model: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + memoryview(model)[data:]
+
+
+def _text(config: TrainConfig) -> bytes:
+    """Return config.json: `config` with the data's places as they are from anywhere."""
+    kept = asdict(config) | {"out": None, "resume": False}
+    if config.data_dir is not None:
+        kept["data_dir"] = os.path.abspath(config.data_dir)
+    if is_beton(config.dataset):
+        kept["dataset"] = os.path.abspath(config.dataset)
+    return json.dumps(kept, indent=1).encode() + b"\n"
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
