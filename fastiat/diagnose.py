@@ -25,13 +25,12 @@ from fastiat.autoattack import autoattack as run_autoattack
 from fastiat.autoattack import check_classes, library_version
 from fastiat.device import pick_device
 from fastiat.errors import InputError
-from fastiat.evaluate import Job, open_runs, prepare
+from fastiat.evaluate import Job, data_place, open_runs, prepare
 from fastiat.measure import fooled
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
 from fastiat.queries import DiagnoseConfig, EvaluateConfig
 from fastiat.results import provenance
-from fastiat.settings import is_beton
 
 CLIP = (0.0, 1.0)
 
@@ -301,7 +300,7 @@ def _prepare(config: DiagnoseConfig) -> list[Job]:
         measured = replace(
             measured,
             dataset=config.dataset or own.dataset,
-            data_dir=config.data_dir or (None if is_beton(config.dataset) else own.data_dir),
+            data_dir=data_place(config, own),
         )
     return prepare(runs, measured)
 

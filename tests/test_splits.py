@@ -133,7 +133,7 @@ def test_no_class_is_emptied() -> None:
     assert torch.bincount(kept.labels).tolist() == [1] * 10 + [80]
     assert held.labels.tolist() == [10] * 10
     assert torch.bincount(data.draw(split, 11, 0).labels).tolist() == [1] * 11
-    with pytest.raises(InputError, match="cannot hold out 90 of 100 .*every class.*1 to 89"):
+    with pytest.raises(InputError, match=r"cannot hold out 90 of 100 .*every class.*1 to 89"):
         data.holdout(split, 90, 0)
     with pytest.raises(InputError, match="hold out none"):
         data.holdout(split.take(torch.arange(10)), 1, 0)
