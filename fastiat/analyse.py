@@ -24,7 +24,7 @@ from fastiat.files import check_place, finite_json, write
 from fastiat.guard import read_json_text
 from fastiat.queries import NormsConfig
 from fastiat.run import ModelCard, Run, load_with_card
-from fastiat.settings import from_json
+from fastiat.settings import expanded, from_json
 
 NORMS, DIAGNOSIS = "norms.json", "diagnosis.json"
 Verdict = Literal["pass", "warn", "fail", "not done"]
@@ -174,7 +174,7 @@ def read_norms(run_dir: str | os.PathLike[str]) -> list[WeightNorms]:
 
     Raises `InputError` for a norms.json that is damaged.
     """
-    return _read(Path(run_dir) / NORMS, WeightNorms)
+    return _read(Path(expanded(run_dir)) / NORMS, WeightNorms)
 
 
 def read_diagnosis(run_dir: str | os.PathLike[str]) -> list[Finding]:
@@ -182,7 +182,7 @@ def read_diagnosis(run_dir: str | os.PathLike[str]) -> list[Finding]:
 
     Raises `InputError` for a diagnosis.json that is damaged.
     """
-    return _read(Path(run_dir) / DIAGNOSIS, Finding)
+    return _read(Path(expanded(run_dir)) / DIAGNOSIS, Finding)
 
 
 def write_norms(run_dir: Path, layers: Sequence[WeightNorms]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastiat.errors import InputError
-from fastiat.settings import from_json
+from fastiat.settings import expanded, from_json
 
 # FFCV's own types, `ffcv.types` and the metadata of its RGB image and integer fields.
 HEADER = np.dtype(
@@ -172,7 +172,7 @@ def open_beton(path: str | os.PathLike[str]) -> Beton:
 
     Raises `InputError`, in one line that names the file, unless it is a whole .beton of ours.
     """
-    path = Path(path).absolute()
+    path = Path(expanded(path)).absolute()
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -259,11 +259,17 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
     if kind is not TrainConfig:
         return kind(**given)
     config = replace(PRESETS[given.get("preset", "paper")](), **given)
+    if not config.resume and "dataset" not in given and config.data_dir:
+        from fastiat.data import check_folder
+
+        check_folder(config.dataset, config.data_dir, chosen=False)
     if not config.resume or config.out == "":
         return config
     from fastiat.run import Run, default_out
 
     out = config.out or str(default_out(config))
+    if is_beton(given.get("dataset")):  # it is where it is named now
+        given = {"data_dir": None, **given}
     return replace(Run.open(Path(out)).config, **{**given, "out": out})
 
 

@@ -27,11 +27,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from fastiat import __version__, beton, beton_writer, data, folder
+from fastiat import __version__, beton, beton_writer, data, folder, pixels
 from fastiat.device import own_defaults
 from fastiat.errors import InputError
 from fastiat.queries import ConvertConfig
-from fastiat.settings import DATASETS, is_beton
+from fastiat.settings import DATASETS, expanded, is_beton
 
 USUAL_SIDE = 224
 """Side of the images of a tree of mixed sizes: what networks for photographs are trained on."""
@@ -76,7 +76,7 @@ class Tree(Source):
 
     def sizes(self) -> "Sizes":
         """Read the header of every image; raise `InputError` for one that is too small."""
-        with folder.quiet(), folder.mapped(_sizes_of, self.listing.paths) as results:
+        with pixels.quiet(), folder.mapped(_sizes_of, self.listing.paths) as results:
             parts = list(results)
         return Sizes(
             max(part.widest for part in parts),
@@ -89,7 +89,7 @@ class Tree(Source):
         """Decode, resize and encode, in a few tasks ahead."""
         work = functools.partial(_blobs_of, square=square)
         count = _at_a_time(square.side)
-        with folder.quiet(), folder.mapped(work, self.listing.paths, count) as results:
+        with pixels.quiet(), folder.mapped(work, self.listing.paths, count) as results:
             yield itertools.chain.from_iterable(results)
 
 
@@ -168,7 +168,7 @@ def convert(config: ConvertConfig) -> beton.Card:
     Raises `InputError` for images that cannot be read and where OUT cannot be written.
     """
     config.check()
-    out = Path(config.out).expanduser().absolute()
+    out = Path(config.out).absolute()
     if os.path.lexists(out) and not config.force:
         raise InputError(f"{out} is there already: choose another name, or replace it with --force")
     if not out.parent.is_dir():
@@ -237,7 +237,14 @@ def cached_tree(root: Path) -> data.Dataset:
 def cache_dir() -> Path:
     """Return where converted data sets lie."""
     given = os.environ.get("FASTIAT_CACHE")
-    return Path(given).expanduser() if given else folder.user_cache("betons")
+    if given:
+        return Path(expanded(given))
+    try:
+        return folder.user_cache("betons")
+    except InputError as error:
+        raise InputError(
+            f"{error}: name a folder for converted images with FASTIAT_CACHE"
+        ) from None
 
 
 def _cached(source: Source, name: str) -> data.Dataset:
@@ -245,6 +252,8 @@ def _cached(source: Source, name: str) -> data.Dataset:
 
     Raises `InputError` where it has nothing and cannot be written.
     """
+    if isinstance(source, Tree):
+        folder.warn_ignored(source.listing)
     file = cache_dir() / f"{name}.beton"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -259,8 +268,6 @@ def _cached(source: Source, name: str) -> data.Dataset:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_of(file, source):
-            if isinstance(source, Tree):
-                folder.warn_ignored(source.listing)
             with _stoppable():
                 _write(file, source, "raw", 0, None)
     return data.stored(file)
@@ -304,7 +311,7 @@ def _stoppable() -> Iterator[None]:
 def _sizes_of(paths: list[str]) -> Sizes:
     shorter, longer, grey = [], [], True
     for path in paths:
-        with folder.opened(path, head_only=True) as image:
+        with pixels.opened(path, head_only=True) as image:
             width, height = image.size
             if min(width, height) < folder.SMALLEST:
                 raise InputError(
@@ -312,7 +319,7 @@ def _sizes_of(paths: list[str]) -> Sizes:
                 )
             shorter.append(min(width, height))
             longer.append(max(width, height))
-            grey &= image.mode in folder.GREY or image.mode.startswith("I")
+            grey &= pixels.is_grey(image)
     widest = max(shorter)
     return Sizes(widest, min(shorter) == max(longer) == widest, grey)
 
@@ -320,6 +327,6 @@ def _sizes_of(paths: list[str]) -> Sizes:
 def _blobs_of(paths: list[str], square: _Square) -> list[bytes]:
     blobs = []
     for path in paths:
-        with folder.opened(path) as image:
-            blobs.append(square(folder.pixels_of(image, path)))
+        with pixels.opened(path) as image:
+            blobs.append(square(pixels.pixels_of(image, path)))
     return blobs

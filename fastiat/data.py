@@ -20,7 +20,7 @@ from fastiat.distributed import ranks
 from fastiat.errors import InputError, one_line
 from fastiat.ffcv_package import installed
 from fastiat.guard import read_npz
-from fastiat.settings import DATASETS, is_beton
+from fastiat.settings import DATASETS, expanded, is_beton
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,14 @@ class Dataset:
 def default_dir() -> Path:
     """Return where data sets are looked for and downloaded to when no folder is named."""
     given = os.environ.get("FASTIAT_DATA")
-    return Path(os.path.expanduser(given)) if given else folder.user_cache("data")
+    if given:
+        return Path(expanded(given))
+    try:
+        return folder.user_cache("data")
+    except InputError as error:
+        raise InputError(
+            f"{error}: name one for data sets with --data-dir or FASTIAT_DATA"
+        ) from None
 
 
 @own_defaults()
@@ -177,9 +184,10 @@ def load(
     scikit-learn's 1,797 scans of 8x8 pixels, 0..16 scaled to 0..255, 1,437 of them to train on.
     Progress bars appear when `progress` is set and stderr is a terminal.
 
-    `data_dir` may be a .beton that was made of the data set. With the `loader` "ffcv" a tree is
-    converted into the cache, images of any size, and stays in that file; "auto" does so where FFCV
-    is installed and the tree does not fit into memory.
+    `data_dir` may be a .beton that was made of the data set. Of a .beton it is the folder that the
+    file lies in now, or the file itself, for one that was moved since it was named. With
+    the `loader` "ffcv" a tree is converted into the cache, images of any size, and stays in that
+    file; "auto" does so where FFCV is installed and the tree does not fit into memory.
 
     Without `fetch` nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
     config.json of a stranger's run, must not choose where something is written.
@@ -187,12 +195,16 @@ def load(
     Raises `InputError` in one line for an unknown name, a folder that is not there, files that
     can neither be found nor downloaded (it says what to put where) and a damaged file (named).
     """
+    name = expanded(name)
+    data_dir = None if data_dir is None else expanded(data_dir)
     if is_beton(name):
-        return stored(name)
+        return stored(name if data_dir is None else _moved(name, data_dir))
     if name not in DATASETS:
         raise InputError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    if is_beton(data_dir) and not os.path.isdir(str(data_dir)):
-        return _stored_as(name, str(data_dir))
+    if data_dir is not None and is_beton(data_dir) and not os.path.isdir(data_dir):
+        return _stored_as(name, data_dir)
+    if data_dir is not None:
+        check_folder(name, data_dir)
     if name == "digits":
         return _digits()
     with ranks().one_first():
@@ -204,6 +216,8 @@ def _load(
 ) -> Dataset:
     root = tree_root(data_dir) if name == "folder" or data_dir is not None else default_dir()
     if name == "folder":
+        if downloads.held(root) and not os.path.isdir(root / "train"):
+            raise InputError(f"{root} is no image tree: it {downloads.looks_like(root)}")
         if loader == "ffcv" or (loader == "auto" and _needs_converting(root)):
             from fastiat import convert
 
@@ -230,7 +244,7 @@ def tree_root(data_dir: str | os.PathLike | None) -> Path:
             "the data set 'folder' needs a data folder (--data-dir) with "
             "train/<class>/ and test/<class>/ in it"
         )
-    root = Path(os.path.expanduser(data_dir))
+    root = Path(expanded(data_dir))
     if not os.path.exists(root):  # Path.exists would raise for a path no system takes
         raise InputError(f"the data folder {root} does not exist: create it or name another")
     if not os.path.isdir(root):
@@ -245,12 +259,25 @@ def stored(path: str | os.PathLike) -> Dataset:
 
     Raises `InputError`, naming the file, unless it is a whole .beton of fastiat.
     """
-    file = beton.open_beton(os.path.expanduser(path))
+    file = beton.open_beton(path)
     card, everything = file.card, torch.arange(len(file))
     train, test = (
         StoredSplit(file, part) for part in (everything[: card.n_train], everything[card.n_train :])
     )
     return Dataset(card.name, card.classes, train, test, card.flip, card.fingerprint)
+
+
+def _moved(name: str, data_dir: str) -> str:
+    """Return where the .beton that was `name` is now, in or at `data_dir`."""
+    if not os.path.isdir(data_dir):
+        return data_dir if is_beton(data_dir) else str(tree_root(data_dir) / Path(name).name)
+    place = os.path.join(data_dir, Path(name).name)
+    if not os.path.exists(place):
+        raise InputError(
+            f"{data_dir} holds no {Path(name).name}: name the folder that it is in, or leave "
+            f"--data-dir out where {name} is"
+        )
+    return place
 
 
 def _stored_as(name: str, path: str) -> Dataset:
@@ -260,6 +287,21 @@ def _stored_as(name: str, path: str) -> Dataset:
             f"{path} holds {dataset.name}, not {name}: name it with --dataset {path} alone"
         )
     return dataset
+
+
+def check_folder(name: str, data_dir: str | os.PathLike[str], *, chosen: bool = True) -> None:
+    """Raise `InputError` for a data folder that holds other images than `name`'s, saying which.
+
+    Of a data set that was `chosen`, only an image tree is refused: one folder may serve several
+    data sets, to be downloaded to it. One that nobody chose is not downloaded beside others.
+    """
+    root = Path(expanded(data_dir))
+    if not os.path.isdir(root) or name in downloads.held(root) or name == "folder":
+        return
+    tree = all(os.path.isdir(root / split) for split in folder.SPLITS)
+    looks = downloads.looks_like(root) if tree or not chosen else ""
+    if looks:
+        raise InputError(f"--data-dir {root} {looks} (the data set asked for is {name})")
 
 
 def _needs_converting(root: Path) -> bool:
@@ -290,50 +332,77 @@ def _digits() -> Dataset:
 def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     """Return (`split` without `n` of its images, those `n`), each in the order of `split`.
 
-    Stratified: every class gives its share of `n`, rounded by largest remainder. Which images go
-    depends on `seed` and the labels alone. Raises `InputError` unless 0 < n < len(split).
+    Stratified: every class gives its share of `n`, rounded by largest remainder, but keeps one
+    image at least. Which images go depends on `seed` and the labels alone. Raises `InputError`
+    where the classes cannot give `n` so.
     """
-    if not 0 < n < len(split):
-        raise InputError(f"cannot hold out {n} of {len(split)} images: give 1 to {len(split) - 1}")
     counts = torch.bincount(split.labels)
-    quota, remainder = n * counts // len(split), n * counts % len(split)
-    quota[remainder.argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
-    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    held = torch.zeros(len(split), dtype=torch.bool)
-    for label, take in enumerate(quota.tolist()):
-        held[shuffled[split.labels[shuffled] == label][:take]] = True
+    spare = (counts - 1).clamp(min=0)
+    most = int(spare.sum())
+    if not 0 < n <= most:
+        raise InputError(
+            f"cannot hold out {n} of {len(split)} images, as every class keeps one at least: "
+            + (f"hold out 1 to {most}" if most else "hold out none")
+        )
+    held = _drawn(split, _shares(counts, n, torch.zeros_like(counts), spare), seed)
     return split.take(~held), split.take(held)
 
 
-def limited(split: Split, total: int | None, per_class: int | None, seed: int) -> Split:
-    """Return at most `total` images of `split` and at most `per_class` of each class, in its order.
+def draw(split: Split, n: int, seed: int) -> Split:
+    """Return `n` images of `split`, in its order: a stratified draw, as that of `holdout`.
 
-    `total` is shared among the classes in proportion, rounded by largest remainder, but every class
-    keeps at least one image. Which images stay depends on `seed` and the labels alone. None is no
-    limit. Raises `InputError` for a `total` below the number of classes.
+    Every class has one image at least where `n` is enough for that. Raises `InputError` unless
+    0 < n <= len(split).
+    """
+    if not 0 < n <= len(split):
+        raise InputError(f"cannot draw {n} of {len(split)} images: give 1 to {len(split)}")
+    counts = torch.bincount(split.labels)
+    least = counts.clamp(max=1)
+    if int(least.sum()) > n:
+        least = torch.zeros_like(counts)
+    return split.take(_drawn(split, _shares(counts, n, least, counts), seed))
+
+
+def _shares(counts: Tensor, n: int, least: Tensor, most: Tensor) -> Tensor:
+    """Divide `n` in proportion to `counts`, (K,), by largest remainder, within two bounds, (K,)."""
+    total = int(counts.sum())
+    quota, remainder = n * counts // total, n * counts % total
+    quota[remainder.argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
+    quota = quota.clamp(least, most)
+    # What the bounds took or gave goes to, or comes from, the classes furthest from their share.
+    while (missing := n - int(quota.sum())) != 0:
+        step = 1 if missing > 0 else -1
+        behind = step * (n * counts - quota * total)
+        behind[quota == (most if missing > 0 else least)] = torch.iinfo(torch.int64).min
+        quota[behind.argmax()] += step
+    return quota
+
+
+def _drawn(split: Split, quota: Tensor, seed: int) -> Tensor:
+    """Return (N,) bool: which images are drawn, `quota`, (K,), of each class."""
+    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.zeros(len(split), dtype=torch.bool)
+    for label, take in enumerate(quota.tolist()):
+        drawn[shuffled[split.labels[shuffled] == label][:take]] = True
+    return drawn
+
+
+def limited(split: Split, total: int | None, per_class: int | None, seed: int) -> Split:
+    """Return at most `per_class` images of each class of `split` and `total` of all, in its order.
+
+    A stratified draw of `total` gives every class at least one image. Which images stay depends on
+    `seed` and the labels alone. None is no limit. Raises `InputError` for a `total` below the
+    number of classes.
     """
     counts = torch.bincount(split.labels)
-    quota = counts if per_class is None else counts.clamp(max=per_class)
-    if total is not None and total < int(quota.sum()):
-        present = int((quota > 0).sum())
-        if total < present:
-            raise InputError(
-                f"{total} training images cannot show {present} classes: give --train-limit at "
-                f"least {present}"
-            )
-        shares = quota.double() * total / int(quota.sum())
-        # One image a class first, then the rest to the classes that lack most of their share.
-        quota_of_draw = torch.maximum(shares.floor(), (quota > 0).double()).long()
-        while (missing := total - int(quota_of_draw.sum())) != 0:
-            lack = shares - quota_of_draw
-            if missing > 0:
-                quota_of_draw[int(lack.argmax())] += 1
-            else:
-                lack[quota_of_draw <= 1] = torch.inf
-                quota_of_draw[int(lack.argmin())] -= 1
-        quota = quota_of_draw
-    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    kept = torch.zeros(len(split), dtype=torch.bool)
-    for label, take in enumerate(quota.tolist()):
-        kept[shuffled[split.labels[shuffled] == label][:take]] = True
-    return split if bool(kept.all()) else split.take(kept)
+    if per_class is not None and per_class < int(counts.max()):
+        split = split.take(_drawn(split, counts.clamp(max=per_class), seed))
+    if total is None or total >= len(split):
+        return split
+    present = int((counts > 0).sum())
+    if total < present:
+        raise InputError(
+            f"{total} training images cannot show {present} classes: give --train-limit at least "
+            f"{present}"
+        )
+    return draw(split, total, seed)

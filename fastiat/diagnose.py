@@ -25,7 +25,7 @@ from fastiat.autoattack import autoattack as run_autoattack
 from fastiat.autoattack import check_classes, library_version
 from fastiat.device import own_defaults, pick_device
 from fastiat.errors import InputError
-from fastiat.evaluate import Job, open_runs, prepare
+from fastiat.evaluate import Job, data_place, open_runs, prepare
 from fastiat.measure import fooled
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
@@ -301,7 +301,7 @@ def _prepare(config: DiagnoseConfig) -> list[Job]:
         measured = replace(
             measured,
             dataset=config.dataset or own.dataset,
-            data_dir=config.data_dir or own.data_dir,
+            data_dir=data_place(config, own),
         )
     return prepare(runs, measured)
 

@@ -10,6 +10,7 @@ from fastiat import __version__, data
 from fastiat.device import free_memory, has_fast_bf16, pick_device, pick_precision
 from fastiat.distributed import ranks
 from fastiat.engine import pick_engine
+from fastiat.errors import InputError
 from fastiat.ffcv_package import obstacle
 from fastiat.queries import DoctorConfig
 
@@ -33,7 +34,7 @@ def doctor(config: DoctorConfig) -> None:
     fast = "fast bf16" if has_fast_bf16(device) else "no fast bf16"
     rows += [
         ("processes", f"{ranks().count} started by torchrun" if not ranks().alone else "1"),
-        ("data", config.data_dir or str(data.default_dir())),
+        ("data", config.data_dir or _data_dir()),
         ("device", f"a run takes {device} ({fast})"),
         ("precision", f"a run takes {pick_precision('auto', device)}"),
         ("engine", f"a run takes {pick_engine('auto', device)}"),
@@ -42,6 +43,13 @@ def doctor(config: DoctorConfig) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+def _data_dir() -> str:
+    try:
+        return str(data.default_dir())
+    except InputError as error:
+        return str(error)
 
 
 def _loader(device: torch.device) -> str:

@@ -4,12 +4,14 @@ import contextlib
 import io
 import os
 import socket
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastiat import folder
 from fastiat.errors import InputError
 
 T = TypeVar("T")
@@ -84,6 +86,31 @@ def _fashion_mnist(root: Path) -> _Source:
     )
 
 
+SOURCES: dict[str, Callable[[Path], _Source]] = {
+    "cifar10": _cifar10,
+    "svhn": _svhn,
+    "fashion-mnist": _fashion_mnist,
+}
+"""What reads each data set from a folder."""
+MARKS = {
+    "cifar10": ("cifar-10-python.tar.gz", "cifar-10-batches-py"),
+    "svhn": ("train_32x32.mat", "test_32x32.mat"),
+    "fashion-mnist": ("FashionMNIST",),
+}
+"""What shows that a folder holds a data set."""
+
+
+def held(root: Path) -> list[str]:
+    """Return the data sets of which there is something in a folder."""
+    return [name for name, files in MARKS.items() if any((root / f).exists() for f in files)]
+
+
+def looks_like(root: Path) -> str:
+    """Say what images a folder holds, and how to name them; "" where it looks like none."""
+    sets = held(root)
+    return f"holds {sets[0]}: add --dataset {sets[0]}" if sets else folder.looks_like(root)
+
+
 def read(
     name: str,
     root: Path,
@@ -101,22 +128,47 @@ def read(
     Raises `InputError` in one line that says which file is missing or damaged, for what `build`
     raises too, and what mends it.
     """
-    source = {"cifar10": _cifar10, "svhn": _svhn, "fashion-mnist": _fashion_mnist}[name](root)
+    source = SOURCES[name](root)
     splits = []
     try:
-        with _quiet(progress):
+        with _quiet(progress), _unpacked_elsewhere(source, root) as place:
+            if place != root:
+                source, fetch = SOURCES[name](place), True  # from the archive, which is there
             for train in (True, False):
                 images, labels, names = source.parse(train, fetch)
                 splits.append((images, labels))
         return build(splits, names)
     # Networks, archives and parsers fail in too many ways to list; the cause stays chained.
     except Exception as error:
+        source = SOURCES[name](root)
         if not fetch:
             raise InputError(
                 f"{name} is not whole in {root}, which the run names: name with --data-dir where "
                 f"it is, or may be downloaded to"
             ) from error
         raise InputError(_explain(name, root, source, error)) from error
+
+
+@contextlib.contextmanager
+def _unpacked_elsewhere(source: _Source, root: Path) -> Iterator[Path]:
+    """Give the folder to read from: `root`, or one in its place for as long as the block runs.
+
+    That is where `root` has the archives alone and cannot be written to: they are unpacked in a
+    temporary folder.
+    """
+    archives = [file for file in source.checksums if file not in source.needed]
+    whole = all((root / file).exists() for file in source.needed)
+    places = {(root / file).parent for file in archives}
+    writable = all(os.access(place, os.W_OK | os.X_OK) for place in places)
+    if whole or writable or not archives or not all((root / file).exists() for file in archives):
+        yield root
+        return
+    with tempfile.TemporaryDirectory(prefix="fastiat-") as place:
+        for file in archives:
+            link = Path(place, file)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((root / file).absolute())
+        yield Path(place)
 
 
 def _explain(name: str, root: Path, source: _Source, error: Exception) -> str:
@@ -137,8 +189,17 @@ def _explain(name: str, root: Path, source: _Source, error: Exception) -> str:
                 f"({reason}): put the original file in its place"
             )
     if absent:
+        looks = looks_like(root)
+        there = next(place for place in (root, *root.absolute().parents) if place.exists())
+        if looks and name not in held(root):
+            hint = f"; {root} {looks}"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            hint = "; or name a folder that can be written to with --data-dir or FASTIAT_DATA"
+        else:
+            hint = ""
         return (
-            f"{name} is not in {root} and could not be downloaded ({reason}): put {source.by_hand}"
+            f"{name} is not in {root} and could not be downloaded ({reason}): "
+            f"put {source.by_hand}{hint}"
         )
     for file in source.needed:
         if file not in source.checksums:  # unpacked from a .gz, without a checksum of its own

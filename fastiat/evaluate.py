@@ -16,9 +16,10 @@ from fastiat.autoattack import ATTACKS, autoattack, check_classes, library_versi
 from fastiat.config import TrainConfig
 from fastiat.device import own_defaults, pick_device, pick_precision
 from fastiat.distributed import ranks
+from fastiat.downloads import SOURCES
 from fastiat.errors import InputError, printable_lines
 from fastiat.measure import error_rates, fooled, title
-from fastiat.queries import EvaluateConfig, MeasureConfig
+from fastiat.queries import DiagnoseConfig, EvaluateConfig, MeasureConfig
 from fastiat.results import Rate, add_results, figures, fingerprint, provenance, read_results
 from fastiat.run import MODEL, ModelCard, Run, load_with_card
 from fastiat.settings import steps_of
@@ -176,7 +177,7 @@ def _prepare(trained: Trained, config: MeasureConfig, load: Callable[..., data.D
     splits = {split: getattr(dataset, split) for split in config.splits}
     for split, images in splits.items():
         if config.limit is not None and config.limit < len(images):
-            splits[split] = data.holdout(images, config.limit, config.seed)[1]
+            splits[split] = data.draw(images, config.limit, config.seed)
     return Job(**vars(trained), dataset=dataset, splits=splits)
 
 
@@ -188,7 +189,7 @@ def _data_for(
     dataset_name = config.dataset or (own.dataset if own else None)
     if dataset_name is None:
         raise InputError(f"{name} is a model without its run: say which images with --dataset")
-    data_dir = config.data_dir or (own.data_dir if own else None)
+    data_dir = data_place(config, own)
     fetch = data_dir is None or config.data_dir is not None
     dataset = load(dataset_name, data_dir, loader=own.loader if own else "auto", fetch=fetch)
     device = pick_device(config.device)
@@ -208,6 +209,17 @@ def _data_for(
             f"choose images of its classes with --dataset and --data-dir"
         )
     return dataset
+
+
+def data_place(config: MeasureConfig | DiagnoseConfig, own: TrainConfig | None) -> str | None:
+    """Return the data folder to measure with: the configuration's, else the run's `own`.
+
+    The run's is that of its own data set, and of those that are downloaded, which may share one.
+    """
+    if config.data_dir or own is None:
+        return config.data_dir
+    wanted = {config.dataset or own.dataset, own.dataset}
+    return own.data_dir if len(wanted) == 1 or wanted <= SOURCES.keys() else None
 
 
 def some(classes: tuple[str, ...]) -> str:

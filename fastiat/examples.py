@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +91,10 @@ def at_hand(config: TrainConfig) -> bool:
     for place in (config.dataset, config.data_dir):
         if is_beton(place):
             return Path(str(place)).exists()
-    folder = Path(os.path.expanduser(config.data_dir)) if config.data_dir else data.default_dir()
+    try:
+        folder = Path(config.data_dir) if config.data_dir else data.default_dir()
+    except InputError:  # no home folder
+        return False
     return (folder / _FETCHED.get(config.dataset, "test")).exists()
 
 

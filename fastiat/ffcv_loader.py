@@ -107,11 +107,12 @@ def _threads(device: torch.device) -> int:
 def _engine(file: Beton, threads: int) -> Any:
     """Return what decodes images of a file, as long as that has not been replaced."""
     status = os.stat(file.path)
-    return _compiled(file.path, (status.st_ino, status.st_mtime_ns, status.st_size), threads)
+    mark = status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+    return _compiled(file.path, mark, threads)
 
 
 @lru_cache(maxsize=4)
-def _compiled(path: Path, _: tuple[int, int, int], threads: int) -> Any:
+def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
     """Compile FFCV's pipeline for a file, which takes seconds, so that all passes share it.
 
     Returns a function of (order, batch size) that gives a pass, an iterator of (images (B, H, W,

@@ -4,13 +4,14 @@ What a tree may hold:
 
 - The classes are the folders' names, sorted; both splits have the same ones, two or more.
 - The images are the files directly in a class's folder whose extension is in `EXTENSIONS`, in
-  any case, links included. Hidden names, folders in there and other files are left out; a
-  warning counts the other files.
+  any case, links included. A warning counts what is left out: files beside the class folders, in
+  folders within a class, without such an extension, and images with a hidden name. A link to
+  nothing is refused where it may be an image or a class.
 - All images are square and of one size, 8x8 or more. Of an animation the first frame counts.
 - A tree is colour, 3 channels, as soon as one image is; then grey ones repeat their channel.
   Bilevel and grey images are grey, 16 bits keep the high byte; palettes, CMYK and the rest are
   converted to RGB.
-- EXIF orientation is applied: an image is taken as viewers show it.
+- EXIF orientation is applied, in XMP too: an image is taken as viewers show it.
 - An alpha channel is dropped where the image is opaque throughout. Anything transparent is
   refused, because the background is not ours to choose.
 """
@@ -19,7 +20,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import io
 import itertools
 import logging
 import multiprocessing
@@ -28,7 +28,7 @@ import signal
 import stat
 import sys
 import tempfile
-import warnings
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -39,33 +39,38 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from fastiat.beton import LARGEST_SIDE as LARGEST
+from fastiat.distributed import ranks
 from fastiat.errors import InputError, one_line, printable
 from fastiat.guard import read_npz
+from fastiat.pixels import opened, pixels_of, quiet
 from fastiat.settings import SMALLEST_SIDE as SMALLEST
+from fastiat.settings import expanded
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-# Named, so that no other reader of Pillow's is let near a file; the EPS one runs a program.
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 SPLITS = ("train", "test")
 
-GREY = ("1", "L", "LA")  # Pillow's modes; 16-bit grey is I;16, I;16B or I
-
 CHUNK = 128  # images per task of a worker
-LARGEST_FILE = 2**28  # bytes of an image, which is read into memory whole
 PARALLEL_FROM = 2000  # images from which worker processes are worth their start
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-CACHE_VERSION = 1  # raise it when decoding changes
+CACHE_VERSION = 2  # raise it when decoding changes
+
+CLOCK_TICK = 20_000_000
+"""Nanoseconds between two times of files at the most; a system's clock for them ticks that slowly.
+"""
+
+# Why files are left out.
+_BESIDE = "beside the class folders"
+_NESTED = "in folders within a class"
+_HIDDEN = "hidden"
+_UNKNOWN = f"without an image's extension ({' '.join(EXTENSIONS)})"
 
 T = TypeVar("T")
 _CONVERT = "let fastiat convert resize them"
 
 log = logging.getLogger(__name__)
-# Pillow also logs what it then raises; without a handler that would be a line on stderr.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -81,19 +86,20 @@ def read(root: str | os.PathLike, *, progress: bool = True) -> Tree:
     """Return the images of the tree at `root`, from the cache if nothing changed since.
 
     The cache is a file in `$FASTIAT_CACHE`, else `~/.cache/fastiat/folders`, found by the tree's
-    absolute path and valid for one list of files with their sizes and modification times. A
+    absolute path and valid for one list of files with their sizes, inodes and times. A
     cache that is damaged or cannot be written costs a warning and time. Raises `InputError`,
     naming the file or folder, for a tree that breaks the rules at the head of `fastiat.folder`
     and for a damaged image.
     """
-    root = Path(root).absolute()
+    root = Path(expanded(root)).absolute()
     listing = scan(root)
     cache = _cache_file(root)
-    images = _load_cache(cache, listing)
+    images = None if cache is None else _load_cache(cache, listing)
     if images is None:
         images = _decode_all(listing.paths, progress)
-        _save_cache(cache, listing, images)
-        warn_ignored(listing)
+        if cache is not None:
+            _save_cache(cache, listing, images)
+    warn_ignored(listing)
     n = listing.n_train
     train, test = (images[:n], listing.labels[:n]), (images[n:], listing.labels[n:])
     return Tree(listing.classes, train, test)
@@ -109,16 +115,58 @@ def decoded_size(root: Path) -> int:
 
 def warn_ignored(listing: "Listing") -> None:
     """Warn of the files that were left out of a listing, if there are any."""
-    if listing.ignored:
-        log.warning(
-            "%s: %d files have no image's extension and were left out, the first is %s",
-            *(listing.root, len(listing.ignored), printable(listing.ignored[0])),
-        )
+    if not listing.ignored or not ranks().first:
+        return
+    reasons = (
+        f"{len(paths)} {'file' if len(paths) == 1 else 'files'} {why}, the first is "
+        f"{printable(paths[0])}"
+        for why, paths in listing.ignored.items()
+    )
+    log.warning("%s, left out: %s", listing.root, "; ".join(reasons))
+
+
+def looks_like(root: Path) -> str:
+    """Say what of an image tree a folder looks like, and what then to do; "" for any other."""
+    inside = _entries(root)
+    if all(os.path.isdir(root / split) for split in SPLITS):
+        return "is an image tree (train/<class>/*, test/<class>/*): add --dataset folder"
+    betons = sorted(name for name in inside if name.endswith(".beton"))
+    if betons:
+        return f"holds {betons[0]}: name it with --dataset {root / betons[0]}"
+    below = [root / name for name in inside]
+    classes = any(_has_images(_entries(place)) for place in below)
+    splits = any(_has_images(_entries(p / name)) for p in below for name in _entries(p)[:10])
+    if not (classes or splits or _has_images(inside)):
+        return ""
+    if root.name in SPLITS and classes:
+        return f"is one split of an image tree: give --dataset folder --data-dir {root.parent}"
+    return (
+        "holds images: move them to train/<class>/ and test/<class>/ in it, "
+        "then add --dataset folder"
+    )
+
+
+def _entries(folder: Path) -> list[str]:
+    """Return the first names in a folder that are not hidden; none where it cannot be read."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return [e.name for e in itertools.islice(entries, 1000) if not e.name.startswith(".")]
+    return []
+
+
+def _has_images(names: list[str]) -> bool:
+    return any(name.lower().endswith(EXTENSIONS) for name in names)
 
 
 def user_cache(name: str) -> Path:
-    """Return fastiat's folder `name` in the user's cache folder; it need not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastiat" / name
+    """Return fastiat's folder `name` in the user's cache folder; it need not exist yet.
+
+    Raises `InputError` where there is no home folder and no `$XDG_CACHE_HOME`.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    cache = expanded(given) if given else os.path.join(os.path.expanduser("~"), ".cache")
+    if cache.startswith("~"):
+        raise InputError("there is no home folder (HOME is not set)")
+    return Path(cache) / "fastiat" / name
 
 
 @dataclass(frozen=True)
@@ -130,13 +178,17 @@ class Listing:
     paths: list[str]
     labels: NDArray[np.int64]
     n_train: int
-    ignored: list[str]
-    digest: str  # SHA-256 over every image's path in the tree, size and modification time
+    ignored: dict[str, list[str]]
+    """What is left out: {why: paths}."""
+    digest: str
+    """SHA-256 over every image's path in the tree, size, inode and times of modification and of
+    change: the last, which no program can set, tells files that were swapped."""
 
 
 def scan(root: Path) -> Listing:
     """List a tree; raise `InputError` where it breaks the rules of folders and names."""
-    names = {split: _class_names(root, split) for split in SPLITS}
+    ignored: dict[str, list[str]] = {_BESIDE: [], _NESTED: [], _HIDDEN: [], _UNKNOWN: []}
+    names = {split: _class_names(root, split, ignored) for split in SPLITS}
     for here, there in (SPLITS, SPLITS[::-1]):
         for name in sorted(names[here] - names[there]):
             raise InputError(
@@ -149,24 +201,40 @@ def scan(root: Path) -> Listing:
 
     paths: list[str] = []
     labels: list[int] = []
-    ignored: list[str] = []
     digest = hashlib.sha256(b"%d" % CACHE_VERSION)
-    n_train = 0
+    n_train, newest = 0, 0
     for split in SPLITS:
         for label, name in enumerate(classes):
-            for file, size, mtime_ns in _image_files(root / split / name, ignored):
-                digest.update(os.fsencode(f"\0{split}/{name}/{file}\0{size}\0{mtime_ns}"))
+            for file, status in _image_files(root / split / name, ignored):
+                stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+                newest = max(newest, status.st_ctime_ns)
+                digest.update(os.fsencode(f"\0{split}/{name}/{file}\0{stamp}"))
                 paths.append(os.path.join(root, split, name, file))
                 labels.append(label)
         n_train = n_train or len(paths)
+    if time.time_ns() - newest < CLOCK_TICK:
+        # A change after the images are read must get another time than the last one before.
+        time.sleep(CLOCK_TICK / 1e9)
     everything = np.array(labels, np.int64)
-    return Listing(root, classes, paths, everything, n_train, ignored, digest.hexdigest())
+    left_out = {why: sorted(found) for why, found in ignored.items() if found}
+    return Listing(root, classes, paths, everything, n_train, left_out, digest.hexdigest())
 
 
-def _class_names(root: Path, split: str) -> set[str]:
+def _class_names(root: Path, split: str, ignored: dict[str, list[str]]) -> set[str]:
+    names = set()
     try:
         with os.scandir(root / split) as entries:
-            names = {e.name for e in entries if e.is_dir() and not e.name.startswith(".")}
+            for entry in entries:
+                if entry.is_symlink() and not os.path.exists(entry.path):
+                    raise InputError(
+                        f"{entry.path} is a link to nothing: mount what it leads to, or remove it"
+                    )
+                if entry.name.startswith("."):
+                    _leave_out(entry, _HIDDEN, ignored)
+                elif entry.is_dir():
+                    names.add(entry.name)
+                else:
+                    ignored[_BESIDE].append(entry.path)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{root} has no folder {split!r}: an image tree is train/<class>/* and test/<class>/*"
@@ -178,26 +246,53 @@ def _class_names(root: Path, split: str) -> set[str]:
     return names
 
 
-def _image_files(folder: Path, ignored: list[str]) -> list[tuple[str, int, int]]:
-    """Return the sorted (name, bytes, mtime_ns) of `folder`'s images; list others in `ignored`."""
+def _image_files(folder: Path, ignored: dict[str, list[str]]) -> list[tuple[str, os.stat_result]]:
+    """Return the sorted names of `folder`'s images; add everything else to `ignored`."""
     images = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.is_dir():
+                if entry.name.startswith("."):
+                    _leave_out(entry, _HIDDEN, ignored)
+                    continue
+                if entry.is_dir():
+                    _leave_out(entry, _NESTED, ignored)
                     continue
                 if not entry.name.lower().endswith(EXTENSIONS):
-                    ignored.append(entry.path)
+                    ignored[_UNKNOWN].append(entry.path)
                     continue
                 status = entry.stat()
                 if not stat.S_ISREG(status.st_mode):
                     raise InputError(f"{entry.path} is not a file: remove it")
-                images.append((entry.name, status.st_size, status.st_mtime_ns))
+                images.append((entry.name, status))
     except OSError as error:  # of a link to nothing, too
         raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
     if not images:
         raise InputError(f"{folder} holds no images ({' '.join(EXTENSIONS)}) for its class")
-    return sorted(images)
+    return sorted(images, key=lambda image: image[0])
+
+
+def _leave_out(entry: os.DirEntry[str], why: str, ignored: dict[str, list[str]]) -> None:
+    """Add an entry to `ignored`: of a folder all files in it, of what is hidden images alone.
+
+    A folder that is a link or cannot be read is added itself.
+    """
+
+    def add(path: str) -> None:
+        if why != _HIDDEN or path.lower().endswith(EXTENSIONS):
+            ignored[why].append(path)
+
+    if not entry.is_dir():
+        add(entry.path)
+    elif entry.is_symlink():
+        ignored[why].append(entry.path)
+    else:
+        unread = lambda error: ignored[why].append(error.filename)  # noqa: E731
+        for place, folders, files in os.walk(entry.path, onerror=unread):
+            links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+            ignored[why] += [os.path.join(place, name) for name in links]
+            for name in files:
+                add(os.path.join(place, name))
 
 
 def _decode_all(paths: list[str], progress: bool) -> NDArray[np.uint8]:
@@ -224,17 +319,6 @@ def _decode_all(paths: list[str], progress: bool) -> NDArray[np.uint8]:
             colour |= coloured
             bar.update(len(pixels))
     return images if colour else images[..., :1].copy()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence Pillow, which warns of what is refused or harmless here; a bomb is an error.
-
-    It warns of a bomb only up to twice its limit.
-    """
-    with warnings.catch_warnings(action="ignore"):
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
 
 
 @contextlib.contextmanager
@@ -321,63 +405,14 @@ def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
         return pixels_of(image, path)
 
 
-@contextlib.contextmanager
-def opened(path: str, *, head_only: bool = False) -> Iterator[Image.Image]:
-    """Open an image, to decode it or for its `head_only`; errors in the block are `InputError`s."""
+def _cache_file(root: Path) -> Path | None:
+    """Return where the images of a tree are kept, or None without a home folder."""
+    given = os.environ.get("FASTIAT_CACHE")
     try:
-        with contextlib.ExitStack() as stack:
-            if os.stat(path).st_size > LARGEST_FILE:
-                raise InputError(f"{path} is larger than {LARGEST_FILE >> 20} MiB: shrink it")
-            # Decoding asks a file for as many bytes as a damaged head names.
-            source = path if head_only else io.BytesIO(Path(path).read_bytes())
-            image = stack.enter_context(Image.open(source, formats=FORMATS))
-            if image.format == "TIFF":  # libtiff prints by itself what it dislikes as it decodes
-                stack.enter_context(_muted())
-            yield image
-    except InputError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{path} is too large to be decoded safely: shrink it") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image or damaged: replace or remove it") from error
-    # Pillow's readers raise whatever a damaged file makes them stumble on.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} cannot be decoded ({reason}): replace or remove it") from error
-
-
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """Let nothing of a C library reach stderr."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def pixels_of(image: Image.Image, path: str) -> NDArray[np.uint8]:
-    """Return an opened image as viewers show it, (H, W) if it is grey, (H, W, 3) if not."""
-    if "exif" in image.info:
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # Pillow holds 16-bit grey in modes I;16, I;16B and I
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise InputError(f"{path} has more than 16 bits per pixel: save it with 8 or 16")
-        return (values >> 8).astype(np.uint8)
-    if image.mode == "F":
-        raise InputError(f"{path} has floating-point pixels: save it with 8 or 16 bits")
-    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-        raise InputError(f"{path} has transparent pixels: flatten it onto a background")
-    mode = "L" if image.mode in GREY else "RGB"
-    return np.asarray(image if image.mode == mode else image.convert(mode))
-
-
-def _cache_file(root: Path) -> Path:
-    folder = Path(os.environ.get("FASTIAT_CACHE") or user_cache("folders")).expanduser()
+        folder = Path(expanded(given)) if given else user_cache("folders")
+    except InputError as error:
+        log.warning("no cache of the images: %s; name a folder for it with FASTIAT_CACHE", error)
+        return None
     return folder / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
 
 
@@ -392,8 +427,8 @@ def _load_cache(cache: Path, listing: Listing) -> NDArray[np.uint8] | None:
         if images.dtype != np.uint8 or n != len(listing.paths) or not square:
             raise ValueError("not this tree's images")
         return images
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, PermissionError, NotADirectoryError):
+        return None  # what is wrong with the folder is said when it is to be written to
     # NumPy and zipfile raise whatever a damaged file makes them stumble on.
     except Exception as error:
         log.warning("the cache %s cannot be used (%s): decoding again", cache, one_line(error))
@@ -414,4 +449,8 @@ def _save_cache(cache: Path, listing: Listing, images: NDArray[np.uint8]) -> Non
             os.unlink(name)
             raise
     except OSError as error:
-        log.warning("no cache of the images (%s): the next run decodes them again", error)
+        log.warning(
+            "no cache of the images (%s): the next run decodes them again; "
+            "FASTIAT_CACHE names another folder",
+            error,
+        )

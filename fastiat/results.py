@@ -52,7 +52,7 @@ from fastiat.files import finite_json, write
 from fastiat.guard import read_json_text
 from fastiat.lock import alone
 from fastiat.run import MODEL
-from fastiat.settings import LARGEST, fits, steps_of
+from fastiat.settings import LARGEST, expanded, fits, steps_of
 
 EVALUATION = "evaluation.json"
 KINDS = ("evaluation", "sweep", "transfer", "autoattack")
@@ -117,11 +117,12 @@ def read_results(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     This module's docstring lists their fields. What was measured on weights that the run no longer
     has is left out. Raises `InputError` for a file that fastiat did not write.
     """
-    model = Path(run_dir) / MODEL
+    run_dir = Path(expanded(run_dir))
+    model = run_dir / MODEL
     if not model.is_file():
         return []
     mark = fingerprint(model)
-    return [entry for entry in _read(Path(run_dir) / EVALUATION) if entry["model"] == mark]
+    return [entry for entry in _read(run_dir / EVALUATION) if entry["model"] == mark]
 
 
 def add_results(run_dir: Path, entries: Iterable[dict[str, Any]]) -> None:
@@ -170,7 +171,7 @@ def fingerprint(model: Path) -> str:
     The header is left out: its order of metadata differs from save to save.
     """
     stat = model.stat()
-    return _fingerprint(model, stat.st_mtime_ns, stat.st_size)
+    return _fingerprint(model, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size)
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from fastiat.errors import Damaged, InputError, one_line, printable, printable_l
 from fastiat.files import drop_cut_line, lines_of, no_link, row_of, write
 from fastiat.guard import LARGEST_JSON, check_checkpoint, read_json_text
 from fastiat.lock import Lock, alone, check_unused
-from fastiat.settings import flag_of, from_json, is_beton
+from fastiat.settings import expanded, flag_of, from_json, is_beton
 
 CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
     "config.json",
@@ -89,12 +89,6 @@ class Run:
     def create(cls, path: Path, config: TrainConfig) -> "Run":
         """Make the directory and lock it; raise `InputError` if it holds a run or is a file."""
         check_free(path)
-        kept = asdict(config) | {"out": None, "resume": False}
-        # `evaluate` must find the data again.
-        if config.data_dir is not None:
-            kept["data_dir"] = str(Path(config.data_dir).absolute())
-        if is_beton(config.dataset):
-            kept["dataset"] = str(Path(config.dataset).expanduser().absolute())
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         run = cls(path, config)
         try:
@@ -103,7 +97,7 @@ class Run:
             try:
                 if (path / CONFIG).exists():
                     raise InputError(f"{path} has become another's run: choose another --out")
-                write(path / CONFIG, json.dumps(kept, indent=1).encode() + b"\n")
+                write(path / CONFIG, _text(config))
             except BaseException:
                 (path / LOCK).unlink(missing_ok=True)
                 run.unlock()
@@ -137,6 +131,14 @@ class Run:
         except (ValueError, RecursionError):
             raise InputError(f"{file} is damaged: it is not JSON") from None
         return cls(path, config)
+
+    def follow(self, config: TrainConfig) -> None:
+        """Keep where a resume has found the data, as measuring must find them again."""
+        moved = replace(self.config, dataset=config.dataset, data_dir=config.data_dir)
+        if _text(moved) != _text(self.config):
+            with alone(self.path):
+                write(self.path / CONFIG, _text(moved))
+        self.config = moved
 
     def check_same(self, config: TrainConfig) -> None:
         """Raise `InputError`, naming the first difference, unless `config` is this run's."""
@@ -316,6 +318,9 @@ class Onlooker(Run):
     def lock(self) -> None:
         """Leave it to the other."""
 
+    def follow(self, config: TrainConfig) -> None:
+        """Leave it to the other."""
+
     def append(self, name: str, content: bytes) -> None:
         """Leave it to the other."""
 
@@ -342,6 +347,16 @@ def _ordered(model: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + memoryview(model)[data:]
+
+
+def _text(config: TrainConfig) -> bytes:
+    """Return config.json: `config` with the data's places as they are from anywhere."""
+    kept = asdict(config) | {"out": None, "resume": False}
+    if config.data_dir is not None:
+        kept["data_dir"] = os.path.abspath(config.data_dir)
+    if is_beton(config.dataset):
+        kept["dataset"] = os.path.abspath(config.dataset)
+    return json.dumps(kept, indent=1).encode() + b"\n"
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -394,6 +409,7 @@ def load_with_card(
     path: str | os.PathLike[str], device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, ModelCard]:
     """`load`, with what the network is and the names of its classes."""
+    path = expanded(path)
     file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
     if not file.is_file():
         hint = "no trained model in it yet" if Path(path).is_dir() else "no such run"

@@ -24,6 +24,8 @@ SMALLEST_SIDE = 8
 """Pixels of the smallest images that the networks take."""
 MOST_STEPS = 999_999
 """No attack takes more steps."""
+PATHS = {"out", "data_dir", "dataset", "runs", "run", "partner", "dir"}
+"""Settings that are, or may be, paths."""
 
 
 class Settings:
@@ -37,6 +39,16 @@ class Settings:
     """Values of the fields whose flag can stand without any."""
     added: ClassVar[tuple[str, ...]] = ()
     """Fields that files of earlier versions lack; they then have their defaults."""
+
+    def __post_init__(self) -> None:
+        """Write every path as text, with `~` for the home folder expanded."""
+        for name in PATHS & self.__dict__.keys():
+            given = self.__dict__[name]
+            if isinstance(given, tuple):
+                given = tuple(expanded(path) for path in given)
+            elif isinstance(given, str | os.PathLike):
+                given = expanded(given)
+            self.__dict__[name] = given  # the dataclasses are frozen
 
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""
@@ -72,6 +84,11 @@ def check_ranges(config: Any, positive: set[str]) -> None:
                 raise InputError(f"{flag} is {value}: give a number {least}")
             if value > LARGEST:
                 raise InputError(f"{flag} is {str(value)[:20]}: give a number of at most {LARGEST}")
+
+
+def expanded(path: Any) -> Any:
+    """Return a path as text, with `~` or `~user` at its head expanded; anything else as it is."""
+    return os.path.expanduser(os.fspath(path)) if isinstance(path, str | os.PathLike) else path
 
 
 def is_beton(path: object) -> bool:

@@ -60,7 +60,9 @@ def train(config: TrainConfig) -> Path:
     try:
         if run is not None:
             run.lock()
-        fetch = not config.resume or config.data_dir is None
+        # A folder that config.json names chooses nothing; one that is named now may be written to.
+        known = None if run is None else run.config.data_dir
+        fetch = config.data_dir is None or config.data_dir != known
         dataset = data.load(config.dataset, config.data_dir, loader=config.loader, fetch=fetch)
         trainer = Trainer(config, dataset)
         if run is None:
@@ -110,6 +112,7 @@ def _train(session: "_Session") -> None:
         session.saved_step = trainer.step
     else:
         _check_unbegun(run)
+    run.follow(trainer.config)  # the data are the run's own
     run.rewind(trainer.step, trainer.judged)
     if trainer.ranks.first:
         _warn_of_lost_rows(session)

@@ -72,7 +72,7 @@ class Trainer:
             train, held_out = data.holdout(train, kept_out, config.seed)
             self.holdout = evaluation_loader(held_out)
         if config.eval_limit is not None and config.eval_limit < len(test):
-            _, test = data.holdout(test, config.eval_limit, config.seed)
+            test = data.draw(test, config.eval_limit, config.seed)
         self.test, self.test_size = evaluation_loader(test), len(test)
         if config.pad >= min(train.shape[1:]):
             raise InputError(
@@ -127,6 +127,8 @@ class Trainer:
             torch.manual_seed(config.seed)
             model = self.card.build()
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.batch == 1:
+            _check_single(self.model, (channels, size, size), config.batch_size)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         self.lr_tensor = torch.tensor(config.lr, device=self.device)
         self.optimizer = make_sgd(self.model, config, self.lr_tensor)
@@ -429,3 +431,18 @@ class Trainer:
                 raise
             reason = printable((str(error).splitlines() or [type(error).__name__])[0])
             raise Damaged(f"the checkpoint is not of this network ({reason[:100]})") from None
+
+
+def _check_single(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> None:
+    """Raise `InputError` for a network whose BatchNorm cannot normalise a batch of one image."""
+    probe = copy.deepcopy(model).to("meta").train()  # it computes shapes alone
+    try:
+        probe(torch.empty((1, *shape), device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"--batch-size {batch_size} is one image a process, and BatchNorm has one value a "
+            f"channel to normalise with at {shape[-1]}x{shape[-1]} pixels: give each process two "
+            "images or more, or larger images"
+        ) from None

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from fastiat import data, folder
+from fastiat import convert, data, folder
 from fastiat.errors import InputError
+from fastiat.queries import ConvertConfig
 
 RNG = np.random.default_rng(0)
 
@@ -212,25 +214,63 @@ def test_an_animation_counts_with_its_first_frame(tree: Path) -> None:
     assert np.array_equal(images[0], np.asarray(frames[0]))
 
 
-def test_hidden_and_other_files_are_left_out(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_left_out_is_counted_by_name_every_time(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = folder.read(tree).train[0]
-    assert not caplog.records
-    (tree / "train/cat/.DS_Store").write_bytes(b"\0")
-    random_image(9).save(tree / "train/cat/.hidden.png")
+    (tree / "train/cat/.DS_Store").write_bytes(b"\0")  # these hold no images
     (tree / ".git").mkdir()
     (tree / "train/.ipynb_checkpoints").mkdir()
-    (tree / "train/README.txt").write_text("about")
-    (tree / "train/cat/inner.png").mkdir()
-    random_image(9).save(tree / "train/cat/inner.png/0.png")
+    (tree / "train/cat/empty").mkdir()
     folder.read(tree)
     assert not caplog.records
-    (tree / "train/cat/Thumbs.db").write_bytes(b"\0")
-    (tree / "test/dog/README.txt").write_text("about")
-    os.utime(tree / "train/cat/0.png")
-    assert np.array_equal(folder.read(tree).train[0], before)
-    (record,) = caplog.records
-    assert "2 files have no image's extension" in record.getMessage()
-    assert str(tree / "train/cat/Thumbs.db") in record.getMessage()
+    for file in ("train/cat/Thumbs.db", "test/dog/README.txt", "train/README.txt", "test/0.png"):
+        (tree / file).write_text("about")
+    for file in ("train/cat/inner.png/0.png", "train/cat/inner.png/more/1.png"):
+        (tree / file).parent.mkdir(parents=True)
+        random_image(9).save(tree / file)
+    random_image(9).save(tree / "train/cat/.hidden.png")
+    random_image(9).save(tree / "train/.ipynb_checkpoints/0.png")
+    (tree / "train/dog/linked").symlink_to(tree / "train/cat")
+    (tree / "train/dog/unmounted").symlink_to("/mnt/nowhere")
+    wanted = {
+        "beside the class folders": ["test/0.png", "train/README.txt"],
+        "in folders within a class": [
+            *("train/cat/inner.png/0.png", "train/cat/inner.png/more/1.png", "train/dog/linked"),
+        ],
+        "hidden": ["train/.ipynb_checkpoints/0.png", "train/cat/.hidden.png"],
+        "extension": ["test/dog/README.txt", "train/cat/Thumbs.db", "train/dog/unmounted"],
+    }
+    found = folder.scan(tree).ignored
+    for (why, paths), (words, files) in zip(found.items(), wanted.items(), strict=True):
+        assert words in why and paths == [str(tree / file) for file in files]
+    for _ in range(2):  # from the cache, too
+        caplog.clear()
+        assert np.array_equal(folder.read(tree).train[0], before)
+        (record,) = caplog.records
+        message = record.getMessage()
+        for words, files in wanted.items():
+            assert f"{len(files)} files" in message and words in message
+            assert str(tree / files[0]) in message
+
+
+def test_training_measuring_and_convert_warn_of_what_is_left_out(
+    tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tree / "train/cat/more").mkdir()
+    random_image().save(tree / "train/cat/more/0.png")
+    convert.convert(ConvertConfig(dataset=str(tree), out=str(tmp_path / "tree.beton")))
+    convert.cached_tree(tree)
+    convert.cached_tree(tree)
+    data.load("folder", tree)
+    assert len(caplog.records) == 4
+    assert all("1 file in folders within a class" in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize("place", ["train/bird", "test/bird", "train/.bird.png"])
+def test_a_class_folder_that_leads_nowhere_is_refused(tree: Path, place: str) -> None:
+    (tree / place).symlink_to("/mnt/nowhere")
+    assert refusal(tree).startswith(f"{tree / place} is a link to nothing")
 
 
 def test_links_are_followed_and_a_link_to_nothing_is_named(tree: Path, tmp_path: Path) -> None:
@@ -440,6 +480,54 @@ def rename(tree: Path) -> None:
 def rename_class(tree: Path) -> None:
     for split in ("train", "test"):
         (tree / split / "cat").rename(tree / split / "ant")
+
+
+def swap(tree: Path) -> None:
+    swap_files(tree / "train/cat/0.png", tree / "train/dog/0.png")
+
+
+def swap_classes(tree: Path) -> None:
+    swap_files(tree / "train/cat", tree / "train/dog")
+
+
+def swap_files(one: Path, other: Path) -> None:
+    kept = one.with_name("kept")
+    one.rename(kept)
+    other.rename(one)
+    kept.rename(other)
+
+
+def overwrite(tree: Path) -> None:
+    path = tree / "train/dog/0.png"
+    status, content = path.stat(), (tree / "train/cat/1.png").read_bytes()
+    with open(path, "r+b") as file:  # the inode stays
+        file.write(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [swap, swap_classes, overwrite])
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_change_that_leaves_sizes_and_times_of_modification_is_seen(
+    tree: Path, change: Callable[[Path], None], converted: bool
+) -> None:
+    for number, path in enumerate(sorted(tree.rglob("*.png"))):
+        Image.new("L", (8, 8), number).save(path.with_suffix(".bmp"))
+        path.unlink()
+        path.with_suffix(".bmp").rename(path)
+    for path in tree.rglob("*"):
+        os.utime(path, (1_700_000_000,) * 2)
+    load = convert.cached_tree if converted else lambda root: data.load("folder", root)
+    before = load(tree)
+    change(tree)
+    after = load(tree)
+    truth = [np.asarray(Image.open(path)) for path in sorted((tree / "train").rglob("*.png"))]
+    assert np.array_equal(after.train.images[..., 0].numpy(), np.stack(truth))
+    # The contents, and so what a resume compares: not the place or the times.
+    assert after.fingerprint() != before.fingerprint()
+    moved = tree.with_name("moved")
+    shutil.copytree(tree, moved)
+    os.utime(moved / "train/cat/0.png")
+    assert load(moved).fingerprint() == after.fingerprint()
 
 
 class Decodings:

@@ -1,8 +1,10 @@
 """Splits, their fingerprint, the hold-out, and the resident loader."""
 
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastiat import data
+from fastiat.config import TrainConfig
 from fastiat.data import Dataset, Split
 from fastiat.errors import InputError
 from fastiat.loaders import ResidentLoader, Shard
+from fastiat.trainer import Trainer
 
 
 def make_split(n: int, shape: tuple[int, int, int] = (8, 8, 3), classes: int = 3) -> Split:
@@ -69,8 +73,10 @@ def test_take_picks_in_the_order_of_the_index() -> None:
 def test_holdout_takes_each_class_by_largest_remainder(
     labels: list[int], more: st.DataObject
 ) -> None:
-    size = len(labels)
-    n = more.draw(st.integers(1, size - 1))
+    size, counts = len(labels), Counter(labels)
+    most = size - len(counts)  # every class keeps one
+    hypothesis.assume(most)
+    n = more.draw(st.integers(1, most))
     seed = more.draw(st.integers(0, 2**32))
     numbers = torch.arange(size, dtype=torch.uint8)  # an image is its own number
     split = Split(numbers.view(size, 1, 1, 1), torch.tensor(labels))
@@ -82,13 +88,70 @@ def test_holdout_takes_each_class_by_largest_remainder(
     assert held_ids == sorted(held_ids)
     assert held.labels.tolist() == [labels[i] for i in held_ids]
     assert rest.labels.tolist() == [labels[i] for i in rest_ids]
+    assert {label: held.labels.tolist().count(label) for label in counts} == by_share(
+        counts, n, dict.fromkeys(counts, 0), {label: count - 1 for label, count in counts.items()}
+    )
+
+
+def by_share(
+    counts: dict[int, int], n: int, least: dict[int, int], most: dict[int, int]
+) -> dict[int, int]:
+    """Divide `n` by largest remainder, then move one at a time what breaks a bound."""
+    shares = {label: Fraction(n * count, sum(counts.values())) for label, count in counts.items()}
+    taken = {label: int(share) for label, share in shares.items()}
+    by_remainder = sorted(counts, key=lambda label: (taken[label] - shares[label], label))
+    for label in by_remainder[: n - sum(taken.values())]:
+        taken[label] += 1
+    taken = {label: min(max(k, least[label]), most[label]) for label, k in taken.items()}
+    while sum(taken.values()) != n:
+        step = 1 if sum(taken.values()) < n else -1
+        bound = most if step == 1 else least
+        free = [label for label in sorted(taken) if taken[label] != bound[label]]
+        taken[max(free, key=lambda label: step * (shares[label] - taken[label]))] += step
+    return taken
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=60), st.data())
+def test_a_draw_has_every_class_that_it_has_room_for(
+    labels: list[int], more: st.DataObject
+) -> None:
+    n = more.draw(st.integers(1, len(labels)))
     counts = Counter(labels)
-    shares = {label: Fraction(n * counts[label], size) for label in counts}
-    expected = {label: int(share) for label, share in shares.items()}
-    by_remainder = sorted(counts, key=lambda label: (expected[label] - shares[label], label))
-    for label in by_remainder[: n - sum(expected.values())]:
-        expected[label] += 1
-    assert {label: held.labels.tolist().count(label) for label in counts} == expected
+    numbers = torch.arange(len(labels), dtype=torch.uint8)
+    drawn = data.draw(Split(numbers.view(-1, 1, 1, 1), torch.tensor(labels)), n, 0)
+    ids = drawn.images.flatten().tolist()
+    assert ids == sorted(set(ids)) and drawn.labels.tolist() == [labels[i] for i in ids]
+    least = dict.fromkeys(counts, int(n >= len(counts)))
+    assert Counter(drawn.labels.tolist()) == Counter(by_share(counts, n, least, counts))
+
+
+def test_no_class_is_emptied() -> None:
+    labels = torch.tensor([*range(10), *[10] * 90])
+    split = Split(torch.zeros(100, 8, 8, 1, dtype=torch.uint8), labels)
+    kept, held = data.holdout(split, 10, 0)
+    assert torch.bincount(kept.labels).tolist() == [1] * 10 + [80]
+    assert held.labels.tolist() == [10] * 10
+    assert torch.bincount(data.draw(split, 11, 0).labels).tolist() == [1] * 11
+    with pytest.raises(InputError, match=r"cannot hold out 90 of 100 .*every class.*1 to 89"):
+        data.holdout(split, 90, 0)
+    with pytest.raises(InputError, match="hold out none"):
+        data.holdout(split.take(torch.arange(10)), 1, 0)
+
+
+@pytest.mark.parametrize("n", [-1, 0, 7])
+def test_a_draw_of_nothing_or_more_than_there_is_is_refused(n: int) -> None:
+    with pytest.raises(InputError, match=f"cannot draw {n} of 6 images"):
+        data.draw(make_split(6), n, 0)
+
+
+def test_measuring_and_training_draw_from_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = data.load("digits")
+    rare = digits.test.labels != 3
+    rare[(digits.test.labels == 3).nonzero()[0]] = True
+    dataset = replace(digits, test=digits.test.take(rare))
+    config = TrainConfig(dataset="digits", arch="mlp6", width=8, device="cpu", eval_limit=20)
+    assert (Trainer(config, dataset).test.labels == 3).sum() == 1
 
 
 def test_holdout_repeats_by_seed_and_differs_between_seeds() -> None:
