@@ -1,7 +1,6 @@
 """The `fastiat` command: dataclasses turned into flags, errors into one line."""
 
 import argparse
-import difflib
 import importlib
 import os
 import re
@@ -9,7 +8,6 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -37,7 +35,7 @@ from fastiat.queries import (
     SweepConfig,
     TransferConfig,
 )
-from fastiat.settings import Settings, flag_of, is_beton
+from fastiat.settings import Settings, did_you_mean, flag_of, is_beton, number
 
 
 @dataclass(frozen=True)
@@ -246,9 +244,8 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
     name = given.pop("command")
     if unknown:
         flags = [flag_of(field.name) for field in fields(COMMANDS[name].config)]  # type: ignore[arg-type]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        hint = f", did you mean {close[0]}?" if close else ""
-        subs[name].error(f"unknown argument {unknown[0]}{hint}")
+        close = did_you_mean(unknown[0].split("=")[0], flags)
+        subs[name].error(f"unknown argument {unknown[0]}{close}")
     config = resolve(COMMANDS[name].config, given)
     config.check()
     return name, config
@@ -326,7 +323,7 @@ def _parsing(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is tuple:
         return _parsing(get_args(hint)[0]) | {"nargs": "+", "action": _StoreTuple}
     if hint is float:
-        return {"type": number, "metavar": "X"}
+        return {"type": _number, "metavar": "X"}
     return {"type": hint, "metavar": "N" if hint is int else "NAME"}
 
 
@@ -337,14 +334,11 @@ class _StoreTuple(argparse.Action):
         setattr(namespace, self.dest, tuple(values or self.const))
 
 
-def number(text: str) -> float:
-    """Read a number, or a fraction such as 8/255."""
+def _number(text: str) -> float:
     try:
-        return float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ArithmeticError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number such as 0.03 or 8/255"
-        ) from None
+        return number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _default(kind: type[Settings], name: str) -> str:

@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -28,6 +28,7 @@ from fastiat.figures import Picture
 from fastiat.files import check_place, write
 from fastiat.page import Safe, element, join, page, section, table, text
 from fastiat.queries import ReportConfig
+from fastiat.results import MEASUREMENT, Measurement, differences, measurement
 from fastiat.run import CONFIG, METRICS, MODEL, Run
 
 FIGURES = "figures"
@@ -108,19 +109,21 @@ def _errors(
     measured: Measured,
     labels: dict[Path, Label],
 ) -> Safe:
-    """Return the newest error of every run under every attack, sweeps and transfers apart."""
+    """Return the newest error of every run in every measurement, sweeps and transfers apart."""
+    shown = dict.fromkeys(
+        measurement(row) for run in runs for row in measured[run.path] if _direct(row)
+    )
     newest = {
-        run.path: {_column(row): _cell(row) for row in measured[run.path] if _direct(row)}
-        for run in runs
+        run.path: {measurement(row): _cell(row) for row in measured[run.path]} for run in runs
     }
-    columns = list(dict.fromkeys(column for cells in newest.values() for column in cells))
+    columns = _headings(shown)
     if not columns:
         return element("p", "Nothing is evaluated yet: ", element("code", "fastiat evaluate RUN"))
     rows = [
         [_named(path, labels), *(cells.get(column, "") for column in columns)]
         for path, cells in newest.items()
     ]
-    return table(["error in %", *columns], rows)
+    return table(["error in %", *columns.values()], rows)
 
 
 def _named(path: Path, labels: dict[Path, Label]) -> Safe:
@@ -133,8 +136,20 @@ def _direct(row: dict[str, Any]) -> bool:
     return row["kind"] not in ("sweep", "transfer")
 
 
-def _column(row: dict[str, Any]) -> Safe:
-    """Name the attack of a row, whatever is not its default included."""
+def _headings(measurements: Iterable[Measurement]) -> dict[Measurement, Safe]:
+    """Name every measurement by its attack, and by what else sets it apart from the others."""
+    groups: dict[Safe, list[Measurement]] = {}
+    for one in measurements:
+        groups.setdefault(_attack(dict(zip(MEASUREMENT, one, strict=True))), []).append(one)
+    return {
+        one: join([attack, *([text(more)] if more else [])], "<br>")
+        for attack, several in groups.items()
+        for one, more in differences(several).items()
+    }
+
+
+def _attack(row: dict[str, Any]) -> Safe:
+    """Name an attack, whatever is not its default included."""
     details = []
     if row["eps"] is not None and row["attack"] != "none":
         details.append(f"{row['norm']} eps {row['eps']:.4g}")
@@ -142,6 +157,8 @@ def _column(row: dict[str, Any]) -> Safe:
             details.append(f"{row['loss']} loss")
         if row["restarts"] not in (1, None):
             details.append(f"{row['restarts']} restarts")
+        if row["random_start"] is False:
+            details.append("no random start")
     if row["attack"] == "worst" and row["attacks"]:
         details.append(f"of {', '.join(row['attacks'])}")
     title = "no attack" if row["attack"] == "none" else row["attack"]
