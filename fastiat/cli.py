@@ -2,9 +2,12 @@
 
 import argparse
 import importlib
+import io
 import os
 import re
+import stat
 import sys
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -132,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     _open_standard_streams()
+    _find_caches()
     if _processes() == "1":
         return _run(argv)
     # Where a connection breaks, torch would write its C++ stack beside our line.
@@ -150,8 +154,43 @@ def _open_standard_streams() -> None:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            # What the terminal's encoding lacks is written as Python writes it.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _find_caches() -> None:
+    """Give libraries a folder for what they keep, where the user has no home to write to.
+
+    matplotlib would warn, and torch's compiler and Triton could not work. What is set stays.
+    """
+    home = os.path.expanduser("~")
+    if home != "~" and os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK):
+        return
+    folder = os.path.join(tempfile.gettempdir(), f"fastiat-cache-{os.getuid()}")
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        # Nobody else may put code there that we would run.
+        there = os.lstat(folder)
+        ours = stat.S_ISDIR(there.st_mode) and there.st_uid == os.getuid()
+        if not ours or there.st_mode & 0o022:
+            folder = tempfile.mkdtemp(prefix="fastiat-cache-")
+    except OSError:
+        return  # there is no place at all, which the libraries say themselves
+    for variable, name in {
+        "MPLCONFIGDIR": "matplotlib",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+        # A home that can only be read may hold data sets.
+        **({} if os.path.isdir(home) else {"XDG_CACHE_HOME": "cache"}),
+    }.items():
+        if variable not in os.environ:
+            os.environ[variable] = os.path.join(folder, name)
+            os.makedirs(os.environ[variable], exist_ok=True)
 
 
 def _run(argv: Sequence[str]) -> int:
