@@ -1,4 +1,8 @@
-"""How a training runs: its settings, whose field docstrings are the `--help`, and the presets."""
+"""How a training runs: its settings, whose field docstrings are the `--help`, and the presets.
+
+From Python as on the command line: `TrainConfig(preset="modern", eps="4/255")` has the preset's
+values where none is given. `dataclasses.replace` names every field, so that it keeps them all.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
