@@ -141,24 +141,33 @@ def _headings(measurements: Iterable[Measurement]) -> dict[Measurement, Safe]:
     groups: dict[Safe, list[Measurement]] = {}
     for one in measurements:
         groups.setdefault(_attack(dict(zip(MEASUREMENT, one, strict=True))), []).append(one)
-    return {
-        one: join([attack, *([text(more)] if more else [])], "<br>")
-        for attack, several in groups.items()
-        for one, more in differences(several).items()
-    }
+    headings = {}
+    for attack, several in groups.items():
+        for one, more in differences(several).items():
+            told = more.split(", ")
+            unusual = [
+                of for of in _unusual(dict(zip(MEASUREMENT, one, strict=True))) if of not in told
+            ]
+            headings[one] = join([attack, *unusual, *([more] if more else [])], "<br>")
+    return headings
+
+
+def _unusual(row: dict[str, Any]) -> Iterator[str]:
+    """Say what of an attack is not its default, in the words of `differences`."""
+    if row["attack"] != "none" and row["eps"] is not None:
+        if row["loss"] not in ("ce", None):
+            yield f"{row['loss']} loss"
+        if row["restarts"] not in (1, None):
+            yield f"{row['restarts']} restarts"
+        if row["random_start"] is False:
+            yield "no random start"
 
 
 def _attack(row: dict[str, Any]) -> Safe:
-    """Name an attack, whatever is not its default included."""
+    """Name an attack and its radius."""
     details = []
     if row["eps"] is not None and row["attack"] != "none":
         details.append(f"{row['norm']} eps {row['eps']:.4g}")
-        if row["loss"] not in ("ce", None):
-            details.append(f"{row['loss']} loss")
-        if row["restarts"] not in (1, None):
-            details.append(f"{row['restarts']} restarts")
-        if row["random_start"] is False:
-            details.append("no random start")
     if row["attack"] == "worst" and row["attacks"]:
         details.append(f"of {', '.join(row['attacks'])}")
     title = "no attack" if row["attack"] == "none" else row["attack"]
