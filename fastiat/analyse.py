@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastiat.device import own_defaults
 from fastiat.errors import InputError, printable
+from fastiat.figures import drawable
 from fastiat.files import check_place, finite_json, write
 from fastiat.guard import read_json_text
 from fastiat.queries import NormsConfig
@@ -144,7 +145,7 @@ def draw_norms(found: dict[str, list[WeightNorms]]) -> dict[str, bytes]:
         for number, (label, of_run) in enumerate(found.items()):
             at = [layer - 0.4 + (number + 0.5) * width for layer in range(len(layers))]
             heights = [getattr(layer, norm) for layer in of_run]
-            axis.bar(at, heights, width, label=label)
+            axis.bar(at, heights, width, label=drawable(label))
         axis.set_ylabel(f"{norm.capitalize()} norm")
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)

@@ -4,6 +4,7 @@ The objective, its gradient in the input alone, the modes of a network while it 
 the random start.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -78,43 +79,77 @@ def gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return grad
 
 
+class Starts:
+    """Random starts for images that are attacked batch by batch: those of one attack on them all.
+
+    Hand it to an attack as its generator, after `batch` has told which images come next. Restart
+    number r of every batch has the same seed, and an image's place among all of them does the
+    rest, so that the starts depend neither on the batch size nor on who attacks which batch.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._seeds: list[Tensor] = []
+        self._next = self.first = 0
+
+    def batch(self, first: int) -> None:
+        """Begin with a batch whose first image is number `first` of all."""
+        self.first, self._next = first, 0
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Return the seed of this batch's next start, an int64 scalar on the device of `x`."""
+        if self._next == len(self._seeds):
+            self._seeds.append(draw_seed(x, self._generator))
+        self._next += 1
+        return self._seeds[self._next - 1]
+
+
 def start_in_ball(
     x: Tensor,
     eps: float,
     norm: Norm,
     clip: tuple[float, float],
-    generator: torch.Generator | None,
+    generator: torch.Generator | Starts | None,
 ) -> Tensor:
     """Return points uniform in the ball around each image, clipped to the pixel range.
 
-    In the L-infinity ball one seed is drawn from `generator`, on the device of `x`, and the rest
-    is `kernels.random_start`: a captured graph with the same seed starts at the same points.
+    One seed is drawn from `generator`, on the device of `x`, and the rest is
+    `kernels.random_start`: a captured graph with the same seed starts at the same points.
     """
-    if norm == "linf":
-        return kernels.random_start(x, eps, _draw_seed(x, generator), clip)
-    # A uniform direction, with a radius whose d-th power is uniform.
-    noise, radius = _draw_noise(x, generator)
-    radius = eps * radius.pow(len(x) / max(x.numel(), 1))
-    length = torch.linalg.vector_norm(noise.flatten(1), dim=1).clamp_min(1e-12)
-    return (x + noise * per_image(radius / length, x)).clamp_(*clip)
-
-
-def skip_start(x: Tensor, norm: Norm, generator: torch.Generator | None) -> None:
-    """Draw what `start_in_ball` would draw for a batch like `x`, and drop it."""
-    if norm == "linf":
-        _draw_seed(x, generator)
+    if isinstance(generator, Starts):
+        first, seed = generator.first, generator.draw(x)
     else:
-        _draw_noise(x, generator)
+        first, seed = 0, draw_seed(x, generator)
+    values = x[:1].numel()
+    if norm == "linf":
+        return kernels.random_start(x, eps, seed, clip, first * values)
+    # A uniform direction, with a radius whose d-th power is uniform.
+    noise = gaussian_noise(x, seed, first)
+    half = torch.full((len(x),), 0.5, dtype=noise.dtype, device=x.device)
+    radius = eps * kernels.random_start(half, 0.5, seed + 1, (0.0, 1.0), first).pow(
+        1 / max(values, 1)
+    )
+    length = torch.linalg.vector_norm(noise.flatten(1), dim=1).clamp_min(1e-12)
+    return (x + (noise * per_image(radius / length, x)).to(x.dtype)).clamp_(*clip)
 
 
-def _draw_seed(x: Tensor, generator: torch.Generator | None) -> Tensor:
+def gaussian_noise(x: Tensor, seed: Tensor, first: int = 0) -> Tensor:
+    """Return a standard normal value for every value of `x`, in fp32 at least.
+
+    They are the normal quantiles of `kernels.random_start`'s uniform values for that seed;
+    `first` is the number of images before those of `x`.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # The ends of the interval have no quantile.
+    most = 1 - 2.0**-24
+    zeros = torch.zeros_like(x, dtype=dtype)
+    uniform = kernels.random_start(zeros, 1.0, seed, (-most, most), first * x[:1].numel())
+    return torch.erfinv(uniform).mul_(math.sqrt(2))
+
+
+def draw_seed(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw what a random start for a batch like `x` needs: an int64 scalar on its device."""
     return torch.empty((), dtype=torch.int64, device=x.device).random_(generator=generator)
-
-
-def _draw_noise(x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Draw a normal value for every pixel, (B, ...), and a uniform one for every image, (B,)."""
-    noise = torch.empty_like(x).normal_(generator=generator)
-    return noise, torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
 
 
 def per_image(values: Tensor, x: Tensor) -> Tensor:

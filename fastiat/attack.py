@@ -21,6 +21,7 @@ from fastiat.ascent import (
     Loss,
     Model,
     Norm,
+    Starts,
     crafting,
     gradient,
     input_gradient,
@@ -82,7 +83,7 @@ def pgd(
     loss: Loss = "ce",
     restarts: int = 1,
     bn: BatchNormMode = "eval",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Starts | None = None,
     clip: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """Return untargeted adversarial examples of `x` by projected gradient descent.
@@ -102,7 +103,8 @@ def pgd(
         loss. Needs `random_start` when above 1.
     bn: BatchNorm while crafting: "eval" uses the running statistics, "batch" the batch's own,
         "update" too and lets them move the running ones. Everything else is in eval mode.
-    generator: source of the random starts, on the device of `x`; None takes torch's global one.
+    generator: source of the random starts, on the device of `x`; None takes torch's global one;
+        `Starts` for a batch that is a part of more images.
     clip: allowed range of a pixel.
 
     A NaN gradient moves nothing. Raises `InputError` (a `ValueError`) for settings outside these

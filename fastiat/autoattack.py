@@ -20,6 +20,7 @@ from fastiat import data
 from fastiat.device import pick_device
 from fastiat.distributed import ranks
 from fastiat.errors import InputError
+from fastiat.measure import default_batch
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
 from fastiat.queries import MeasureConfig
@@ -84,7 +85,7 @@ def autoattack(
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     model = model.eval().requires_grad_(False)
     norm = {"linf": "Linf", "l2": "L2"}[config.norm]
-    job = ranks()
+    job, size = ranks(), config.batch_size or default_batch(split.shape[-1])
 
     def pixels(index: Tensor) -> Tensor:
         images = split.take(index).images.permute(0, 3, 1, 2)
@@ -105,7 +106,7 @@ def autoattack(
                 adversary.apgd_targeted.n_target_classes = targets
                 adversary.fab.n_target_classes = targets
             # Splitting no images would give one batch of none, which the library cannot take.
-            batches = left.split(config.batch_size) if len(left) else ()
+            batches = left.split(size) if len(left) else ()
             wrong = torch.zeros(len(split), dtype=torch.uint8)
             with Progress(text, len(left), share=job.count) as progress:
                 # Each is attacked from the seed, so that it does not matter who has which.

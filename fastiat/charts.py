@@ -9,6 +9,7 @@ from typing import Any
 from fastiat import figure1, figures, paper, tables
 from fastiat.analyse import WeightNorms, read_norms
 from fastiat.figures import Picture, Series
+from fastiat.results import Measurement, differences, measurement
 from fastiat.run import Run
 from fastiat.settings import steps_of
 
@@ -64,6 +65,20 @@ def _plain(row: dict[str, Any], attack: str | None = None) -> bool:
     )
 
 
+def _same_images(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows are of the same images: a draw depends on the seed, too."""
+    names = ("dataset", "data", "split", "n")
+    seeds = one.get("seed"), other.get("seed")
+    return all(one.get(name) == other.get(name) for name in names) and (
+        None in seeds or seeds[0] == seeds[1]
+    )
+
+
+def _named(label: Label, more: str) -> str:
+    """Name a line of a figure: its run, and in what its measurement differs from the others."""
+    return f"{label.name}, {more}" if more else label.name
+
+
 def tradeoff(
     runs: Sequence[Run],
     measured: Measured,
@@ -71,24 +86,30 @@ def tradeoff(
     comparisons: Sequence[tables.Comparison],
 ) -> list[Picture]:
     """Draw clean against robust error, under the strongest attack that most runs share."""
-    attacks: Counter[tuple[str, float]] = Counter()
-    for rows in measured.values():
-        seen = {(row["attack"], row["eps"]) for row in rows if _plain(row)}
-        attacks.update((name, eps) for name, eps in seen if name.startswith("pgd-") and eps)
+    # A point for every measurement: the newest of a run takes only the place of the same one.
+    points: dict[tuple[Path, Measurement], tuple[dict[str, Any], dict[str, Any]]] = {}
+    for run in runs:
+        rows = measured[run.path]
+        for robust in filter(_plain, rows):
+            same = [row for row in rows if _plain(row, "none") and _same_images(row, robust)]
+            if same and robust["attack"].startswith("pgd-") and robust["eps"]:
+                points[run.path, measurement(robust)] = same[-1], robust
+    shared = {(path, row["attack"], row["eps"]) for (path, _), (_, row) in points.items()}
+    attacks = Counter((attack, eps) for _, attack, eps in shared)
     if not attacks:
         return []
     attack, eps = max(attacks, key=lambda key: (attacks[key], steps_of(key[0])))
+    points = {
+        key: pair
+        for key, pair in points.items()
+        if (pair[1]["attack"], pair[1]["eps"]) == (attack, eps)
+    }
+    more = differences(one for _, one in points)
     series = []
-    for run in runs:
-        rows = measured[run.path]
-        clean = [row for row in rows if _plain(row, "none")]
-        robust = [row for row in rows if _plain(row, attack) and row["eps"] == eps]
-        if clean and robust:
-            point = clean[-1]["error_percent"], robust[-1]["error_percent"]
-            shown, span = labels[run.path], robust[-1]["interval_95_percent"]
-            series.append(Series(shown.name, [point], shown.colour, [span]))
-    if not series:
-        return []
+    for (path, one), (clean, robust) in points.items():
+        shown, span = labels[path], robust["interval_95_percent"]
+        point = clean["error_percent"], robust["error_percent"]
+        series.append(Series(_named(shown, more[one]), [point], shown.colour, [span]))
     for of in comparisons:
         found = {(line.row, line.measure): line.paper for line in of.lines}
         for number, key in enumerate(paper.TRAINED):
@@ -119,9 +140,12 @@ def sweeps(
         if curves is None:
             continue
         at, points = curves
+        more = differences(one for _, one in points)
         series = [
-            Series(labels[path].name, list(of), labels[path].colour, list(of.values()))
-            for path, of in points.items()
+            Series(
+                _named(labels[path], more[one]), list(of), labels[path].colour, list(of.values())
+            )
+            for (path, one), of in points.items()
         ]
         if name in tabled:
             for key in paper.table(name).rows:
@@ -134,21 +158,28 @@ def sweeps(
     return pictures
 
 
+Curve = dict[tuple[float, float], tuple[float, float]]
+"""{(x, error in %): interval}, in the order of x."""
+
+
 def _best_curves(
     runs: Sequence[Run], measured: Measured, along: str, fixed: str
-) -> tuple[Any, dict[Path, dict[tuple[float, float], tuple[float, float]]]] | None:
+) -> tuple[Any, dict[tuple[Path, Measurement], Curve]] | None:
     """Return the fixed setting under which most points of three or more lie, and its curves.
 
-    A curve is {(x, error in %): interval}, in the order of x.
+    A curve is of one run, and of measurements that differ in what it goes along alone: these have
+    None there in the curve's key.
     """
-    curves: dict[Any, dict[Path, dict[float, dict[str, Any]]]] = {}
+    curves: dict[Any, dict[tuple[Path, Measurement], dict[float, dict[str, Any]]]] = {}
+    varying = dict.fromkeys(("attack", "steps") if along == "attack" else (along,))
     for run in runs:
         for row in measured[run.path]:
             if _plain(row) and row["attack"].startswith("pgd-") and row["eps"]:
                 x = row["eps"] if along == "eps" else float(steps_of(row["attack"]))
-                curves.setdefault(row[fixed], {}).setdefault(run.path, {})[x] = row
+                key = run.path, measurement(row | varying)
+                curves.setdefault(row[fixed], {}).setdefault(key, {})[x] = row
     full = {
-        at: {path: points for path, points in of.items() if len(points) >= 3}
+        at: {key: points for key, points in of.items() if len(points) >= 3}
         for at, of in curves.items()
     }
     counts = {at: sum(map(len, of.values())) for at, of in full.items()}
@@ -156,11 +187,11 @@ def _best_curves(
         return None
     best = max(counts, key=lambda at: counts[at])
     return best, {
-        path: {
+        key: {
             (x, points[x]["error_percent"]): points[x]["interval_95_percent"]
             for x in sorted(points)
         }
-        for path, points in full[best].items()
+        for key, points in full[best].items()
     }
 
 

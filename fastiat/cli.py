@@ -1,15 +1,16 @@
 """The `fastiat` command: dataclasses turned into flags, errors into one line."""
 
 import argparse
-import difflib
 import importlib
+import io
 import os
 import re
+import stat
 import sys
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -37,7 +38,7 @@ from fastiat.queries import (
     SweepConfig,
     TransferConfig,
 )
-from fastiat.settings import Settings, flag_of
+from fastiat.settings import Settings, did_you_mean, flag_of, is_beton, number
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     _open_standard_streams()
+    _find_caches()
     if _processes() == "1":
         return _run(argv)
     # Where a connection breaks, torch would write its C++ stack beside our line.
@@ -152,8 +154,43 @@ def _open_standard_streams() -> None:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            # What the terminal's encoding lacks is written as Python writes it.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _find_caches() -> None:
+    """Give libraries a folder for what they keep, where the user has no home to write to.
+
+    matplotlib would warn, and torch's compiler and Triton could not work. What is set stays.
+    """
+    home = os.path.expanduser("~")
+    if home != "~" and os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK):
+        return
+    folder = os.path.join(tempfile.gettempdir(), f"fastiat-cache-{os.getuid()}")
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        # Nobody else may put code there that we would run.
+        there = os.lstat(folder)
+        ours = stat.S_ISDIR(there.st_mode) and there.st_uid == os.getuid()
+        if not ours or there.st_mode & 0o022:
+            folder = tempfile.mkdtemp(prefix="fastiat-cache-")
+    except OSError:
+        return  # there is no place at all, which the libraries say themselves
+    for variable, name in {
+        "MPLCONFIGDIR": "matplotlib",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+        # A home that can only be read may hold data sets.
+        **({} if os.path.isdir(home) else {"XDG_CACHE_HOME": "cache"}),
+    }.items():
+        if variable not in os.environ:
+            os.environ[variable] = os.path.join(folder, name)
+            os.makedirs(os.environ[variable], exist_ok=True)
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -246,9 +283,8 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
     name = given.pop("command")
     if unknown:
         flags = [flag_of(field.name) for field in fields(COMMANDS[name].config)]  # type: ignore[arg-type]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        hint = f", did you mean {close[0]}?" if close else ""
-        subs[name].error(f"unknown argument {unknown[0]}{hint}")
+        close = did_you_mean(unknown[0].split("=")[0], flags)
+        subs[name].error(f"unknown argument {unknown[0]}{close}")
     config = resolve(COMMANDS[name].config, given)
     config.check()
     return name, config
@@ -316,7 +352,7 @@ def _parsing(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is tuple:
         return _parsing(get_args(hint)[0]) | {"nargs": "+", "action": _StoreTuple}
     if hint is float:
-        return {"type": number, "metavar": "X"}
+        return {"type": _number, "metavar": "X"}
     return {"type": hint, "metavar": "N" if hint is int else "NAME"}
 
 
@@ -327,14 +363,11 @@ class _StoreTuple(argparse.Action):
         setattr(namespace, self.dest, tuple(values or self.const))
 
 
-def number(text: str) -> float:
-    """Read a number, or a fraction such as 8/255."""
+def _number(text: str) -> float:
     try:
-        return float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ArithmeticError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number such as 0.03 or 8/255"
-        ) from None
+        return number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _default(kind: type[Settings], name: str) -> str:

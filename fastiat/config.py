@@ -1,14 +1,52 @@
-"""How a training runs: its settings, whose field docstrings are the `--help`, and the presets."""
+"""How a training runs: its settings, whose field docstrings are the `--help`, and the presets.
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+From Python as on the command line: `TrainConfig(preset="modern", eps="4/255")` has the preset's
+values where none is given. `dataclasses.replace` names every field, so that it keeps them all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from typing import Any, ClassVar, Literal, TypeVar
 
 from fastiat.errors import InputError
-from fastiat.settings import Arch, Settings, check_dataset, check_ranges, check_unit, flag_of
+from fastiat.settings import (
+    Arch,
+    Settings,
+    check_dataset,
+    check_ranges,
+    check_unit,
+    did_you_mean,
+    flag_of,
+)
 
+T = TypeVar("T")
 Preset = Literal["paper", "authors", "modern"]
 
 
+def _filled_by_preset(kind: type[T]) -> type[T]:
+    """Have the settings that a caller leaves out filled by the preset, as on the command line."""
+    init: Callable[..., None] = kind.__init__
+
+    @wraps(init)
+    def __init__(self: Any, *values: Any, **given: Any) -> None:
+        names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+        for name in given.keys() - names:
+            raise TypeError(f"no setting is called {name}{did_you_mean(name, names)}")
+        given.update(zip(names, values, strict=False))
+        preset = given.get("preset", "paper")
+        left_out = names if isinstance(preset, str) and preset in PRESETS else []
+        left_out = [name for name in left_out if name not in given]
+        # "paper" is the fields' own defaults; a preset is itself made by naming every field.
+        if left_out and preset != "paper":
+            given |= {name: getattr(PRESETS[preset](), name) for name in left_out}
+        init(self, **given)
+
+    kind.__init__ = __init__  # type: ignore[method-assign]
+    return kind
+
+
+@_filled_by_preset
 @dataclass(frozen=True)
 class TrainConfig(Settings):
     """Train a robust classifier and print its errors; the defaults are the paper's recipe."""

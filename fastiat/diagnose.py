@@ -7,6 +7,7 @@ fail, though adversarial examples are near. The checks are those of Athalye et a
 
 import math
 import os
+import shlex
 import textwrap
 import time
 from collections import Counter
@@ -20,13 +21,14 @@ from torch.nn import functional as F
 
 from fastiat import data, loaders, verdicts
 from fastiat.analyse import Finding, write_diagnosis
+from fastiat.ascent import Starts, gaussian_noise
 from fastiat.attack import Loss, Norm, crafting, input_gradient, pgd, start_in_ball
 from fastiat.autoattack import autoattack as run_autoattack
 from fastiat.autoattack import check_classes, library_version
 from fastiat.device import own_defaults, pick_device
 from fastiat.errors import InputError
 from fastiat.evaluate import Job, data_place, open_runs, prepare
-from fastiat.measure import fooled
+from fastiat.measure import default_batch, fooled, within_memory
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
 from fastiat.queries import DiagnoseConfig, EvaluateConfig
@@ -67,17 +69,20 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
         check_classes(job.name, job.card.num_classes)
     images = job.splits["test"]
     eps, alpha = _radius_and_step(job, config)
-    findings = examine(
-        job.model,
-        images,
-        eps=eps,
-        alpha=alpha,
-        norm=config.norm,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        partner=partners[0].model if partners else None,
-        autoattack=config.autoattack,
-    )
+    measured = EvaluateConfig(batch_size=config.batch_size)
+    size = min(one.batch_size(measured) for one in (job, *partners))
+    with within_memory(f"fastiat diagnose {shlex.quote(job.name)}", size):
+        findings = examine(
+            job.model,
+            images,
+            eps=eps,
+            alpha=alpha,
+            norm=config.norm,
+            seed=config.seed,
+            batch_size=size,
+            partner=partners[0].model if partners else None,
+            autoattack=config.autoattack,
+        )
     if job.run and os.access(job.run.path, os.W_OK):
         write_diagnosis(job.run.path, findings)
         job.run.log(
@@ -90,7 +95,7 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
             norm=config.norm,
             partner=partners[0].fingerprint if partners else None,
             seed=config.seed,
-            batch_size=config.batch_size,
+            batch_size=size,
             model=job.fingerprint,
             **provenance(pick_device(config.device), time.monotonic() - started, **library),
         )
@@ -109,7 +114,7 @@ def examine(
     alpha: float = 0.0075,
     norm: Norm = "linf",
     seed: int = 0,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     partner: nn.Module | None = None,
     autoattack: bool = False,
 ) -> list[Finding]:
@@ -118,13 +123,16 @@ def examine(
     split: images to attack, on the device of `model`.
     eps, alpha: radius and PGD step, in pixels of 0 to 1; where the ball is too large for `alpha`,
         longer steps are taken.
+    batch_size: images attacked at a time, None as many as `fastiat.measure.default_batch` takes of
+        their size; the findings do not depend on it.
     partner: another network for the same images, on the same device.
     autoattack: run AutoAttack too, which needs pyautoattack and at least 4 classes.
 
     Everything is computed in fp32, as what rounds to zero is part of the question. Raises
     `InputError` for settings that no attack takes.
     """
-    probe = _Probe(model, split, eps, alpha, norm, seed, batch_size)
+    size = batch_size or default_batch(split.shape[-1])
+    probe = _Probe(model, split, eps, alpha, norm, seed, size)
     if eps >= probe.whole:
         raise InputError(
             f"eps {eps:g} allows every image there is, so that no network could be robust: "
@@ -200,17 +208,21 @@ class _Probe:
         """The radius of a ball around any image that holds every image."""
         return 1.0 if self.norm == "linf" else math.prod(self.split.shape) ** 0.5
 
-    def batches(self, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield pixels and labels with the network in eval mode, and show the progress."""
+    def batches(self, title: str, starts: Starts) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield pixels and labels with the network in eval mode, and show the progress.
+
+        `starts` is put to the images of every batch.
+        """
         loader = loaders.make(self.split, self.batch_size, device=self.device, train=False)
         with Progress(title, len(self.split)) as progress, crafting(self.model, "eval"):
-            for images, y in loader:
+            for number, (images, y) in enumerate(loader):
+                starts.batch(number * self.batch_size)
                 yield to_pixels(images), y
                 progress.advance(len(y))
 
-    def generator(self) -> torch.Generator:
-        """Return a fresh generator, so that every attack starts from the same points."""
-        return torch.Generator(self.device).manual_seed(self.seed)
+    def starts(self) -> Starts:
+        """Return fresh random starts, so that every attack has the same points."""
+        return Starts(self.seed, self.device)
 
     @torch.no_grad()
     def wrong(self, x: Tensor, y: Tensor) -> Tensor:
@@ -219,25 +231,27 @@ class _Probe:
 
     def noise(self, eps: float) -> Tensor:
         """Return which images one of `NOISES` random points in the ball fools, (N,) bool."""
-        generator = self.generator()
+        starts = self.starts()
         found = []
-        for x, y in self.batches("Noise"):
-            tries = [start_in_ball(x, eps, self.norm, CLIP, generator) for _ in range(NOISES)]
+        for x, y in self.batches("Noise", starts):
+            tries = [start_in_ball(x, eps, self.norm, CLIP, starts) for _ in range(NOISES)]
             found.append(torch.stack([self.wrong(at, y) for at in tries]).any(0))
         return torch.cat(found)
 
     def transfer(self, partner: nn.Module) -> Tensor:
         """Return which images the examples made for `partner` fool, (N,) bool."""
+        starts = self.starts()
         craft = partial(
             pgd, partner, eps=self.eps, alpha=self.alpha, steps=USUAL_STEPS, norm=self.norm,
-            generator=self.generator(),
+            generator=starts,
         )  # fmt: skip
-        return torch.cat([self.wrong(craft(x, y), y) for x, y in self.batches("Transfer")])
+        batches = self.batches("Transfer", starts)
+        return torch.cat([self.wrong(craft(x, y), y) for x, y in batches])
 
     def gradient_norms(self) -> Tensor:
         """Return the L2 norm of the loss's gradient at every image, (N,) float64."""
         norms = []
-        for x, y in self.batches("Gradients"):
+        for x, y in self.batches("Gradients", self.starts()):
             gradient = input_gradient(self.model, x, y).double()
             norms.append(torch.linalg.vector_norm(gradient.flatten(1), dim=1))
         return torch.cat(norms).cpu()
@@ -248,11 +262,11 @@ class _Probe:
         F runs over `FRACTIONS`. Third comes the linearity error at eps along the gradient: how far
         the loss misses what the gradient foretells, as a share of that (after Qin et al. 2019).
         """
-        generator = self.generator()
+        starts = self.starts()
         rise, drift, curvature = [], [], []
-        for x, y in self.batches("Loss surface"):
+        for x, y in self.batches("Loss surface", starts):
             gradient = input_gradient(self.model, x, y)
-            noise = torch.empty_like(x).normal_(generator=generator)
+            noise = gaussian_noise(x, starts.draw(x), starts.first)
             uphill, aside = (
                 [(x + part * self.eps * self._unit(way)).clamp(*CLIP) for part in FRACTIONS]
                 for way in (gradient, noise)

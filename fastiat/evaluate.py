@@ -1,9 +1,11 @@
 """Measuring: the error of trained runs on clean images and under white-box attacks."""
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from fastiat.device import own_defaults, pick_device, pick_precision
 from fastiat.distributed import ranks
 from fastiat.downloads import SOURCES
 from fastiat.errors import InputError, printable_lines
-from fastiat.measure import error_rates, fooled, title
+from fastiat.measure import default_batch, error_rates, fooled, title, within_memory
 from fastiat.queries import DiagnoseConfig, EvaluateConfig, MeasureConfig
 from fastiat.results import Rate, add_results, figures, fingerprint, provenance, read_results
 from fastiat.run import MODEL, ModelCard, Run, load_with_card
@@ -79,6 +81,15 @@ class Trained:
         """How it was trained, or the defaults where nothing says."""
         return self.run.config if self.run else TrainConfig()
 
+    def batch_size(self, config: MeasureConfig) -> int:
+        """Return how many images to attack at a time: the configuration's, else what fits."""
+        own = self.run.config.batch_size if self.run else None
+        return config.batch_size or default_batch(self.card.image_size, own)
+
+    def within_memory(self, command: str, config: MeasureConfig) -> AbstractContextManager[None]:
+        """Say, where memory runs out in the block, how to measure this network with less of it."""
+        return within_memory(f"fastiat {command} {shlex.quote(self.name)}", self.batch_size(config))
+
 
 @dataclass(frozen=True)
 class Job(Trained):
@@ -86,6 +97,8 @@ class Job(Trained):
 
     dataset: data.Dataset
     splits: dict[str, data.Split]
+    data: str
+    """Fingerprint of the data set."""
 
     def alpha(self, config: MeasureConfig) -> float:
         """Return the PGD step: the configuration's, else that of the run's training."""
@@ -126,9 +139,12 @@ class Job(Trained):
         alpha: float,
     ) -> dict[str, Any]:
         """Return a figure with its settings as `fastiat.results` has them."""
+        drawn = len(self.splits[split]) < len(getattr(self.dataset, split))
+        started = config.random_start and attack not in ("none", "fgsm")
         return {
             "kind": kind,
             "dataset": self.dataset.name,
+            "data": self.data,
             "split": split,
             "attack": attack,
             "eps": eps,
@@ -139,8 +155,8 @@ class Job(Trained):
             "restarts": config.restarts,
             "random_start": config.random_start,
             "precision": pick_precision(config.precision, pick_device(config.device)),
-            "seed": config.seed,
-            "batch_size": config.batch_size,
+            "seed": config.seed if drawn or started or attack == "autoattack" else None,
+            "batch_size": self.batch_size(config),
             "model": self.fingerprint,
             **figures(rate),
         }
@@ -169,16 +185,24 @@ def _open(name: str, device: torch.device) -> Trained:
 def prepare(runs: Iterable[Trained], config: MeasureConfig) -> list[Job]:
     """Give every network its images; raise `InputError` where there are none or they do not fit."""
     load = cache(data.load)
-    return [_prepare(trained, config, load) for trained in runs]
+    jobs: list[Job] = []
+    for trained in runs:
+        jobs.append(_prepare(trained, config, load, jobs))
+    return jobs
 
 
-def _prepare(trained: Trained, config: MeasureConfig, load: Callable[..., data.Dataset]) -> Job:
+def _prepare(
+    trained: Trained, config: MeasureConfig, load: Callable[..., data.Dataset], others: list[Job]
+) -> Job:
     dataset = _data_for(trained, config, load)
     splits = {split: getattr(dataset, split) for split in config.splits}
     for split, images in splits.items():
         if config.limit is not None and config.limit < len(images):
             splits[split] = data.draw(images, config.limit, config.seed)
-    return Job(**vars(trained), dataset=dataset, splits=splits)
+    # A fingerprint reads every image: it is taken once for runs on the same data set.
+    known = (job.data for job in others if job.dataset is dataset)
+    mark = next(known, None) or dataset.fingerprint()
+    return Job(**vars(trained), dataset=dataset, splits=splits, data=mark)
 
 
 def _data_for(
@@ -228,9 +252,11 @@ def some(classes: tuple[str, ...]) -> str:
 
 
 def _measure(job: Job, config: EvaluateConfig) -> dict[str, Rate]:
+    config = replace(config, batch_size=job.batch_size(config))
     rates: dict[str, Rate] = {}
     for name, split in job.splits.items():
-        found = _measure_split(job, name, split, config)
+        with job.within_memory("evaluate", config):
+            found = _measure_split(job, name, split, config)
         rates |= {f"{name}/{attack}": rate for attack, rate in found.items()}
     job.say(_table(job, rates, config))
     return rates
@@ -291,10 +317,13 @@ def _table(job: Job, rates: dict[str, Rate], config: EvaluateConfig) -> str:
 
 
 def unusual(config: MeasureConfig) -> str:
-    """Write what of the attack is not as usual, to be added to a heading."""
+    """Write what of the measurement is not as usual, to be added to a heading."""
     loss = f", {config.attack_loss} loss" if config.attack_loss != "ce" else ""
     restarts = f", {config.restarts} restarts" if config.restarts > 1 else ""
-    return loss + restarts + ("" if config.random_start else ", no random start")
+    start = "" if config.random_start else ", no random start"
+    seed = f", seed {config.seed}" if config.seed else ""
+    images = ", ".join(filter(None, (config.dataset, config.data_dir)))
+    return loss + restarts + start + seed + (f", images of {images}" if images else "")
 
 
 def table(heading: str, columns: list[str], rows: dict[str, list[str]]) -> str:

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
@@ -133,11 +135,27 @@ def draw(name: str, title: str, figure: Figure, *, png: bool = True) -> Picture:
         undated: dict[str, Any] = {"Date": None} if kind == "svg" else {}
         # A name that comes from outside must not spoil the SVG's XML.
         for text in figure.findobj(Text):
-            text.set_text(printable(text.get_text()))
+            text.set_text(drawable(text.get_text()))
         with style():
             figure.savefig(buffer, format=kind, dpi=150, metadata=undated)
         files[kind] = buffer.getvalue()
     return Picture(name, title, files["png"], files["svg"].decode())
+
+
+def drawable(text: str) -> str:
+    """Return a text as one line; characters without a glyph in the font as Python writes them.
+
+    matplotlib would warn of each, and draw boxes.
+    """
+    glyphs = _glyphs()
+    return "".join(c if ord(c) in glyphs else ascii(c).strip("'") for c in printable(text))
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    """Return the code points that the figures' font has."""
+    font = get_font(findfont(FontProperties(family=_RC["font.family"])))
+    return frozenset(font.get_charmap())
 
 
 def style() -> Any:
@@ -296,7 +314,7 @@ def bars(
             axis.bar(at, heights, thick, label=one.label, color=one.style["color"])
             _bars(axis, Series("", list(zip(at, heights, strict=True)), -1, one.spans))
         turned = 60 if len(groups) > 8 else 0
-        axis.set_xticks(range(len(groups)), list(map(printable, groups)), rotation=turned)
+        axis.set_xticks(range(len(groups)), list(map(drawable, groups)), rotation=turned)
         axis.set_ylabel(ylabel)
         axis.grid(axis="x", visible=False)
         _legend(figure, axis)

@@ -4,16 +4,18 @@ PGD with the largest number of steps asked for passes through the examples of al
 so that PGD-5, 10, 20, 50, 100 and 1000 together cost what PGD-1000 does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from fastiat import data, kernels, loaders
-from fastiat.ascent import skip_start
+from fastiat.ascent import Starts
 from fastiat.attack import crafting, fgsm, input_gradient, start_in_ball
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.distributed import ranks
+from fastiat.errors import InputError, out_of_memory
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
 from fastiat.queries import MeasureConfig
@@ -21,6 +23,43 @@ from fastiat.results import Rate
 from fastiat.settings import steps_of
 
 TITLES = {"none": "No attack", "fgsm": "FGSM", "worst": "Worst", "autoattack": "AutoAttack"}
+
+
+MOST_AT_A_TIME = 500
+"""Images attacked at a time, unless more are asked for."""
+
+
+def default_batch(side: int, batch_size: int | None = None) -> int:
+    """Return how many images to attack at a time, so that it takes no more memory than training.
+
+    side: pixels of an image's side.
+    batch_size: images in an update of the training, which the processes of a job share. Without
+        it, as for a model without its run, a batch has the pixels of 64 images of 64 x 64.
+    """
+    fitting = 64 * 64**2 // side**2 if batch_size is None else batch_size // ranks().count
+    return max(min(MOST_AT_A_TIME, fitting), 1)
+
+
+@contextmanager
+def within_memory(command: str, batch_size: int) -> Iterator[None]:
+    """Turn out-of-memory while measuring into `InputError` that names what to lower.
+
+    command: one that measures, with its arguments; batch_size: images attacked at a time.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        mend = (
+            f"measure fewer at a time with: {command} --batch-size {batch_size // 2}"
+            if batch_size > 1
+            else "take a device with more memory, or free some"
+        )
+        raise InputError(
+            f"measuring {batch_size} image{'s' * (batch_size > 1)} at a time takes more memory "
+            f"than there is: {mend}"
+        ) from None
 
 
 def title(attack: str) -> str:
@@ -55,7 +94,8 @@ def fooled(
     """Return {attack: (N,) bool, on the CPU}: on which images of `split` it makes `model` err.
 
     attacks: names such as "none", "fgsm" and "pgd-20". Each finds what it would find alone: PGD's
-        random starts depend on the seed and the batches, not on the number of steps.
+        random starts are those of one call of `fastiat.attack.pgd` on all images, with a generator
+        of the seed, whatever the number of steps and the batch size.
     eps, alpha: radius and PGD step, in pixels of 0 to 1; norm, loss, restarts, random start, seed,
         batch size, device and precision are `config`'s.
     worst: an image that was fooled is attacked no more, so that only the union of the columns has
@@ -67,7 +107,7 @@ def fooled(
     """
     names = tuple(dict.fromkeys(("none", *attacks) if worst else attacks))
     one_pass = _Pass(model, names, eps, alpha, config, worst)
-    job, size = ranks(), config.batch_size
+    job, size = ranks(), config.batch_size or default_batch(split.shape[-1])
     shard = loaders.Shard(job.rank, job.count)
     batches = loaders.make(split, size, device=one_pass.device, train=False, shard=shard)
     text = ", ".join(map(title, names))
@@ -78,7 +118,7 @@ def fooled(
             place += gap * size
             ticker = _Ticker(progress, len(y))
             with crafting(model, "eval"):
-                one_pass.skip(gap, images)
+                one_pass.starts.batch(place)
                 found[:, place : place + len(y)] = one_pass(to_pixels(images), y, ticker)
             ticker.finish()
             place += len(y)
@@ -100,7 +140,7 @@ class _Pass:
         self.model, self.eps, self.alpha, self.config, self.worst = model, eps, alpha, config, worst
         self.device = pick_device(config.device)
         self.precision = pick_precision(config.precision, self.device)
-        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.starts = Starts(config.seed, self.device)
         self.rows = {name: row for row, name in enumerate(names)}
         # PGD's numbers of steps, from the smallest, and the row of each.
         self.counts = sorted(
@@ -122,19 +162,6 @@ class _Pass:
             self._pgd(found, x, y, everyone, restart, tick)
         return found
 
-    def skip(self, batches: int, images: Tensor) -> None:
-        """Draw, and drop, the starts of `batches` that another rank has, of as many as a batch is.
-
-        images: what this rank has next, uint8 (B, C, H, W).
-        """
-        if not (batches and self.counts and self.config.random_start):
-            return
-        # Only the last batch is shorter, and none comes after it.
-        _, *shape = images.permute(0, 2, 3, 1).shape
-        full = to_pixels(images.new_empty((self.config.batch_size, *shape)).permute(0, 3, 1, 2))
-        for _ in range(batches * self.config.restarts):
-            skip_start(full, self.config.norm, self.generator)
-
     def _fgsm(self, x: Tensor, y: Tensor) -> Tensor:
         norm, loss = self.config.norm, self.config.attack_loss
         with autocast(self.device, self.precision):
@@ -155,7 +182,7 @@ class _Pass:
         x_adv = x
         if config.random_start:
             # Drawn for the whole batch, so that an image's start does not depend on the others.
-            x_adv = start_in_ball(x, self.eps, config.norm, (0.0, 1.0), self.generator)
+            x_adv = start_in_ball(x, self.eps, config.norm, (0.0, 1.0), self.starts)
         for number, (count, row) in enumerate(self.counts):
             if self.worst or restart:
                 # An image drops out when nothing that is still to come can change its outcome.

@@ -45,6 +45,8 @@ class Job:
     step: int
     """Updates that are done."""
     finished: bool
+    data: str | None = None
+    """Fingerprint of the images that it was trained on, None before it is begun."""
 
     @property
     def path(self) -> Path:
@@ -142,6 +144,8 @@ class Plan:
             n=self.count(cell.split),
             alpha=job.config.alpha,
             dataset=job.config.dataset,
+            data=job.data,
+            precision=self.config.precision,
             run=job.path,
             source=self.source(cell, job),
         )
@@ -228,13 +232,13 @@ def _job(row: str, wanted: TrainConfig) -> Job:
     complete = last >= wanted.epochs and (path / MODEL).exists()
     if run.has_state():
         try:
-            step, epochs = run.load_state(_position)
+            step, epochs, mark = run.load_state(_position)
         except InputError:
             # Only a resume needs the checkpoint, and an earlier version wrote it otherwise.
             if complete:
                 return Job(row, wanted, 0, True)
             raise
-        return Job(row, wanted, step, epochs >= wanted.epochs)
+        return Job(row, wanted, step, epochs >= wanted.epochs, mark)
     if (path / MODEL).exists() and not complete:
         raise InputError(
             f"{path} stopped after epoch {last} and has lost its {STATE}, so that it cannot go on: "
@@ -243,12 +247,12 @@ def _job(row: str, wanted: TrainConfig) -> Job:
     return Job(row, wanted, 0, complete)
 
 
-def _position(state: dict[str, Any]) -> tuple[int, int]:
-    """Return the updates that are done and the epochs that are measured."""
-    step, epochs = state.get("step"), state.get("judged")
-    if not isinstance(step, int) or not isinstance(epochs, int):
+def _position(state: dict[str, Any]) -> tuple[int, int, str]:
+    """Return the updates that are done, the epochs that are measured, and the images' mark."""
+    step, epochs, mark = state.get("step"), state.get("judged"), state.get("data")
+    if not isinstance(step, int) or not isinstance(epochs, int) or not isinstance(mark, str):
         raise Damaged("it is not a checkpoint of fastiat")
-    return step, epochs
+    return step, epochs, mark
 
 
 def _setting(config: TrainConfig, name: str) -> Any:

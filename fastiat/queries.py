@@ -48,8 +48,9 @@ class MeasureConfig(Settings):
     """Data set, by its name or as a .beton (default: the run's)."""
     data_dir: str | None = None
     """Where the data set is (default: the run's)."""
-    batch_size: int = 500
-    """Images attacked at a time."""
+    batch_size: int | None = None
+    """Images attacked at a time; it changes the memory that is used, not the result (default: as
+    many as the run's training has in an update, at most 500)."""
     device: str = "auto"
     """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -193,8 +194,9 @@ class DiagnoseConfig(Settings):
     """Data set, by its name or as a .beton (default: the run's)."""
     data_dir: str | None = None
     """Where the data set is (default: the run's)."""
-    batch_size: int = 500
-    """Images attacked at a time."""
+    batch_size: int | None = None
+    """Images attacked at a time; it changes the memory that is used, not the result (default: as
+    many as the run's training has in an update, at most 500)."""
     device: str = "auto"
     """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
 

@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -28,6 +28,7 @@ from fastiat.figures import Picture
 from fastiat.files import check_place, write
 from fastiat.page import Safe, element, join, page, section, table, text
 from fastiat.queries import ReportConfig
+from fastiat.results import MEASUREMENT, Measurement, differences, measurement
 from fastiat.run import CONFIG, METRICS, MODEL, Run
 
 FIGURES = "figures"
@@ -108,19 +109,21 @@ def _errors(
     measured: Measured,
     labels: dict[Path, Label],
 ) -> Safe:
-    """Return the newest error of every run under every attack, sweeps and transfers apart."""
+    """Return the newest error of every run in every measurement, sweeps and transfers apart."""
+    shown = dict.fromkeys(
+        measurement(row) for run in runs for row in measured[run.path] if _direct(row)
+    )
     newest = {
-        run.path: {_column(row): _cell(row) for row in measured[run.path] if _direct(row)}
-        for run in runs
+        run.path: {measurement(row): _cell(row) for row in measured[run.path]} for run in runs
     }
-    columns = list(dict.fromkeys(column for cells in newest.values() for column in cells))
+    columns = _headings(shown)
     if not columns:
         return element("p", "Nothing is evaluated yet: ", element("code", "fastiat evaluate RUN"))
     rows = [
         [_named(path, labels), *(cells.get(column, "") for column in columns)]
         for path, cells in newest.items()
     ]
-    return table(["error in %", *columns], rows)
+    return table(["error in %", *columns.values()], rows)
 
 
 def _named(path: Path, labels: dict[Path, Label]) -> Safe:
@@ -133,15 +136,38 @@ def _direct(row: dict[str, Any]) -> bool:
     return row["kind"] not in ("sweep", "transfer")
 
 
-def _column(row: dict[str, Any]) -> Safe:
-    """Name the attack of a row, whatever is not its default included."""
+def _headings(measurements: Iterable[Measurement]) -> dict[Measurement, Safe]:
+    """Name every measurement by its attack, and by what else sets it apart from the others."""
+    groups: dict[Safe, list[Measurement]] = {}
+    for one in measurements:
+        groups.setdefault(_attack(dict(zip(MEASUREMENT, one, strict=True))), []).append(one)
+    headings = {}
+    for attack, several in groups.items():
+        for one, more in differences(several).items():
+            told = more.split(", ")
+            unusual = [
+                of for of in _unusual(dict(zip(MEASUREMENT, one, strict=True))) if of not in told
+            ]
+            headings[one] = join([attack, *unusual, *([more] if more else [])], "<br>")
+    return headings
+
+
+def _unusual(row: dict[str, Any]) -> Iterator[str]:
+    """Say what of an attack is not its default, in the words of `differences`."""
+    if row["attack"] != "none" and row["eps"] is not None:
+        if row["loss"] not in ("ce", None):
+            yield f"{row['loss']} loss"
+        if row["restarts"] not in (1, None):
+            yield f"{row['restarts']} restarts"
+        if row["random_start"] is False:
+            yield "no random start"
+
+
+def _attack(row: dict[str, Any]) -> Safe:
+    """Name an attack and its radius."""
     details = []
     if row["eps"] is not None and row["attack"] != "none":
         details.append(f"{row['norm']} eps {row['eps']:.4g}")
-        if row["loss"] not in ("ce", None):
-            details.append(f"{row['loss']} loss")
-        if row["restarts"] not in (1, None):
-            details.append(f"{row['restarts']} restarts")
     if row["attack"] == "worst" and row["attacks"]:
         details.append(f"of {', '.join(row['attacks'])}")
     title = "no attack" if row["attack"] == "none" else row["attack"]

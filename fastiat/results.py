@@ -5,6 +5,7 @@ entry's attack is null.
 
     kind                 "evaluation", "sweep", "transfer" or "autoattack": the command's part
     dataset, split       the images: the data set's name, "test" or "train"
+    data                 fingerprint of the data set's images and labels
     attack               "none", "fgsm", "pgd-K", "autoattack", or "worst", of several
     attacks              "worst": those, "none" first; "autoattack": its four
     eps, alpha           radius and step, in pixels of 0 to 1
@@ -13,8 +14,8 @@ entry's attack is null.
     restarts             random starts of PGD, of which each image keeps the worst
     random_start         whether PGD starts at a random point of the ball
     precision            arithmetic that crafts, "bf16" or "fp32"; judged in fp32 always
-    seed                 of the random starts, and of the draw of `n` images where there are more
-    batch_size           images attacked at a time, on which the random starts depend
+    seed                 of the random starts, and of the draw of `n` images where there are more;
+                         null where neither was drawn
     source, source_model "transfer": the attacking run's directory name, and its `model`
     model                fingerprint of the measured weights, see `fingerprint`
     n                    images
@@ -23,13 +24,15 @@ entry's attack is null.
     interval_95_percent  [low, high], Wilson's
     errors_after         "autoattack": {attack: errors after it and those before it}, "none" first
     warnings             "autoattack": what the library found suspicious
+    batch_size           images attacked at a time, on which AutoAttack's random numbers depend
     device               what crafted and judged
     versions             {"fastiat", "torch", "autoattack": "name version", where it was used}
     seconds              of the pass that gave this figure, and others of the same pass
     time                 when it was written, ISO 8601 in UTC
 
 Entries with the same settings replace each other, the newest last: those fields down to `n` are
-an entry's identity. Entries of weights that the run no longer has are dropped.
+an entry's identity. Entries of weights that the run no longer has are dropped. Tables and charts
+compare figures whose `measurement` is the same, and tell the others apart by `differences`.
 """
 
 import hashlib
@@ -57,11 +60,13 @@ from fastiat.settings import LARGEST, expanded, fits, steps_of
 EVALUATION = "evaluation.json"
 KINDS = ("evaluation", "sweep", "transfer", "autoattack")
 IDENTITY: tuple[str, ...] = (
-    *("kind", "dataset", "split", "attack", "attacks", "eps", "alpha", "steps", "norm", "loss"),
-    *("restarts", "random_start", "precision", "seed", "batch_size"),
+    *("kind", "dataset", "data", "split", "attack", "attacks", "eps", "alpha", "steps", "norm"),
+    *("loss", "restarts", "random_start", "precision", "seed"),
     *("source", "source_model", "model", "n"),
 )
 """The fields that tell entries apart."""
+MEASUREMENT = tuple(name for name in IDENTITY if name not in ("kind", "model"))
+"""The fields that say what was measured: not of which weights, nor by which command."""
 PGD = ("alpha", "steps", "restarts", "random_start")
 MEANINGLESS: dict[str, tuple[str, ...]] = {
     "none": ("eps", "norm", "loss", "precision", *PGD),
@@ -71,7 +76,7 @@ MEANINGLESS: dict[str, tuple[str, ...]] = {
 """The fields that are null for an attack."""
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("kind", "dataset", "split", "attack", "model"), str),
-    **dict.fromkeys(("norm", "loss", "precision", "source", "source_model"), str | None),
+    **dict.fromkeys(("data", "norm", "loss", "precision", "source", "source_model"), str | None),
     **dict.fromkeys(("eps", "alpha"), float | None),
     **dict.fromkeys(("steps", "restarts", "seed", "batch_size"), int | None),
     **dict.fromkeys(("n", "errors"), int),
@@ -80,6 +85,68 @@ _TYPES: dict[str, Any] = {
     "error_percent": float,
     "interval_95_percent": tuple[float, ...],
 }
+
+
+Measurement = tuple[Any, ...]
+"""What was measured: the values of the fields of `MEASUREMENT`."""
+
+
+def measurement(entry: dict[str, Any]) -> Measurement:
+    """Return what an entry measures. Figures compare where it is the same, and nowhere else."""
+    return tuple(_comparable(entry.get(name)) for name in MEASUREMENT)
+
+
+def measures(entry: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether an entry's measurement has all these values."""
+    found = dict(zip(MEASUREMENT, measurement(entry), strict=True))
+    return all(found[name] == _comparable(value) for name, value in wanted.items())
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def differences(measurements: Iterable[Measurement]) -> dict[Measurement, str]:
+    """Return, for each of several measurements, in what it differs from the others; "" if alone."""
+    several = list(dict.fromkeys(measurements))
+    differ = [len(set(values)) > 1 for values in zip(*several, strict=True)]
+    return {
+        one: ", ".join(
+            _phrase(name, value)
+            for name, value, differs in zip(MEASUREMENT, one, differ, strict=True)
+            if differs and name not in _TOLD_BY_OTHERS
+        )
+        for one in several
+    }
+
+
+_TOLD_BY_OTHERS = ("steps",)  # by the attack's name
+
+
+def _phrase(name: str, value: Any) -> str:
+    """Write the value of a field of `MEASUREMENT` so that two different values read differently."""
+    title = {"random_start": "random start", "source_model": "source", "n": "images"}.get(
+        name, name
+    )
+    if value is None:
+        return f"{title} not known" if name != "seed" else "no seed"
+    if name == "random_start":
+        return title if value else f"no {title}"
+    if name in ("n", "restarts"):
+        return f"{value} {title}"
+    if name == "loss":
+        return f"{value} loss"
+    if name in ("dataset", "split", "attack", "norm", "precision"):
+        return str(value)
+    if name == "attacks":
+        return f"of {', '.join(value)}"
+    if isinstance(value, float):
+        levels = round(255 * value)
+        is_level = 0 < levels < 255 and value == _comparable(levels / 255)
+        return f"{title} {levels}/255" if is_level else f"{title} {value:.9g}"
+    return f"{title} {value}"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pickle
 import reprlib
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -412,11 +413,95 @@ def load_with_card(
     path = expanded(path)
     file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        hint = "no trained model in it yet" if Path(path).is_dir() else "no such run"
-        raise InputError(f"{path}: {hint}")
+        raise InputError(f"{path}: {_why_no_model(Path(path))}")
+    if other := kind_of(file):
+        raise InputError(f"{file} is {other}, not a model of fastiat: {EXPECTED}")
     model, card = _read(file, lambda: _read_model(file))
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return model, card
+
+
+EXPECTED = f"name a run directory, or the {MODEL} in one"
+
+
+def _why_no_model(path: Path) -> str:
+    """Say what a path is that leads to no model, and what to name instead."""
+    if not path.is_dir():
+        return "no such run" if not path.exists() else f"it is a pipe or a device: {EXPECTED}"
+    if (path / CONFIG).exists():
+        return "no trained model in it yet"
+    inner = sorted(str(file.parent) for file in path.glob(f"*/{CONFIG}"))
+    if inner:
+        return f"it is a folder of runs: name one of them, such as {inner[0]}"
+    return f"it is a folder without a run: {EXPECTED}"
+
+
+_SIGNATURES = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"BM": "a BMP image",
+    b"II*\0": "a TIFF image",
+    b"MM\0*": "a TIFF image",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x1f\x8b": "a gzip archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"%PDF": "a PDF",
+    b"\x80\x02": "a pickle, such as an old PyTorch checkpoint (torch.save)",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+}
+
+
+def kind_of(file: Path) -> str | None:
+    """Say what a file is that is not in the safetensors format; None where it may be."""
+    with open(file, "rb") as opened:
+        head = opened.read(512)
+    # The size of the JSON header, in eight bytes, then the header; a long one begins as others do.
+    if head[8:9] == b"{":
+        return None
+    if head.startswith(b"PK\3\4") or head.startswith(b"PK\5\6"):
+        return _kind_of_zip(file)
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "a WebP image"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if file.suffix == ".beton":
+        return "a data set"
+    for start, kind in _SIGNATURES.items():
+        if head.startswith(start):
+            return kind
+    if not head:
+        return "an empty file"
+    try:
+        text = head.decode()
+    except UnicodeDecodeError as error:
+        # The cut may lie within a character.
+        text = head[: error.start].decode() if error.start > len(head) - 4 else "\0"
+    if all(c.isprintable() or c in "\t\n\r\f" for c in text):
+        return "a text file"
+    return None
+
+
+def _kind_of_zip(file: Path) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "a damaged zip archive or PyTorch checkpoint"
+    if any(name.endswith("constants.pkl") for name in names):
+        return "a TorchScript model (torch.jit.save)"
+    if any(name.endswith("data.pkl") for name in names):
+        if file.name in (STATE, PREVIOUS):
+            return "the training state of a run"
+        return "a PyTorch checkpoint (torch.save)"
+    if names and all(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays (.npz)"
+    return "a zip archive"
 
 
 def _read_model(file: Path) -> tuple[nn.Module, ModelCard]:
@@ -424,7 +509,10 @@ def _read_model(file: Path) -> tuple[nn.Module, ModelCard]:
         text = (opened.metadata() or {}).get("card", "null")
         values = json.loads(text) if len(text) <= LARGEST_JSON else None
         if not isinstance(values, dict):
-            raise InputError("it is not a model of fastiat: it does not say which network")
+            raise InputError(
+                f"it is in the safetensors format, but not a model of fastiat, as it does not say "
+                f"which network: {EXPECTED}"
+            )
         card = from_json(ModelCard, values)
         # Built without memory, so that a file cannot ask for more than it brings.
         with torch.device("meta"):

@@ -4,12 +4,16 @@ Nothing here imports torch, so that help is printed at once.
 """
 
 import ast
+import difflib
 import inspect
 import math
 import os
 import re
 import textwrap
+from collections.abc import Iterable
 from dataclasses import fields
+from decimal import Decimal
+from fractions import Fraction
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -41,17 +45,18 @@ class Settings:
     """Fields that files of earlier versions lack; they then have their defaults."""
 
     def __post_init__(self) -> None:
-        """Write every path as text, with `~` for the home folder expanded."""
-        for name in PATHS & self.__dict__.keys():
-            given = self.__dict__[name]
-            if isinstance(given, tuple):
-                given = tuple(expanded(path) for path in given)
-            elif isinstance(given, str | os.PathLike):
-                given = expanded(given)
-            self.__dict__[name] = given  # the dataclasses are frozen
+        """Take what Python callers write for a field's type (`converted`); expand `~` in paths."""
+        for name, hint in hints_of(type(self)).items():
+            value = converted(getattr(self, name), hint)
+            if name in PATHS and isinstance(value, tuple):
+                value = tuple(expanded(path) if isinstance(path, str) else path for path in value)
+            elif name in PATHS and isinstance(value, str):
+                value = expanded(value)
+            object.__setattr__(self, name, value)
 
     def check(self) -> None:
-        """Raise `InputError`, naming the flag, for a value outside its range."""
+        """Raise `InputError`, naming the flag, for a value of another type or outside its range."""
+        check_types(self)
 
     @classmethod
     @cache
@@ -68,8 +73,98 @@ class Settings:
         return found
 
 
+def hints_of(kind: type[Any]) -> dict[str, Any]:
+    """Map the fields of a dataclass to their annotations."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def converted(value: Any, hint: Any) -> Any:
+    """Return a value as the type that the annotation asks for, where no information is lost.
+
+    NumPy scalars and tensors of one element become Python numbers, "8/255" and `Fraction` a float,
+    paths text, lists tuples, and a single value a tuple of one. Anything else is returned as it
+    is, for `check_types` to refuse.
+    """
+    if type(value).__module__ != "builtins" and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if fits(value, hint):
+        return value
+    options = [option for option in get_args(hint) or (hint,) if option is not type(None)]
+    if get_origin(hint) is Literal:
+        return value
+    several = hint if get_origin(hint) is tuple else None
+    for option in options if several is None else ():
+        if get_origin(option) is tuple:
+            several = option
+    if several is not None:
+        items = value if isinstance(value, list | tuple | range) else (value,)
+        turned = tuple(converted(item, get_args(several)[0]) for item in items)
+        return turned if fits(turned, several) else value
+    if float in options:
+        if isinstance(value, Fraction | Decimal):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return number(value)
+            except ValueError:
+                return value
+    return value
+
+
+def number(text: str) -> float:
+    """Read a number, or a fraction such as 8/255; raise `ValueError` for other text."""
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ArithmeticError):
+        raise ValueError(f"{text!r} is not a number such as 0.03 or 8/255") from None
+
+
+def check_types(config: Any) -> None:
+    """Raise `InputError`, naming the flag, unless every field fits its annotation."""
+    for name, hint in hints_of(type(config)).items():
+        value = getattr(config, name)
+        if not fits(value, hint):
+            # A positional setting, such as the runs, has no flag.
+            named = name.upper() if name in config.positional else flag_of(name)
+            raise InputError(f"{named} is {repr(value)[:50]}: {_wanted(value, hint)}")
+
+
+def _wanted(value: Any, hint: Any) -> str:
+    """Say which values an annotation allows, and which of them may be meant."""
+    options = get_args(hint) if get_origin(hint) not in (Literal, tuple) else ()
+    if options:
+        hint = next(option for option in options if option is not type(None))
+    if get_origin(hint) is Literal:
+        close = did_you_mean(value, get_args(hint))
+        return f"choose from {', '.join(map(repr, get_args(hint)))}{close}"
+    if get_origin(hint) is tuple:
+        return f"give a tuple of {_PLURALS[get_args(hint)[0]]}"
+    return f"give {_SINGULARS[hint]}"
+
+
+_SINGULARS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number such as 0.03 or 8/255",
+    str: "text",
+}
+_PLURALS = {int: "whole numbers", float: "numbers such as 0.03 or 8/255", str: "texts"}
+
+
+def did_you_mean(given: Any, known: Iterable[str]) -> str:
+    """Return ", did you mean X?" for the known name that is most like what was given, or ""."""
+    close = difflib.get_close_matches(str(given), list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
 def check_ranges(config: Any, positive: set[str]) -> None:
-    """Raise `InputError` unless every number is finite, sane and at least 0, or above it."""
+    """Raise `InputError` unless every field fits its type, and every number is finite, at most
+    `LARGEST` and at least 0; above 0 for the fields in `positive`.
+    """
+    check_types(config)
     for field in fields(config):
         given, flag = getattr(config, field.name), flag_of(field.name)
         if given == "":
@@ -100,7 +195,8 @@ def check_dataset(name: str | None) -> None:
     """Raise `InputError` unless a data set is one of `DATASETS`, a path to a .beton, or None."""
     if name is not None and name not in DATASETS and not is_beton(name):
         names = ", ".join(map(repr, DATASETS))
-        raise InputError(f"--dataset {name!r}: choose from {names}, or name a .beton file")
+        close = did_you_mean(name, DATASETS)
+        raise InputError(f"--dataset {name!r}: choose from {names}, or name a .beton file{close}")
 
 
 def check_once(runs: tuple[str, ...]) -> None:
@@ -131,7 +227,10 @@ def steps_of(attack: str) -> int:
         return ("none", "fgsm").index(attack)
     if re.fullmatch("pgd-[1-9][0-9]{0,5}", attack):
         return int(attack.removeprefix("pgd-"))
-    raise InputError(f"unknown attack {attack!r}: choose from none, fgsm, pgd-K such as pgd-20")
+    close = did_you_mean(attack, ("none", "fgsm"))
+    raise InputError(
+        f"unknown attack {attack[:50]!r}: choose from none, fgsm, pgd-K such as pgd-20{close}"
+    )
 
 
 def flag_of(name: str) -> str:
@@ -144,11 +243,10 @@ def from_json(kind: type[Any], values: dict[str, Any]) -> Any:
 
     Raises `InputError` that names the field.
     """
-    known = {field.name for field in fields(kind)}
+    hints = hints_of(kind)
     for name in values:
-        if name not in known:
+        if name not in hints:
             raise InputError(f"unknown setting {name[:50]!r}; was it written by another version?")
-    hints = get_type_hints(kind)
     turned = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, value in turned.items():
         if not fits(value, hints[name]):

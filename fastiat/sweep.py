@@ -1,6 +1,7 @@
 """Sweeps: PGD's error over radii (Table 6 of the paper) and over numbers of steps (Table 7)."""
 
 import time
+from dataclasses import replace
 from itertools import product
 
 from fastiat.device import own_defaults, pick_device
@@ -34,11 +35,15 @@ def sweep(config: SweepConfig) -> dict[str, dict[Key, Rate]]:
 
 def _measure(job: Job, config: SweepConfig) -> dict[Key, Rate]:
     rates = {}
+    config = replace(config, batch_size=job.batch_size(config))
     alpha = job.alpha(config)
     for (split_name, split), eps in product(job.splits.items(), dict.fromkeys(config.eps)):
         started = time.monotonic()
         attacks = {f"pgd-{steps}": steps for steps in config.steps}
-        found = error_rates(job.model, split, tuple(attacks), eps=eps, alpha=alpha, config=config)
+        with job.within_memory("sweep", config):
+            found = error_rates(
+                job.model, split, tuple(attacks), eps=eps, alpha=alpha, config=config
+            )
         made = provenance(pick_device(config.device), time.monotonic() - started)
         for attack, rate in found.items():
             rates[split_name, eps, attacks[attack]] = rate
@@ -62,6 +67,9 @@ def _table(
         counts.add(row[0].n)
     # Runs on different data sets may be swept together.
     n = " or ".join(map(str, sorted(counts)))
+    step = "" if config.alpha is None else f", alpha {config.alpha:.4g}"
     return table(
-        f"{split}, {n} images, {config.norm} {heading}{unusual(config)}: {UNITS}", columns, rows
+        f"{split}, {n} images, {config.norm} {heading}{step}{unusual(config)}: {UNITS}",
+        columns,
+        rows,
     )

@@ -19,7 +19,14 @@ from fastiat.errors import InputError, printable
 from fastiat.files import finite_json, write
 from fastiat.guard import read_json_text
 from fastiat.paper import ROWS, SOURCE, Cell
-from fastiat.results import IDENTITY, fingerprint, is_figure, read_results, wilson
+from fastiat.results import (
+    IDENTITY,
+    fingerprint,
+    is_figure,
+    measures,
+    read_results,
+    wilson,
+)
 from fastiat.run import METRICS, MODEL, Run
 from fastiat.settings import fits, flag_of
 
@@ -170,16 +177,25 @@ def find(
     n: int,
     alpha: float,
     dataset: str,
+    data: str | None = None,
+    precision: str = "auto",
     run: Path,
     source: Path,
 ) -> dict[str, Any] | None:
     """Return the newest of the results of `run` that measures a cell on `n` images, or None.
 
-    `source` is the run that the examples are crafted on: `run` itself in a white-box attack.
+    data: fingerprint of the images, None where it is not known.
+    precision: arithmetic that crafts; "auto" takes any, so that machines can share the work.
+    source: the run that the examples are crafted on: `run` itself in a white-box attack.
     """
-    wanted = {"split": cell.split, "attack": cell.attack, "n": n}
+    wanted: dict[str, Any] = {
+        "dataset": dataset, "split": cell.split, "attack": cell.attack, "attacks": None, "n": n,
+    }  # fmt: skip
+    if data is not None:
+        wanted["data"] = data
     if cell.attack != "none":
         wanted |= {"norm": "linf", "loss": "ce", "eps": cell.eps}
+        wanted |= {} if precision == "auto" else {"precision": precision}
     if cell.attack.startswith("pgd"):
         wanted |= {"alpha": alpha, "random_start": True, "restarts": 1}
     model = source / MODEL
@@ -189,19 +205,10 @@ def find(
 
     def fitting(row: dict[str, Any]) -> bool:
         origin = row.get("source"), row.get("source_model")
-        return (
-            origin in origins
-            and row.get("dataset") == dataset
-            and all(_same(row.get(name), value) for name, value in wanted.items())
-        )
+        # A draw of images with another seed is of other images.
+        return origin in origins and row.get("seed") in (None, 0) and measures(row, wanted)
 
     return next(filter(fitting, reversed(found)), None)
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-6)
-    return bool(one == other)
 
 
 def line(cell: Cell, found: Sequence[dict[str, Any] | None]) -> Line:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastiat import convert, data, loaders, models
 from fastiat import mix as mixing
-from fastiat.ascent import skip_start
+from fastiat.ascent import draw_seed
 from fastiat.attack import PGD, BatchNormMode, count_errors, pgd
 from fastiat.config import TrainConfig
 from fastiat.device import autocast, pick_device, pick_precision
@@ -26,7 +26,7 @@ from fastiat.run import ModelCard
 from fastiat.step import Attack, Step, Update, algorithm1, running_statistics
 
 EVAL_BATCH = 500
-"""Images evaluated at a time after an epoch."""
+"""Images evaluated at a time after an epoch, where an update takes as many."""
 
 
 class Trainer:
@@ -55,7 +55,8 @@ class Trainer:
                 dataset = convert.cached_dataset(dataset)
         evaluation_loader = partial(
             loaders.make,
-            batch_size=EVAL_BATCH,
+            # An update must fit into the memory anyway.
+            batch_size=max(min(EVAL_BATCH, config.batch_size // shard.ranks), 1),
             kind=kind,
             device=self.device,
             train=False,
@@ -339,7 +340,7 @@ class Trainer:
         def craft(x: Tensor, y: Tensor) -> Tensor:
             assert attack is not None
             for _ in range(next(gaps) if attack.settings["random_start"] else 0):
-                skip_start(x, attack.settings["norm"], attack.settings["generator"])
+                draw_seed(x, attack.settings["generator"])
             return attack(x, y)
 
         errors = count_errors(self.evaluated, batches, None if attack is None else craft)

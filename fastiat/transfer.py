@@ -1,17 +1,21 @@
 """Transfer: every run attacked with the examples that are crafted on every run (Table 5)."""
 
+import shlex
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from fastiat import loaders
+from fastiat.ascent import Starts
 from fastiat.attack import crafting, pgd
 from fastiat.device import autocast, own_defaults, pick_device, pick_precision
 from fastiat.errors import InputError
 from fastiat.evaluate import UNITS, Job, Trained, open_runs, prepare, some, table, unusual
+from fastiat.measure import within_memory
 from fastiat.models import to_pixels
 from fastiat.progress import Progress
 from fastiat.queries import TransferConfig
@@ -57,16 +61,25 @@ def _attack(
     """Craft examples on `source`, keep and yield the error of every target on them."""
     device, alpha, started = pick_device(config.device), source.alpha(config), time.monotonic()
     precision = pick_precision(config.precision, device)
+    size = min(job.batch_size(config) for job in targets)
+    config = replace(config, batch_size=size)
+    starts = Starts(config.seed, device)
     craft = partial(
         pgd, source.model, eps=eps, alpha=alpha, steps=config.steps, norm=config.norm,
         loss=config.attack_loss, restarts=config.restarts, random_start=config.random_start,
-        generator=torch.Generator(device).manual_seed(config.seed),
+        generator=starts,
     )  # fmt: skip
     split = source.splits[split_name]
     errors = torch.zeros(len(targets), dtype=torch.int64, device=device)
-    batches = loaders.make(split, config.batch_size, device=device, train=False)
-    with Progress(f"{Path(source.name).name}'s examples, eps {eps:.4g}", len(split)) as progress:
-        for images, y in batches:
+    batches = loaders.make(split, size, device=device, train=False)
+    names = " ".join(shlex.quote(job.name) for job in targets)
+    title = f"{Path(source.name).name}'s examples, eps {eps:.4g}"
+    with (
+        within_memory(f"fastiat transfer {names}", size),
+        Progress(title, len(split)) as progress,
+    ):
+        for number, (images, y) in enumerate(batches):
+            starts.batch(number * size)
             with autocast(device, precision):
                 x_adv = craft(to_pixels(images), y)
             for row, target in enumerate(targets):
@@ -125,9 +138,7 @@ def _check_partners(first: Trained, other: Trained, config: TransferConfig) -> N
 def _check_same_images(jobs: list[Job]) -> None:
     first = jobs[0]
     for job in jobs[1:]:
-        if job.dataset is not first.dataset and (
-            job.dataset.fingerprint() != first.dataset.fingerprint()
-        ):
+        if job.data != first.data:
             raise InputError(
                 f"{job.name} is a run on other images of {job.dataset.name} than {first.name}: "
                 f"name those to attack with --dataset and --data-dir"
@@ -138,8 +149,9 @@ def _table(matrix: Matrix, config: TransferConfig, split: str, eps: float) -> st
     short = [Path(name).resolve().name for name in matrix]
     names = short if len(set(short)) == len(short) else list(matrix)
     cells = [list(row.values()) for row in matrix.values()]
+    step = "" if config.alpha is None else f", alpha {config.alpha:.4g}"
     heading = (
-        f"{split}, {cells[0][0].n} images, {config.norm} eps {eps:.4g}, PGD-{config.steps}"
+        f"{split}, {cells[0][0].n} images, {config.norm} eps {eps:.4g}, PGD-{config.steps}{step}"
         f"{unusual(config)}: {UNITS}\ntarget down, attacking run across"
     )
     return table(heading, names, dict(zip(names, ([*map(str, row)] for row in cells), strict=True)))

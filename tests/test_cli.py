@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from fastiat import __version__, cli, data, settings
 from fastiat.config import PRESETS, TrainConfig
+from fastiat.errors import InputError
 from fastiat.settings import from_json
 
 ROOT = Path(__file__).parent.parent
@@ -352,3 +354,66 @@ def test_doctor_calls_a_folder_of_a_packages_name_no_package(capsys, tmp_path, m
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert rows["absent"] == "not installed"
+
+
+def test_a_preset_in_python_fills_what_was_left_out_as_on_the_command_line():
+    flags = ["train", "--preset", "modern", "--eps", "4/255", "--epochs", "200"]
+    given = TrainConfig(preset="modern", eps="4/255", epochs=200)
+    assert given == cli.parse(flags)[1]
+    # Both name the paper's own values, which stay.
+    assert (given.eps, given.epochs, given.schedule) == (4 / 255, 200, "cosine")
+    assert replace(given, lr=0.2).schedule == "cosine" and TrainConfig() == PRESETS["paper"]()
+    with pytest.raises(TypeError, match="schedul, did you mean schedule"):
+        TrainConfig(schedul="cosine")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "named"),
+    [
+        (TrainConfig, {"schedule": "linear"}, "--schedule is 'linear': choose from 'step'"),
+        (TrainConfig, {"preset": "modrn"}, "did you mean modern"),
+        (TrainConfig, {"arch": "preact"}, "did you mean preact18"),
+        (TrainConfig, {"dataset": "cifar-10"}, "did you mean cifar10"),
+        (TrainConfig, {"epochs": True}, "--epochs is True: give a whole number"),
+        (TrainConfig, {"epochs": 3.5}, "--epochs is 3.5: give a whole number"),
+        (TrainConfig, {"epochs": "3"}, "--epochs is '3': give a whole number"),
+        (TrainConfig, {"random_start": 1}, "--random-start is 1: give True or False"),
+        (TrainConfig, {"lr": None}, "--lr is None: give a number"),
+        (TrainConfig, {"lr": "fast"}, "--lr is 'fast': give a number"),
+        (TrainConfig, {"eps": "8/0"}, "--eps is '8/0': give a number"),
+        (TrainConfig, {"eps": "8"}, "give, say, 8/255"),
+        (TrainConfig, {"eps": np.float32("nan")}, "--eps is nan"),
+        (TrainConfig, {"mix_layers": "input"}, "--mix-layers is 'input': give a tuple"),
+        (cli.EvaluateConfig, {"norm": "l1"}, "--norm is 'l1': choose from 'linf', 'l2'"),
+        (cli.EvaluateConfig, {"runs": 3}, "RUNS is 3: give a tuple of texts"),
+        (cli.EvaluateConfig, {"attacks": "fgms"}, "did you mean fgsm"),
+        (cli.SweepConfig, {"steps": (1, 2.5)}, "--steps is (1, 2.5)"),
+        (cli.TransferConfig, {"precision": "fp16"}, "--precision is 'fp16'"),
+        (cli.DiagnoseConfig, {"limit": "all"}, "--limit is 'all'"),
+        (cli.ReproduceConfig, {"target": "table9"}, "TARGET is 'table9'"),
+        (cli.ConvertConfig, {"format": "png", "out": "x.beton"}, "--format is 'png'"),
+        (cli.NormsConfig, {"out": 3}, "--out is 3: give text"),
+        (cli.ReportConfig, {"dir": None}, "DIR is None: give text"),
+        (cli.DoctorConfig, {"device": 0}, "--device is 0: give text"),
+    ],
+)
+def test_python_settings_are_checked_like_flags(kind, given, named):
+    with pytest.raises(InputError) as raised:
+        kind(**given).check()
+    assert named in str(raised.value)
+
+
+def test_python_settings_take_the_numbers_that_python_has(tmp_path):
+    config = TrainConfig(
+        eps="8/255", alpha=Fraction(2, 255), lr=np.float64(0.3), epochs=np.int64(3),
+        nesterov=np.bool_(False), steps=torch.tensor(4), mix_layers=[0, np.int64(2)],
+        weight_decay=0, out=tmp_path,
+    )  # fmt: skip
+    config.check()
+    assert (config.eps, config.alpha, config.lr) == (8 / 255, 2 / 255, 0.3)
+    assert (config.nesterov, config.mix_layers, config.out) == (False, (0, 2), str(tmp_path))
+    assert [type(n) for n in (config.epochs, config.steps, *config.mix_layers)] == [int] * 4
+    assert json.loads(json.dumps(asdict(config)))["epochs"] == 3
+    measured = cli.EvaluateConfig(runs=tmp_path, attacks="none", eps="4/255")
+    measured.check()
+    assert (measured.runs, measured.attacks, measured.eps) == ((str(tmp_path),), ("none",), 4 / 255)

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 import fastiat
-from fastiat import cli, data
+from fastiat import cli, data, loaders
 from fastiat.attack import pgd
 from fastiat.evaluate import Rate, evaluate
 from fastiat.queries import EvaluateConfig
@@ -152,3 +152,38 @@ def test_the_interval_is_wilsons(errors, n):
     truth = binomtest(errors, n).proportion_ci(0.95, "wilson")
     assert math.isclose(low, 100 * truth.low, abs_tol=1e-4)
     assert math.isclose(high, 100 * truth.high, abs_tol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["evaluate RUN", "sweep RUN --steps 1", "transfer RUN OTHER --eps 0.1", "diagnose RUN"],
+)
+def test_memory_that_runs_out_while_measuring_names_the_batch_size_to_give(
+    run, tmp_path, complaint, monkeypatch, command
+):
+    other = shutil.copytree(run, tmp_path / "other")
+    argv = command.replace("RUN", str(run)).replace("OTHER", str(other)).split()
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("fastiat.measure.input_gradient", refuse)
+    monkeypatch.setattr("fastiat.attack.input_gradient", refuse)
+    line = complaint(*argv, *CPU[:2])
+    assert "measuring 64 images at a time takes more memory than there is" in line
+    assert f"fastiat {argv[0]} {run}" in line and "--batch-size 32" in line
+    assert "measuring 10 images" in complaint(*argv, *CPU[:2], "--batch-size", "10")
+
+
+def test_a_run_is_measured_with_as_many_images_as_an_update_has(run, monkeypatch):
+    sizes = []
+    original = loaders.make
+
+    def make(split, batch_size, **options):
+        sizes.append(batch_size)
+        return original(split, batch_size, **options)
+
+    monkeypatch.setattr("fastiat.loaders.make", make)
+    for flags in ([], ["--batch-size", "7"]):
+        assert cli.main(["evaluate", str(run), "--attacks", "none", *flags, *CPU]) == 0
+    assert sizes == [64, 7]

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -36,6 +37,22 @@ def test_every_device_draws_the_same_bits(shape, seed, device):
     x, seed = make(shape, device, seed)
     expected = random_start_reference(x.cpu(), seed.cpu(), EPS, 0.0, 1.0)
     assert torch.equal(random_start(x, EPS, seed).cpu(), expected)
+
+
+@pytest.mark.parametrize("seed", [0, -1])
+@pytest.mark.parametrize("cuts", [(1,), (4095, 4096, 4097), (1000, 9000), (33000,)])
+def test_the_parts_of_a_batch_have_the_starts_of_the_whole(seed, cuts, device):
+    x, seed = make((40000,), device, seed)
+    whole = random_start_reference(x.cpu(), seed.cpu(), EPS, 0.0, 1.0)
+    ends = (0, *cuts, len(x))
+    for first, last in itertools.pairwise(ends):
+        part = random_start(x[first:last], EPS, seed, first=first)
+        assert torch.equal(part.cpu(), whole[first:last])
+    # Far beyond 32 bits of a value's place, where the counter's high word counts.
+    far = 2**45 + 5
+    words = philox_uniform(int(seed), far // 4096, 1)[5:15].mul(2).sub(1).mul(EPS)
+    expected = (x[:10].cpu() + words).clamp(0, 1)
+    assert torch.equal(random_start(x[:10], EPS, seed, first=far).cpu(), expected)
 
 
 def test_draws_are_uniform_in_the_ball_and_independent_of_each_other(device):
@@ -107,6 +124,7 @@ def test_empty_tensors_pass_through(shape, device):
         ({"eps": -0.1}, ValueError, "eps must be zero or more"),
         ({"eps": math.nan}, ValueError, "eps must be zero or more"),
         ({"clip": (1, 0)}, ValueError, "low <= high"),
+        ({"first": -1}, ValueError, "first must be zero or more"),
     ],
 )
 def test_wrong_arguments_are_named(change, kind, message):

@@ -8,7 +8,8 @@ import torch
 import torchattacks
 from torch import nn
 
-from fastiat import data
+from fastiat import data, measure
+from fastiat.ascent import Starts, start_in_ball
 from fastiat.attack import fgsm, pgd
 from fastiat.errors import InputError
 from fastiat.measure import error_rates, fooled
@@ -73,9 +74,11 @@ def test_one_pass_judges_the_examples_of_separate_attacks_bit_for_bit(
     names = ("pgd-9", "none", "pgd-2", "fgsm", "pgd-5")
     settings = config(norm=norm, attack_loss=loss, seed=3)
     found = fooled(recorder, digits, names, eps=eps, alpha=alpha, config=settings)
-    generators = [torch.Generator().manual_seed(3) for _ in range(3)]
+    generators = [Starts(3, "cpu") for _ in range(3)]
     truth, wrong = [], {name: [] for name in names}
-    for x, y in zip(pixels.split(150), digits.labels.split(150), strict=True):
+    for first, x, y in zip((0, 150, 300), pixels.split(150), digits.labels.split(150), strict=True):
+        for generator in generators:
+            generator.batch(first)
         examples = {"none": x, "fgsm": fgsm(model, x, y, eps=eps, norm=norm, loss=loss)}
         for steps, generator in zip((2, 5, 9), generators, strict=True):
             examples[f"pgd-{steps}"] = pgd(
@@ -91,6 +94,46 @@ def test_one_pass_judges_the_examples_of_separate_attacks_bit_for_bit(
         name: torch.cat(parts).tolist() for name, parts in wrong.items()
     }
     assert 0 < found["none"].sum() < found["pgd-2"].sum() < found["pgd-9"].sum() < len(digits)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("batch_size", [1, 7, 150, 360])
+def test_the_starts_are_those_of_one_attack_on_all_images_whatever_the_batch_size(
+    model, digits, pixels, norm, batch_size
+):
+    recorder, generator = Recorder(model), torch.Generator().manual_seed(3)
+    settings = config(norm=norm, seed=3, batch_size=batch_size, restarts=2)
+    # Steps of no length leave an example at its start.
+    fooled(recorder, digits, ("pgd-1",), eps=EPS, alpha=0.0, config=settings, worst=False)
+    first = start_in_ball(pixels, EPS, norm, (0.0, 1.0), generator)
+    wrong = model(first).argmax(1) != digits.labels
+    second = start_in_ball(pixels, EPS, norm, (0.0, 1.0), generator)[~wrong]
+    expected, seen = [], torch.cat(recorder.judged)
+    for part in torch.arange(len(pixels)).split(batch_size):
+        expected += [first[part], second[(~wrong[: part[0]]).sum() :][: (~wrong[part]).sum()]]
+    torch.testing.assert_close(seen, torch.cat(expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_errors_do_not_depend_on_the_batch_size(model, digits, norm):
+    eps, alpha = (EPS, ALPHA) if norm == "linf" else (1.0, 0.3)
+    names = ("none", "fgsm", "pgd-3")
+    found = [
+        error_rates(
+            model, digits, names, eps=eps, alpha=alpha,
+            config=config(norm=norm, restarts=2, batch_size=size),
+        )
+        for size in (None, 11, 360)
+    ]  # fmt: skip
+    # Rounding may turn an image that lies on the border.
+    for name in names:
+        errors = [rates[name].errors for rates in found]
+        assert max(errors) - min(errors) <= 1
+
+
+def test_a_batch_has_no_more_images_than_an_update_or_than_large_images_allow():
+    assert [measure.default_batch(32, n) for n in (1, 64, 4096)] == [1, 64, 500]
+    assert [measure.default_batch(side) for side in (8, 32, 64, 224, 4096)] == [500, 256, 64, 5, 1]
 
 
 def test_restarts_keep_each_images_worst_for_every_number_of_steps(model, digits, pixels):

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastiat import cli, figures, page, tables
+from fastiat import charts, cli, figures, page, tables
 from fastiat.analyse import Finding, write_diagnosis
 from fastiat.figures import COLOURS, Series
+from fastiat.paper import Cell
+from fastiat.results import add_results, read_results
 from fastiat.run import METRICS, Run
+from fastiat.tables import results
 
 VOID = {"meta", "img", "br"}
 
@@ -261,3 +264,79 @@ def test_a_table_of_another_program_is_refused_by_name(complaint, run, content):
     file = run / "table1.json"
     file.write_text(content)
     assert f"{file} is not a table of fastiat" in complaint("report", run)
+
+
+def test_a_weak_measurement_does_not_take_the_place_of_the_real_one(run):
+    """Each of these is measured after the real one, and has a column that says what differs."""
+    real = next(e for e in read_results(run) if e["attack"] == "pgd-20")
+    weak = {
+        "alpha 1e-05": {"alpha": 1e-5},
+        "no random start": {"random_start": False},
+        "7 images": {"n": 7},
+        "seed 3": {"seed": 3},
+        "bf16": {"precision": "bf16"},
+        "data 0123": {"data": "0123"},
+        "svhn": {"dataset": "svhn"},
+        "5 restarts": {"restarts": 5},
+        "margin loss": {"loss": "margin"},
+        "l2": {"norm": "l2"},
+        "train, pgd-20": {"split": "train"},
+    }
+    for number, change in enumerate(weak.values()):
+        add_results(run, [real | change | {"error_percent": (number + 1) / 100, "errors": 0}])
+    assert cli.main(["report", str(run)]) == 0
+    source = (run / "report.html").read_text(encoding="utf-8")
+    table = re.findall(r"<table.*?</table>", source, re.S)[0]
+    heads = re.findall(r'<th scope="col">(.*?)</th>', table, re.S)[1:]
+    cells = re.findall(r"<td>(.*?)</td>", table, re.S)
+    assert len(heads) == len(set(heads)) == len(cells)
+    shown = dict(zip(heads, cells, strict=True))
+    for number, (named, _) in enumerate(weak.items()):
+        (cell,) = [cell for cell in cells if cell.startswith(f"{(number + 1) / 100:.2f}<")]
+        (head,) = [head for head, of in shown.items() if of == cell]
+        assert named in head
+    (head,) = [h for h, cell in shown.items() if cell.startswith(f"{real['error_percent']:.2f}")
+               and "pgd-20" in h]  # fmt: skip
+    assert "alpha 0.0075" in head and "40 images" in head and "no random" not in head
+    # The same measured again does take its place.
+    add_results(run, [real | {"error_percent": 12.34}])
+    assert cli.main(["report", str(run)]) == 0
+    again = (run / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall('scope="col"', again)) == len(re.findall('scope="col"', source))
+    assert "12.34" in again
+
+
+def test_a_figure_draws_other_measurements_as_lines_of_their_own(run):
+    real = next(e for e in read_results(run) if e["attack"] == "pgd-20")
+    for eps in (0.01, 0.02, 0.05):
+        for alpha, error in ((0.0075, 1000 * eps), (1e-5, 1.0)):
+            row = {"kind": "sweep", "eps": eps, "alpha": alpha, "error_percent": error}
+            add_results(run, [real | row])
+    opened = Run.open(run)
+    measured, labels = {run: results(opened)}, charts.label([opened])
+    _, curves = charts._best_curves([opened], measured, "eps", "attack")
+    found = sorted(tuple(error for _, error in curve) for curve in curves.values())
+    assert found[0] == (1.0, 1.0, 1.0) and found[1][:2] == (10.0, 20.0) and found[1][-1] == 50.0
+    drawn = charts.sweeps([opened], measured, labels, ())[0].svg
+    assert "alpha 1e-05" in drawn and "alpha 0.0075" in drawn
+    measured[run] = [*(e for e in measured[run] if e["attack"] == "none"), real]
+    (point,) = charts.tradeoff([opened], measured, labels, ())
+    assert "random start" not in point.svg
+    measured[run] += [real | {"random_start": False}]
+    (point,) = charts.tradeoff([opened], measured, labels, ())
+    assert ", random start" in point.svg and "no random start" in point.svg
+
+
+def test_reproduce_takes_no_other_measurement_for_a_cell(run):
+    real = next(e for e in read_results(run) if e["attack"] == "pgd-20")
+    cell = Cell("pgd7", "pgd7", "test", "pgd-20", 0.03, 50.0)
+    given = {"n": 40, "alpha": 0.0075, "dataset": "digits", "data": real["data"]}
+    given |= {"run": run, "source": run, "precision": "fp32"}
+    assert tables.find(cell, [real], **given) == real
+    for change in (
+        {"alpha": 1e-5}, {"random_start": False}, {"n": 39}, {"seed": 3}, {"precision": "bf16"},
+        {"data": "0123"}, {"dataset": "svhn"}, {"restarts": 2}, {"loss": "margin"}, {"norm": "l2"},
+        {"split": "train"}, {"eps": 0.02}, {"attack": "pgd-7"}, {"source": "other"},
+    ):  # fmt: skip
+        assert tables.find(cell, [real, real | change], **given) == real
+        assert tables.find(cell, [real | change], **given) is None

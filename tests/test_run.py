@@ -1,15 +1,19 @@
 """The run directory: what is written whole, read with suspicion and refused by name."""
 
+import gzip
 import json
 import os
 import pickle
 import shutil
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 import fastiat
 from fastiat import cli
@@ -258,3 +262,49 @@ def test_message_about_a_damaged_model_has_no_escape_sequence_of_the_file(run):
     with pytest.raises(InputError, match="owned") as raised:
         fastiat.load(run)
     assert str(raised.value).isprintable()
+
+
+def write_strangers(folder: Path) -> dict[str, Path]:
+    """Write files and folders that are no models, by a word that must name each."""
+    weights = {"w": torch.ones(2)}
+    files = {
+        "PyTorch checkpoint": folder / "model.pt",
+        "old PyTorch": folder / "old.pth",
+        "TorchScript": folder / "script.ckpt",
+        "zip archive": folder / "a.zip",
+        "text file": folder / "notes.txt",
+        "PNG image": folder / "a.png",
+        "JPEG image": folder / "a.jpg",
+        "NumPy array": folder / "a.npy",
+        "gzip": folder / "a.tar.gz",
+        "empty file": folder / "empty",
+        "does not say which network": folder / "foreign.safetensors",
+        "folder without a run": folder / "nothing",
+        "training state": folder / "state.pt",
+    }
+    torch.save(weights, files["PyTorch checkpoint"])
+    torch.save(weights, files["training state"])
+    torch.save(weights, files["old PyTorch"], _use_new_zipfile_serialization=False)
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(files["TorchScript"]))
+    with zipfile.ZipFile(files["zip archive"], "w") as archive:
+        archive.writestr("a.txt", "a")
+    files["text file"].write_text("caf\u00e9\n" * 400, encoding="utf-8")
+    for name in ("PNG image", "JPEG image"):
+        Image.new("L", (8, 8)).save(files[name])
+    np.save(files["NumPy array"], np.ones(2))
+    files["gzip"].write_bytes(gzip.compress(b"x"))
+    files["empty file"].touch()
+    safetensors.torch.save_file(weights, files["does not say which network"])
+    files["folder without a run"].mkdir()
+    return files
+
+
+def test_what_is_no_model_is_named_with_what_is_expected(tmp_path, complaint):
+    for named, file in write_strangers(tmp_path).items():
+        line = complaint("evaluate", file, "--device", "cpu")
+        assert named in line and str(file) in line and "name a run directory" in line
+        assert "damaged" not in line
+
+
+def test_a_folder_of_runs_names_one_of_them(run, complaint):
+    assert f"name one of them, such as {run}" in complaint("evaluate", run.parent)
