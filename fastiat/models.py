@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastiat import kernels
+from fastiat import kernels, onednn
 from fastiat.errors import InputError
 
 MIX_POINTS = (0, 1, 2)
@@ -50,15 +50,14 @@ class Network(nn.Module):
 
 
 class Shortcut(nn.Conv2d):
-    """A 1x1 convolution that skips pixels first where oneDNN would write beyond its memory.
+    """A strided 1x1 convolution that picks its pixels first where it has few channels.
 
-    Its gradient in the weights does so (torch 2.11 to 2.15, fp32, channels-last) for a strided 1x1
-    convolution of up to 8 channels and 48x48 pixels or more; twice that is left for safety. The
-    sums are the same.
+    On the CPU its weight gradient would write out of bounds (see `fastiat.onednn`), also in a
+    training that is not ours. The sums are the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and self.in_channels < 16 and x.shape[-1] >= 24:
+        if x.device.type == "cpu" and self.in_channels < onednn.CHANNELS:
             rows, columns = self.stride
             kept = x[..., ::rows, ::columns].contiguous(memory_format=torch.channels_last)
             return F.conv2d(kept, self.weight)
