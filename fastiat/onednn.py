@@ -63,7 +63,7 @@ def replace_weight_gradient() -> Library:
             only = [True, False, False]
             input_grad = original.call_boxed(keys, grad, x, weight, *form, only)[0]
         if of_weight:
-            picked = source[(..., *(slice(None, None, step) for step in stride))]
+            picked = source[(slice(None), slice(None), *(slice(None, None, s) for s in stride))]
             zeros, ones = [0] * len(stride), [1] * len(stride)
             unit = (None, ones, zeros, ones, False, zeros, 1)
             only = [False, True, False]
