@@ -59,8 +59,8 @@ class Shortcut(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and self.in_channels < onednn.CHANNELS:
             rows, columns = self.stride
-            kept = x[..., ::rows, ::columns].contiguous(memory_format=torch.channels_last)
-            return F.conv2d(kept, self.weight)
+            # A copy in the layout of `x`: vmap knows no other format than the one it finds.
+            return F.conv2d(x[..., ::rows, ::columns].clone(), self.weight)
         return super().forward(x)
 
 
