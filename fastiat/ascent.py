@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from fastiat import engine as engines
 from fastiat import kernels
 from fastiat.models import normalisation_layers
-from fastiat.packing import packing
 
 Norm = Literal["linf", "l2"]
 Loss = Literal["ce", "margin"]
@@ -192,8 +191,7 @@ class Climb:
         def height(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             return objective(engines.forward(model, weights, dtype, x), y, loss).sum()
 
-        packed = x.device.type == "cpu"
-        self._height = engines.compile_once(height, packed) if compiled else height
+        self._height = engines.compile_once(height) if compiled else height
         self._run: Callable[[], None] = self._ascend
         if captured:
             self._run = engines.Captured(self._ascend, self._changed, x.device, pool)
@@ -224,7 +222,6 @@ class Climb:
         # Autocast is on within, if at all; a compiled program must not depend on the caller's.
         with (
             crafting(self.model, s["bn"]),
-            packing(weights.values()),
             torch.autocast(self.x.device.type, torch.bfloat16, enabled=False),
         ):
             for _ in range(s["steps"]):

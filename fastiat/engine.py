@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
-from fastiat import packing
+from fastiat import onednn
 from fastiat.errors import InputError
 
 Engine = Literal["auto", "eager", "compile", "graph"]
@@ -54,8 +54,11 @@ def has_compiler(device: torch.device) -> bool:
 def prepare(device: torch.device, deterministic: bool) -> None:
     """Set what PyTorch keeps per process: the choice of algorithms, fast or repeatable.
 
-    fp32 means fp32: convolutions are kept from rounding their inputs to TF32.
+    fp32 means fp32: convolutions are kept from rounding their inputs to TF32. On the CPU no
+    network's weight gradient may write out of bounds (see `fastiat.onednn`).
     """
+    if device.type == "cpu":
+        onednn.replace_weight_gradient()
     torch.use_deterministic_algorithms(deterministic)
     # Deterministic mode would also fill every new tensor, which finds bugs but costs a pass.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -134,10 +137,8 @@ def forward(
         return torch.func.functional_call(model, weights, inputs)
 
 
-def compile_once(function: Callable[..., Any], packed: bool = False) -> Callable[..., Any]:
+def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a plain function, for one shape of each argument.
-
-    `packed` has its convolutions on the CPU keep their weights packed (see `fastiat.packing`).
 
     Dynamo keeps its programs with the code object, eight at the most, and runs the ninth
     uncompiled. Functions that are made anew from the same source share their code object, so each
@@ -151,10 +152,7 @@ def compile_once(function: Callable[..., Any], packed: bool = False) -> Callable
         function.__defaults__,
         function.__closure__,
     )
-    options: dict[str, Any] | None = None
-    if packed and BACKEND == "inductor" and packing.available():
-        options = {"post_grad_custom_pre_pass": packing.UsePacked()}
-    return torch.compile(own, dynamic=False, backend=BACKEND, options=options)
+    return torch.compile(own, dynamic=False, backend=BACKEND)
 
 
 def undone(function: Callable[[], object], state: Iterable[Tensor], times: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastiat import kernels
+from fastiat import kernels, onednn
 from fastiat.device import own_defaults
 from fastiat.errors import InputError
 
@@ -51,18 +51,17 @@ class Network(nn.Module):
 
 
 class Shortcut(nn.Conv2d):
-    """A 1x1 convolution that skips pixels first where oneDNN would write beyond its memory.
+    """A strided 1x1 convolution that picks its pixels first where it has few channels.
 
-    Its gradient in the weights does so (torch 2.11 to 2.15, fp32, channels-last) for a strided 1x1
-    convolution of up to 8 channels and 48x48 pixels or more; twice that is left for safety. The
-    sums are the same.
+    On the CPU its weight gradient would write out of bounds (see `fastiat.onednn`), also in a
+    training that is not ours. The sums are the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and self.in_channels < 16 and x.shape[-1] >= 24:
+        if x.device.type == "cpu" and self.in_channels < onednn.CHANNELS:
             rows, columns = self.stride
-            kept = x[..., ::rows, ::columns].contiguous(memory_format=torch.channels_last)
-            return F.conv2d(kept, self.weight, self.bias)
+            # A copy in the layout of `x`: vmap knows no other format than the one it finds.
+            return F.conv2d(x[..., ::rows, ::columns].clone(), self.weight, self.bias)
         return super().forward(x)
 
 

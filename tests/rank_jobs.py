@@ -258,7 +258,7 @@ def numbers(folder: str) -> int:
             found["eager"] = trained(TRAINING, 3)
             found["mlp6"], found["preact18"] = frozen_update("mlp6"), frozen_update("preact18")
             # The step in fixed buffers, without the minutes of compiling.
-            engine.compile_once = lambda function, packed=False: function
+            engine.compile_once = lambda function: function
             found["compile"] = trained(replace(TRAINING, engine="compile"), 3)
         tensors = [torch.full((2, 3), float(job.rank)), torch.tensor(3.0 * job.rank)]
         job.mean_(tensors)

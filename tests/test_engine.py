@@ -1,7 +1,6 @@
 """The engines: what they must not compute, copy, lay out or compile again, and that they agree."""
 
 import copy
-import ctypes
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastiat import attack, data, engine, models, packing
+from fastiat import attack, data, engine, models
 from fastiat.attack import PGD, pgd
 from fastiat.config import TrainConfig
 from fastiat.errors import InputError
@@ -171,7 +170,7 @@ def test_the_step_in_fixed_buffers_equals_the_plain_one_bit_for_bit(
     variant, precision, compiled, monkeypatch
 ):
     if not compiled:
-        monkeypatch.setattr(engine, "compile_once", lambda function, packed=False: function)
+        monkeypatch.setattr(engine, "compile_once", lambda function: function)
     plain, fixed = (
         _trainer(name, precision=precision, **VARIANTS[variant]) for name in ("eager", "compile")
     )
@@ -306,7 +305,7 @@ class _Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["eager", "compile"])
 def test_bf16_weights_are_made_once_per_step(name, monkeypatch):
-    monkeypatch.setattr(engine, "compile_once", lambda function, packed=False: function)
+    monkeypatch.setattr(engine, "compile_once", lambda function: function)
     trainer = _trainer(name, precision="bf16", steps=7)
     updates = trainer.epoch_updates()
     next(updates)
@@ -381,89 +380,8 @@ def test_the_plain_step_takes_every_convolutions_operands_channels_last():
     assert layouts.seen == passes * (2 + 3) * CONVOLUTIONS and layouts.wrong == []
 
 
-@pytest.mark.slow
-def test_the_cpus_convolutions_order_their_weights_once_an_attack(monkeypatch, capfd):
-    monkeypatch.setattr(engine, "BACKEND", "inductor")
-    model, (x, y) = _network(width=8).eval(), _batch()
-    settings = {"precision": "bf16", "random_start": False, "engine": "compile"}
-    attacks = {steps: PGD(model, steps=steps, **settings) for steps in (1, 4)}
-    shapes = [p.shape for p in model.parameters() if p.dim() == 4]
-    # A transposed convolution has its channels the other way round.
-    shapes += [torch.Size((inner, outer, *rest)) for outer, inner, *rest in shapes]
-    weights = {"x".join(map(str, shape)) for shape in shapes}
-    reorders = {}
-    for steps, craft in attacks.items():
-        craft(x, y)
-        capfd.readouterr()
-        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-            craft(x, y)
-        ctypes.CDLL(None).fflush(None)
-        lines = [line.split(",") for line in capfd.readouterr().out.splitlines()]
-        seen = [line for line in lines if line[2:5] == ["primitive", "exec", "cpu"]]
-        kinds = [line[5] for line in seen]
-        assert kinds.count("convolution") == kinds.count("deconvolution") == steps * CONVOLUTIONS
-        reorders[steps] = [line[-2] for line in seen if line[5] == "reorder"]
-        # Images and activations are never re-ordered.
-        assert set(reorders[steps]) <= weights
-    assert len(reorders[1]) == len(reorders[4])
-
-
-@pytest.mark.parametrize("channels", [1, 3, 8])
-@pytest.mark.parametrize(
-    ("size", "kernel", "stride"), [(9, 3, 1), (9, 3, 2), (8, 3, 2), (8, 1, 2), (7, 5, 3), (1, 3, 1)]
-)
-def test_packed_convolutions_give_the_bits_of_pytorchs(channels, size, kernel, stride):
-    torch.manual_seed(0)
-    layout = {"memory_format": torch.channels_last}
-    x = torch.randn(2, channels, size, size).bfloat16().contiguous(**layout).requires_grad_()
-    w = torch.randn(8, channels, kernel, kernel).bfloat16().contiguous(**layout)
-    form = ([stride] * 2, [kernel // 2] * 2)
-    out = F.conv2d(x, w, None, *form)
-    upstream = torch.randn_like(out)
-    (expected,) = torch.autograd.grad(out, x, upstream)
-    x = x.detach()
-    arguments = (upstream, w, list(x.shape), *form)
-    with packing.packing([w]):
-        for _ in range(2):  # the second time from what was kept
-            assert torch.equal(packing.packed_conv2d(x, w, *form), out)
-            assert torch.equal(packing.packed_conv2d_input(*arguments), expected)
-        # A weight that was not named may be gone by the next call, and another in its place.
-        other = w.clone()
-        for _ in range(2):
-            other.mul_(-2)
-            assert torch.equal(
-                packing.packed_conv2d(x, other, *form), F.conv2d(x, other, None, *form)
-            )
-    w.mul_(2)
-    assert torch.equal(packing.packed_conv2d(x, w, *form), F.conv2d(x, w, None, *form))
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(packing.packed_conv2d, (x, w, *form), test_utils=checks)
-    torch.library.opcheck(packing.packed_conv2d_input, arguments, test_utils=checks)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_packing_changes_no_bit_of_an_attack_whatever_the_models_layout(layout, monkeypatch):
-    monkeypatch.setattr(engine, "BACKEND", "inductor")
-    # One channel and few pixels: strides that fit every layout.
-    model = models.build("preact18", 10, 1, 8, width=4).to(memory_format=layout)
-    x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
-    settings = {"eps": 0.3, "alpha": 0.1, "random_start": False, "precision": "bf16"}
-    packed = PGD(model, engine="compile", **settings)
-    packed(x, y)
-    monkeypatch.setattr(engine.packing, "available", lambda: False)
-    plain = PGD(model, engine="compile", **settings)
-    for _ in range(2):
-        expected = plain(x, y)
-        for _ in range(3):
-            assert torch.equal(packed(x, y), expected)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(-1)
-
-
 def test_what_is_undone_leaves_no_trace(monkeypatch):
-    monkeypatch.setattr(engine, "compile_once", lambda function, packed=False: function)
+    monkeypatch.setattr(engine, "compile_once", lambda function: function)
     trainer = _trainer("compile")
     next(trainer.epoch_updates())
     step = trainer.fast_step

@@ -34,7 +34,7 @@ def batch_of(trainer: Trainer, poisoned: bool) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.fixture(params=["eager", "compile", pytest.param("graph", marks=pytest.mark.gpu)])
 def engine_name(request, monkeypatch) -> str:
-    monkeypatch.setattr(engine, "compile_once", lambda function, packed=False: function)
+    monkeypatch.setattr(engine, "compile_once", lambda function: function)
     return request.param
 
 

@@ -75,7 +75,7 @@ def test_every_step_can_be_resumed_from(preset, precision, adv, mix):
     ],
 )
 def test_every_step_of_a_residual_network_can_be_resumed_from(precision, change, monkeypatch):
-    monkeypatch.setattr(engine, "compile_once", lambda function, packed=False: function)
+    monkeypatch.setattr(engine, "compile_once", lambda function: function)
     config = TrainConfig(**{**TINY, **RESNET, "precision": precision, **change})
     assert_resumable_at_every_step(config, 6)
 
