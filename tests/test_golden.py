@@ -50,10 +50,10 @@ def losses(settings: dict[str, Any]) -> list[list[float]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_the_committed_ones(method):
     expected = torch.tensor(json.loads(FILE.read_text())[method])
-    # CPUs sum in different orders, and a gradient near 0 may then change its sign.
-    torch.testing.assert_close(
-        torch.tensor(losses(METHODS[method])), expected, rtol=2e-3, atol=2e-3
-    )
+    # CPUs sum in different orders; in the deepest network a gradient near 0 then changes its sign.
+    tolerance = 2e-3 if method == "wrn" else 1e-4
+    found = torch.tensor(losses(METHODS[method]))
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_the_file_has_the_methods_of_the_table():
