@@ -210,6 +210,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Return which images are predicted right, (B,) bool, for logits (B, K) and labels (B,).
+
+    A row of logits with a NaN in it predicts nothing, and so is wrong.
+    """
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+
+
 def to_pixels(images: Tensor) -> Tensor:
     """Turn a uint8 batch into fp32 pixels in [0, 1], keeping its memory format."""
     return images.to(torch.float32).div_(255)
