@@ -90,6 +90,21 @@ def multiplied(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def places(model: nn.Module) -> dict[str, str]:
+    """Return {name of a place that holds a parameter: the parameter's first name}.
+
+    A tied parameter has several places, those of a module that is used twice are named once:
+    `functional_call` would leave what it put into the second of them there.
+    """
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{prefix}.{name}" if prefix else name: first[id(parameter)]
+        for prefix, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
 # What autocast casts all arguments of, and what gives nothing of a tensor's values or type away.
 _MULTIPLY = {
     F.linear,
@@ -114,8 +129,9 @@ class Uses(TorchFunctionMode):
         super().__init__()
         self.model, self.dtype = model, dtype
         parameters = dict(model.named_parameters())
-        self.aliases = {name: parameter.detach() for name, parameter in parameters.items()}
-        self.names = {id(alias): name for name, alias in self.aliases.items()}
+        aliases = {name: parameter.detach() for name, parameter in parameters.items()}
+        self.aliases = {place: aliases[name] for place, name in places(model).items()}
+        self.names = {id(alias): name for name, alias in aliases.items()}
         # What is used past its module's attribute would be used past a copy.
         self.originals = {id(parameter): name for name, parameter in parameters.items()}
         self.well: set[str] = set()
@@ -131,7 +147,8 @@ class Uses(TorchFunctionMode):
                 leaf = x.requires_grad_()
                 logits = forward(self.model, self.aliases, self.dtype, leaf, *inputs[1:])
                 if logits.requires_grad:
-                    torch.autograd.grad(logits.sum(), leaf, allow_unused=True)
+                    # Unlike `grad`, no function that the mode is off in.
+                    torch.autograd.backward(logits.sum(), inputs=[leaf])
 
         devices = [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), self:
@@ -168,10 +185,11 @@ def frozen(model: nn.Module, dtype: torch.dtype | None, cast: Collection[str]) -
     A compiled function of these computes no weight gradients, whereas one of the parameters
     themselves would, even where only the input's gradient is asked for.
     """
-    return {
+    weights = {
         name: parameter.detach().to(dtype if name in cast else parameter.dtype)
         for name, parameter in model.named_parameters()
     }
+    return {place: weights[name] for place, name in places(model).items()}
 
 
 class Weights:
@@ -183,28 +201,30 @@ class Weights:
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, cast: Collection[str]) -> None:
         self.parameters = dict(model.named_parameters())
         self.masters = {name: p for name, p in self.parameters.items() if name in cast}
-        self.copies = {
+        copies = {
             name: torch.empty_like(master, dtype=dtype).requires_grad_()
             for name, master in self.masters.items()
         }
+        self.made = list(copies.values())
+        there = places(model)
+        self.copies = {place: copies[name] for place, name in there.items() if name in copies}
         # One entry for each parameter, in the parameters' order: what a pass is differentiated by.
-        self.leaves = [self.copies.get(name, p) for name, p in self.parameters.items()]
-        self.frozen = {
-            name: leaf.detach() for name, leaf in zip(self.parameters, self.leaves, strict=True)
-        }
+        self.leaves = [copies.get(name, p) for name, p in self.parameters.items()]
+        frozen = dict(zip(self.parameters, (leaf.detach() for leaf in self.leaves), strict=True))
+        self.frozen = {place: frozen[name] for place, name in there.items()}
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the parameters as they are now."""
-        if self.copies:
-            torch._foreach_copy_(list(self.copies.values()), list(self.masters.values()))
+        if self.made:
+            torch._foreach_copy_(self.made, list(self.masters.values()))
 
 
 def forward(
     model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None, *inputs: Any
 ) -> Tensor:
-    """Return what `model` gives for `inputs` with `weights` in place of its parameters.
+    """Return what `model` gives for `inputs` with `weights` in the `places` of its parameters.
 
     It computes under autocast to `dtype`, which leaves weights that have this type alone; None is
     the type of the inputs.
@@ -213,7 +233,7 @@ def forward(
     with torch.autocast(
         device, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
     ):
-        return torch.func.functional_call(model, weights, inputs)
+        return torch.func.functional_call(model, weights, inputs, tie_weights=False)
 
 
 def compile_once(function: Callable[..., Any], packed: bool = False) -> Callable[..., Any]:

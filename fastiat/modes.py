@@ -186,6 +186,11 @@ class _Unwritten(TorchDispatchMode):
             key = (_memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
             if key[0] not in self.made and key not in self.kept:
                 self.kept[key] = tensor, tensor.detach().clone()
+        # TorchScript hands tensors that are constants over as numbers.
+        args = tuple(
+            torch.tensor(given) if isinstance(given, _NUMBERS) and _is_tensor(argument) else given
+            for given, argument in zip(args, func._schema.arguments, strict=False)
+        )
         given = {_memory(tensor) for tensor in _tensors((args, kwargs))}
         out = func(*args, **kwargs)
         self.made.update({_memory(tensor) for tensor in _tensors(out)} - given)
@@ -197,6 +202,13 @@ class _Unwritten(TorchDispatchMode):
             # Not in view of autograd, which may have saved the tensor for a pass outside.
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.data.copy_(value)
+
+
+_NUMBERS = (bool, int, float, complex)
+
+
+def _is_tensor(argument: Any) -> bool:
+    return isinstance(argument.type, torch.TensorType)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -271,5 +271,5 @@ class Step:
     def _changed(self) -> list[Tensor]:
         """Return all that a piece changes and that outlives it."""
         buffers = [t for s in self.optimizer.state.values() for t in s.values()]
-        grads = [*self.grads, *self.second, *self.weights.copies.values()]
+        grads = [*self.grads, *self.second, *self.weights.made]
         return [*self.model.state_dict().values(), *buffers, *grads, self.figures]
