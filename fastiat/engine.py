@@ -147,8 +147,12 @@ class Uses(TorchFunctionMode):
                 leaf = x.requires_grad_()
                 logits = forward(self.model, self.aliases, self.dtype, leaf, *inputs[1:])
                 if logits.requires_grad:
-                    # Unlike `grad`, no function that the mode is off in.
-                    torch.autograd.backward(logits.sum(), inputs=[leaf])
+                    # What `grad` calls, which has the mode off while it runs.
+                    total = logits.sum()
+                    torch.autograd.Variable._execution_engine.run_backward(
+                        (total,), (torch.ones_like(total),), False, False, (leaf,),
+                        allow_unreachable=True, accumulate_grad=False,
+                    )  # fmt: skip
 
         devices = [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), self:

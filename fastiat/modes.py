@@ -112,11 +112,10 @@ class _Flags:
             # A frozen ScriptModule has no mode.
             if id(module) in self.before or not hasattr(module, "training"):
                 continue
-            normalises = isinstance(module, _BatchNorm)
-            tracks = normalises and module.track_running_stats
+            tracks = module.track_running_stats if isinstance(module, _BatchNorm) else False
             self.before[id(module)] = module, module.training, tracks
-            module.training = normalises and self.bn != "eval"
-            if normalises and self.bn == "batch":
+            module.training = isinstance(module, _BatchNorm) and self.bn != "eval"
+            if isinstance(module, _BatchNorm) and self.bn == "batch":
                 # In training mode it normalises by the batch then, and keeps its buffers.
                 module.track_running_stats = False
 
