@@ -171,8 +171,8 @@ class PGD:
         self.model = model.module if isinstance(model, wrappers) else model
         if engine in ("compile", "graph") and not is_plain(self.model):
             raise InputError(
-                f"engine {engine!r} needs a plain nn.Module, to know the weights by, and the model "
-                f"is a {type(model).__name__}: use the engine eager"
+                f"engine {engine!r} needs an nn.Module, to know the weights by, and a "
+                f"{type(model).__name__} is or has no plain nn.Module: use the engine eager"
             )
         self.engine, self.precision = engine, precision
         self.settings = {**defaults, **settings}
