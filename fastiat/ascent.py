@@ -1,12 +1,11 @@
 """Ascent: what every attack is made of, and the climb of PGD in buffers that can be captured.
 
-The objective, its gradient in the input alone, the modes of a network while it is attacked, and
-the random start.
+The objective, its gradient in the input alone, and the random start.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,46 +14,27 @@ from torch.nn import functional as F
 
 from fastiat import engine as engines
 from fastiat import kernels
-from fastiat.models import normalisation_layers
+from fastiat.mix import NO_LABEL, check_labels
+from fastiat.modes import Model, Structure, crafting
 
 Norm = Literal["linf", "l2"]
 Loss = Literal["ce", "margin"]
-BatchNormMode = Literal["eval", "batch", "update"]
-Model = Callable[[Tensor], Tensor]
-
-
-@contextmanager
-def crafting(model: Model, bn: BatchNormMode) -> Iterator[None]:
-    """Put `model` in eval mode with its BatchNorm layers in mode `bn`; restore every flag after."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    before = [(module, module.training) for module in model.modules()]
-    layers = normalisation_layers(model)
-    tracking = [layer.track_running_stats for layer in layers]
-    for module, _ in before:
-        module.training = False
-    for layer in layers if bn != "eval" else ():
-        layer.training = True
-        if bn == "batch":
-            # A training BatchNorm that tracks nothing normalises by the batch and keeps its buffers
-            layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-        for layer, tracked in zip(layers, tracking, strict=True):
-            layer.track_running_stats = tracked
 
 
 def objective(logits: Tensor, y: Tensor, loss: Loss) -> Tensor:
-    """Return what an attack maximises, one value per image, (B,), in fp32 at least."""
+    """Return what an attack maximises, one value per image, (B,), in fp32 at least.
+
+    Raises `InputError` for labels outside 0..K-1 on the CPU; on CUDA they fail a device-side
+    assertion.
+    """
+    check_labels(y, logits.shape[1])
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if loss == "ce":
-        return F.cross_entropy(logits, y, reduction="none")
+        return F.cross_entropy(logits, y, reduction="none", ignore_index=NO_LABEL)
     # Masks, as a gather's gradient is a scatter, which deterministic algorithms cannot capture.
     own = torch.arange(logits.shape[1], device=y.device) == y[:, None]
+    if own.is_cuda and not torch.compiler.is_compiling():
+        torch._assert_async(own.any(1).all())  # as the cross-entropy does
     wrong = logits.masked_fill(own, -torch.inf).amax(1)
     return wrong - logits.masked_fill(~own, 0).sum(1)
 
@@ -184,8 +164,17 @@ class Climb:
     ) -> None:
         self.model, self.x, self.y, self.dtype, self.settings = model, x, y, dtype, settings
         self.x_adv = torch.empty_like(x)
+        self.form: Structure | None = None
+        """Of the model, when the climb was compiled; the caller's business."""
+        self.classes: int | None = None
+        """Number of classes, where it is known."""
         self.seed = torch.zeros((), dtype=torch.int64, device=x.device)
-        self.weights = weights or (lambda: engines.frozen(model, dtype))
+        if weights is None:
+            uses = engines.Uses(model, dtype)
+            with crafting(model, settings["bn"]):
+                self.classes = uses.watch(x).shape[1]
+            weights = partial(engines.frozen, model, dtype, uses.cast)
+        self.weights = weights
         loss: Loss = settings["loss"]
 
         def height(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ a gradient, and everything random comes from the generator it is given. Attacks 
 
 import math
 from collections.abc import Callable, Hashable, Iterable
-from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,13 +15,10 @@ from torch import Tensor, nn
 from fastiat import engine as engines
 from fastiat import kernels
 from fastiat.ascent import (
-    BatchNormMode,
     Climb,
     Loss,
-    Model,
     Norm,
     Starts,
-    crafting,
     gradient,
     input_gradient,
     objective,
@@ -32,7 +28,9 @@ from fastiat.ascent import (
 from fastiat.device import autocast
 from fastiat.engine import Engine
 from fastiat.errors import InputError
-from fastiat.models import to_pixels
+from fastiat.mix import check_labels
+from fastiat.models import correct, to_pixels
+from fastiat.modes import BatchNormMode, Model, Structure, check_mode, crafting, is_plain
 
 __all__ = [
     "PGD",
@@ -102,13 +100,16 @@ def pgd(
     restarts: independent starts; each image keeps its worst: fooled before not, then the larger
         loss. Needs `random_start` when above 1.
     bn: BatchNorm while crafting: "eval" uses the running statistics, "batch" the batch's own,
-        "update" too and lets them move the running ones. Everything else is in eval mode.
+        "update" too and lets them move the running ones. Everything else is in eval mode. For
+        functions, TorchScript, `torch.fx` and exported programs only "eval": their layers may be
+        out of sight.
     generator: source of the random starts, on the device of `x`; None takes torch's global one;
         `Starts` for a batch that is a part of more images.
     clip: allowed range of a pixel.
 
     A NaN gradient moves nothing. Raises `InputError` (a `ValueError`) for settings outside these
-    ranges and `TypeError` for tensors of the wrong dtype; neither looks at tensor values.
+    ranges, `TypeError` for tensors of the wrong dtype and, on the CPU, `InputError` for labels
+    outside 0..K-1; on CUDA, where looking would wait, these fail a device-side assertion.
     """
     _check_settings(
         eps=eps, alpha=alpha, steps=steps, random_start=random_start, norm=norm, loss=loss,
@@ -116,6 +117,8 @@ def pgd(
     )  # fmt: skip
     _check_batch(x, y)
     x = x.detach()
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # its forward waits for the other ranks
     if eps == 0:
         return x.clone()
     step = kernels.pgd_step if norm == "linf" else kernels.pgd_step_l2
@@ -137,13 +140,14 @@ class PGD:
 
     engine: "eager" is `pgd` itself; "compile" compiles the network for every shape of batch that
         comes, with no gradient but the input's; "graph" also captures the start and all steps as
-        one CUDA graph, and replays it. "auto" takes "graph" on CUDA, else "compile" where there is
-        a compiler and the model is an `nn.Module`, else "eager".
+        one CUDA graph, and replays it. "auto" takes "eager" for all but a plain `nn.Module`, else
+        "graph" on CUDA, else "compile" where there is a compiler, else "eager".
     precision: arithmetic of the network, "bf16" or "fp32"; the iterate and the loss stay in the
         type of `x`. None follows the caller's autocast, as `pgd` does.
 
-    The weights are read anew at every call, so the model may be trained in between. The same
-    generator gives the same random starts under every engine. An attack belongs to one thread.
+    The weights are read anew at every call, so the model may be trained in between; where its
+    layers, hooks or `forward`s have changed, it is compiled anew. The same generator gives the same
+    random starts under every engine. An attack belongs to one thread.
     """
 
     def __init__(
@@ -164,14 +168,18 @@ class PGD:
             )
         if precision not in (None, "bf16", "fp32"):
             raise InputError(f"unknown precision {precision!r}: choose from bf16, fp32")
-        if engine in ("compile", "graph") and not isinstance(model, nn.Module):
-            raise InputError(f"engine {engine!r} needs an nn.Module, to know the weights by")
         # Functions of the weights cannot go through the wrappers of several GPUs, and need not.
         wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
         self.model = model.module if isinstance(model, wrappers) else model
+        if engine in ("compile", "graph") and not is_plain(self.model):
+            raise InputError(
+                f"engine {engine!r} needs an nn.Module, to know the weights by, and a "
+                f"{type(model).__name__} is or has no plain nn.Module: use the engine eager"
+            )
         self.engine, self.precision = engine, precision
         self.settings = {**defaults, **settings}
         _check_settings(**{k: v for k, v in self.settings.items() if k != "generator"})
+        check_mode(self.model, self.settings["bn"])
         self._climbs: dict[Hashable, Climb] = {}
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -187,6 +195,8 @@ class PGD:
         # Buffers that are made in inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
             climb = self._climb(self.model, x, y, captured=engine == "graph")
+            if climb.classes is not None:
+                check_labels(y, climb.classes)
             climb.x.copy_(x)
             climb.y.copy_(y)
 
@@ -194,12 +204,16 @@ class PGD:
                 return _outcome(climb.logits(x_adv), climb.y, self.settings["loss"])
 
             with crafting(self.model, self.settings["bn"]):
-                return _worst(self.settings["restarts"], lambda: climb().clone(), outcome)
+                found = _worst(self.settings["restarts"], lambda: climb().clone(), outcome)
+            if climb.form is None:
+                # After the first call, which may have moved what modules count.
+                climb.form = Structure(self.model, captured=engine == "graph")
+            return found
 
     def _engine(self, device: torch.device) -> str:
         if self.engine != "auto":
             return engines.pick_engine(self.engine, device)
-        if not isinstance(self.model, nn.Module):
+        if not is_plain(self.model):
             return "eager"
         if device.type == "cuda":
             return "graph"
@@ -210,24 +224,21 @@ class PGD:
         dtype = {None: _autocast_dtype(x.device), "fp32": None, "bf16": torch.bfloat16}[
             self.precision
         ]
-        # A model that was moved or cast since has other tensors than those that were captured.
-        state = chain(model.parameters(), model.buffers())
-        places = tuple(tensor.data_ptr() for tensor in state) if captured else ()
-        key = (x.shape, x.stride(), x.dtype, x.device, dtype, places)
-        if key not in self._climbs:
-            if captured:
-                stale = [old for old in self._climbs if old[:-1] == key[:-1]]  # type: ignore[index]
-                for old in stale:
-                    del self._climbs[old]
-            self._climbs[key] = Climb(
-                model,
-                torch.empty_like(x),
-                torch.empty_like(y),
-                dtype,
-                self.settings,
-                compiled=True,
-                captured=captured,
-            )
+        key = (x.shape, x.stride(), x.dtype, x.device, dtype)
+        climb = self._climbs.get(key)
+        # A climb holds as long as the model is what it was compiled, or captured, of.
+        if climb is not None and climb.form == Structure(model, captured):
+            return climb
+        self._climbs.pop(key, None)
+        self._climbs[key] = Climb(
+            model,
+            torch.zeros_like(x),
+            torch.zeros_like(y),
+            dtype,
+            self.settings,
+            compiled=True,
+            captured=captured,
+        )
         return self._climbs[key]
 
 
@@ -249,7 +260,7 @@ def count_errors(
             if craft is not None:
                 x = craft(x, y)
             with torch.no_grad():
-                wrong = wrong + (model(x).argmax(1) != y).sum()
+                wrong = wrong + (~correct(model(x), y)).sum()
             advance(len(y))
     return int(wrong)
 
@@ -276,7 +287,7 @@ def _worst(
 
 def _outcome(logits: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
     """Return which images are predicted wrong, (B,) bool, and their objective, (B,)."""
-    return logits.argmax(1) != y, objective(logits, y, loss)
+    return ~correct(logits, y), objective(logits, y, loss)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -21,7 +21,7 @@ from fastiat.device import pick_device
 from fastiat.distributed import ranks
 from fastiat.errors import InputError
 from fastiat.measure import default_batch
-from fastiat.models import to_pixels
+from fastiat.models import correct, to_pixels
 from fastiat.progress import Progress
 from fastiat.queries import MeasureConfig
 
@@ -115,7 +115,7 @@ def autoattack(
                     if name != "none":
                         x, _ = adversary.run_standard_evaluation(x, y, batch_size=len(y))
                     with torch.no_grad():
-                        wrong[index] = (model(x).argmax(1) != y).to("cpu", torch.uint8)
+                        wrong[index] = (~correct(model(x), y)).to("cpu", torch.uint8)
                     progress.advance(len(y))
             outcome.fooled |= job.add_(wrong).bool()
             outcome.errors_after[name] = int(outcome.fooled.sum())

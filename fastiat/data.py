@@ -65,6 +65,18 @@ class Split:
         """Return the images and labels that `index`, (M,) int64, picks, in its order."""
         return Split(self.images[index], self.labels[index])
 
+    def pixels(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first `count` images, or all, and their labels, as attack libraries take them.
+
+        Pixels are (M, C, H, W) fp32 in [0, 1] and contiguous, labels (M,) int64; both are copies.
+        Raises `InputError` for a count below 1 or above the number of images.
+        """
+        count = len(self) if count is None else count
+        if not 1 <= count <= len(self):
+            raise InputError(f"{count} images are asked for: give 1 to {len(self)}")
+        part = self.take(torch.arange(count, device="cpu"))
+        return part.images.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255, part.labels
+
 
 class StoredSplit(Split):
     """Labelled images in a .beton: a `Split` whose `images` are read anew whenever they are named.

@@ -29,7 +29,7 @@ from fastiat.device import own_defaults, pick_device
 from fastiat.errors import InputError
 from fastiat.evaluate import Job, data_place, open_runs, prepare
 from fastiat.measure import default_batch, fooled, within_memory
-from fastiat.models import to_pixels
+from fastiat.models import correct, to_pixels
 from fastiat.progress import Progress
 from fastiat.queries import DiagnoseConfig, EvaluateConfig
 from fastiat.results import provenance
@@ -227,7 +227,7 @@ class _Probe:
     @torch.no_grad()
     def wrong(self, x: Tensor, y: Tensor) -> Tensor:
         """Return which images the network gets wrong, (B,) bool on the CPU."""
-        return (self.model(x).argmax(1) != y).cpu()
+        return (~correct(self.model(x), y)).cpu()
 
     def noise(self, eps: float) -> Tensor:
         """Return which images one of `NOISES` random points in the ball fools, (N,) bool."""

@@ -6,7 +6,7 @@ compiler that keeps one program per function, and the capture of a function of f
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache
 from types import FunctionType
 from typing import Any, Literal
@@ -14,6 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fastiat import onednn
 from fastiat.errors import InputError
@@ -72,60 +75,163 @@ def prepare(device: torch.device, deterministic: bool) -> None:
 
 
 def multiplied(model: nn.Module) -> dict[str, Tensor]:
-    """Return the fp32 parameters of convolutions and linear layers, which autocast would cast."""
+    """Return the fp32 parameters of convolutions and linear layers, which autocast would cast.
+
+    Each has one name, the first, however many layers share it.
+    """
     layers = (nn.modules.conv._ConvNd, nn.Linear)
-    return {
-        f"{prefix}.{name}" if prefix else name: parameter
-        for prefix, module in model.named_modules()
+    theirs = {
+        id(parameter)
+        for module in model.modules()
         if isinstance(module, layers)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dtype == torch.float32
+        for parameter in module.parameters(recurse=False)
+    }
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) in theirs and parameter.dtype == torch.float32
     }
 
 
-def frozen(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return weights without a gradient: the parameters, those `multiplied` as copies in `dtype`.
+def places(model: nn.Module) -> dict[str, str]:
+    """Return {name of a place that holds a parameter: the parameter's first name}.
+
+    A tied parameter has several places, those of a module that is used twice are named once:
+    `functional_call` would leave what it put into the second of them there.
+    """
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{prefix}.{name}" if prefix else name: first[id(parameter)]
+        for prefix, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+# What autocast casts all arguments of, and what gives nothing of a tensor's values or type away.
+_MULTIPLY = {
+    F.linear,
+    *(F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+}
+_LOOK = {
+    Tensor.size,
+    Tensor.dim,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "device", "requires_grad")),
+}
+
+
+class Uses(TorchFunctionMode):
+    """Finds the weights of which copies in `dtype` do what the weights do under autocast to it.
+
+    These are the ones `multiplied` that a pass uses in linear layers and convolutions alone, with
+    autocast on. The rest stays as it is, and autocast casts what is to be cast.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        parameters = dict(model.named_parameters())
+        aliases = {name: parameter.detach() for name, parameter in parameters.items()}
+        self.aliases = {place: aliases[name] for place, name in places(model).items()}
+        self.names = {id(alias): name for name, alias in aliases.items()}
+        # What is used past its module's attribute would be used past a copy.
+        self.originals = {id(parameter): name for name, parameter in parameters.items()}
+        self.well: set[str] = set()
+        self.ill: set[str] = set()
+
+    def watch(self, *inputs: Any) -> Tensor:
+        """Return the logits of one pass and its backward pass, which change nothing."""
+        x, logits = inputs[0].detach().clone(), torch.empty(0)
+
+        def run() -> None:
+            nonlocal logits
+            with torch.enable_grad():
+                leaf = x.requires_grad_()
+                logits = forward(self.model, self.aliases, self.dtype, leaf, *inputs[1:])
+                if logits.requires_grad:
+                    # What `grad` calls, which has the mode off while it runs.
+                    total = logits.sum()
+                    torch.autograd.Variable._execution_engine.run_backward(
+                        (total,), (torch.ones_like(total),), False, False, (leaf,),
+                        allow_unreachable=True, accumulate_grad=False,
+                    )  # fmt: skip
+
+        devices = [x.device] if x.is_cuda else []
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), self:
+            undone(run, self.model.buffers(), 1)
+        return logits.detach()
+
+    @property
+    def cast(self) -> set[str]:
+        """Names of the weights found in all passes that were watched."""
+        return (self.well - self.ill) & multiplied(self.model).keys() if self.dtype else set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)) if func not in _LOOK else ():
+            if not isinstance(leaf, Tensor):
+                continue
+            if id(leaf) in self.originals:
+                self.ill.add(self.originals[id(leaf)])
+            elif id(leaf) in self.names:
+                casts = func in _MULTIPLY and _autocasts(leaf.device.type, self.dtype)
+                (self.well if casts else self.ill).add(self.names[id(leaf)])
+        return func(*args, **kwargs)
+
+
+def _autocasts(device: str, dtype: torch.dtype | None) -> bool:
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == dtype
+
+
+def frozen(model: nn.Module, dtype: torch.dtype | None, cast: Collection[str]) -> dict[str, Tensor]:
+    """Return weights without a gradient: the parameters, those named in `cast` as `dtype`.
 
     A compiled function of these computes no weight gradients, whereas one of the parameters
     themselves would, even where only the input's gradient is asked for.
     """
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if dtype is not None:
-        weights |= {name: weight.detach().to(dtype) for name, weight in multiplied(model).items()}
-    return weights
+    weights = {
+        name: parameter.detach().to(dtype if name in cast else parameter.dtype)
+        for name, parameter in model.named_parameters()
+    }
+    return {place: weights[name] for place, name in places(model).items()}
 
 
 class Weights:
-    """The weights of a training's passes, with copies in `dtype` of the ones `multiplied`.
+    """The weights of a training's passes, with copies in `dtype` of those named in `cast`.
 
     `refresh` makes the copies anew, in place; call it after every change of the parameters.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, cast: Collection[str]) -> None:
         self.parameters = dict(model.named_parameters())
-        self.masters = multiplied(model) if dtype is not None else {}
-        self.copies = {
+        self.masters = {name: p for name, p in self.parameters.items() if name in cast}
+        copies = {
             name: torch.empty_like(master, dtype=dtype).requires_grad_()
             for name, master in self.masters.items()
         }
+        self.made = list(copies.values())
+        there = places(model)
+        self.copies = {place: copies[name] for place, name in there.items() if name in copies}
         # One entry for each parameter, in the parameters' order: what a pass is differentiated by.
-        self.leaves = [self.copies.get(name, p) for name, p in self.parameters.items()]
-        self.frozen = {
-            name: leaf.detach() for name, leaf in zip(self.parameters, self.leaves, strict=True)
-        }
+        self.leaves = [copies.get(name, p) for name, p in self.parameters.items()]
+        frozen = dict(zip(self.parameters, (leaf.detach() for leaf in self.leaves), strict=True))
+        self.frozen = {place: frozen[name] for place, name in there.items()}
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the parameters as they are now."""
-        if self.copies:
-            torch._foreach_copy_(list(self.copies.values()), list(self.masters.values()))
+        if self.made:
+            torch._foreach_copy_(self.made, list(self.masters.values()))
 
 
 def forward(
     model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None, *inputs: Any
 ) -> Tensor:
-    """Return what `model` gives for `inputs` with `weights` in place of its parameters.
+    """Return what `model` gives for `inputs` with `weights` in the `places` of its parameters.
 
     It computes under autocast to `dtype`, which leaves weights that have this type alone; None is
     the type of the inputs.
@@ -134,7 +240,7 @@ def forward(
     with torch.autocast(
         device, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
     ):
-        return torch.func.functional_call(model, weights, inputs)
+        return torch.func.functional_call(model, weights, inputs, tie_weights=False)
 
 
 def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from fastiat.attack import crafting, fgsm, input_gradient, start_in_ball
 from fastiat.device import autocast, pick_device, pick_precision
 from fastiat.distributed import ranks
 from fastiat.errors import InputError, out_of_memory
-from fastiat.models import to_pixels
+from fastiat.models import correct, to_pixels
 from fastiat.progress import Progress
 from fastiat.queries import MeasureConfig
 from fastiat.results import Rate
@@ -204,7 +204,7 @@ class _Pass:
     @torch.no_grad()
     def _judge(self, found: Tensor, x: Tensor, y: Tensor, index: Tensor) -> None:
         """Mark in `found`, (B,), which of the images at `index` are misclassified as `x`."""
-        found[index] |= self.model(x).argmax(1) != y
+        found[index] |= ~correct(self.model(x), y)
 
 
 class _Ticker:

@@ -14,13 +14,16 @@ from torch.nn import functional as F
 
 from fastiat import kernels
 from fastiat.errors import InputError
-from fastiat.models import MIX_POINTS
+from fastiat.models import MIX_POINTS, correct
 
 Kind = Literal["none", "mixup", "manifold"]
 KINDS: tuple[Kind, ...] = ("none", "mixup", "manifold")
 # Section 4.1 of the paper (and the README of the manifold mixup code): Beta(1, 1) and Beta(2, 2).
 DEFAULT_ALPHA = {"mixup": 1.0, "manifold": 2.0}
 DEFAULT_LAYERS = {"mixup": (0,), "manifold": (0, 1, 2)}
+
+# torch leaves samples with the label -100 out; here that is as wrong as any other such label.
+NO_LABEL = -(2**63)
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,10 @@ def mixed_loss(
     `logits` is (B, K), `y` (B,) int64; without `mix` it is plain L. `loss` "ce" is cross-entropy,
     section 3 of the paper; "bce" is the manifold mixup code's binary cross-entropy of the softmax
     against the mixed one-hot labels. Logits in half precision are calculated in fp32, as is the
-    loss.
+    loss. Raises `InputError` for labels outside 0..K-1 on the CPU; on CUDA, where looking would
+    wait for the device, they give NaN or a device-side assertion.
     """
+    check_labels(y, logits.shape[1])
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if loss == "bce":
@@ -91,7 +96,7 @@ def mixed_loss(
             target = kernels.mix(target, mix.perm, mix.lam)
         return F.binary_cross_entropy(F.softmax(logits, 1), target)
     if mix is None:
-        return F.cross_entropy(logits, y)
+        return F.cross_entropy(logits, y, ignore_index=NO_LABEL)
     return kernels.mixed_cross_entropy(logits, y, y[mix.perm], mix.lam)
 
 
@@ -103,13 +108,30 @@ def chance_loss(classes: int, loss: Literal["ce", "bce"] = "ce") -> float:
     return (right + wrong) / classes
 
 
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raise `InputError` unless the labels `y`, (B,) int64, are in 0..`classes`-1.
+
+    They are looked at where that needs no wait: on the CPU, and not while code is traced.
+    """
+    if torch.compiler.is_compiling() or type(y) is not Tensor or not y.numel():
+        return
+    # A tensor that a transform of torch.func batches has no values to look at.
+    if y.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(y):
+        return
+    low, high = (int(value) for value in y.aminmax())
+    if low < 0 or high >= classes:
+        raise InputError(
+            f"labels run from {low} to {high}, and the network has the classes 0 to "
+            f"{classes - 1}: remove the images of other classes, or number the classes from 0"
+        )
+
+
 def mixed_correct(logits: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
     """Return how much of a batch is predicted right, a scalar in [0, B], without a host sync.
 
     Under mixing a prediction counts with the weight of the label it hits.
     """
-    predicted = logits.argmax(1)
-    hits = (predicted == y).float()
+    hits = correct(logits, y).float()
     if mix is not None:
-        hits = mix.lam * hits + (1 - mix.lam) * (predicted == y[mix.perm]).float()
+        hits = mix.lam * hits + (1 - mix.lam) * correct(logits, y[mix.perm]).float()
     return hits.sum()

@@ -253,6 +253,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Return which images are predicted right, (B,) bool, for logits (B, K) and labels (B,).
+
+    A row of logits with a NaN in it predicts nothing, and so is wrong.
+    """
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+
+
 def to_pixels(images: Tensor) -> Tensor:
     """Return a batch of 0..255, uint8 as a rule, as fp32 pixels in [0, 1] in its memory format."""
     return images.to(torch.float32) / 255

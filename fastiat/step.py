@@ -12,6 +12,7 @@ from fastiat import engine, kernels
 from fastiat.ascent import Climb
 from fastiat.mix import Mix, mixed_correct, mixed_loss
 from fastiat.models import normalisation_layers
+from fastiat.modes import crafting
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 
@@ -157,12 +158,11 @@ class Step:
         self.share = (clean_weight, 1 - clean_weight) if attack else (1.0, 0.0)
         parameters = list(model.parameters())
         device = parameters[0].device
-        self.weights = engine.Weights(model, dtype)
         self.grads = [torch.zeros_like(parameter) for parameter in parameters]
         self.second = [torch.zeros_like(parameter) for parameter in parameters] if attack else []
         for parameter, grad in zip(parameters, self.grads, strict=True):
             parameter.grad = grad
-        self.x = torch.empty(batch, device=device).contiguous(memory_format=torch.channels_last)
+        self.x = torch.zeros(batch, device=device).contiguous(memory_format=torch.channels_last)
         self.y = torch.zeros(batch[0], dtype=torch.int64, device=device)
         self.perm = [torch.zeros_like(self.y) for _ in range(2)]
         lam = torch.zeros(batch[0] if per_sample else (), device=device)
@@ -170,6 +170,7 @@ class Step:
         self.figures = torch.zeros(4, device=device)
         self.average, self.ranks = average, ranks
         self.averaged = [*self.grads, *running_statistics(model), self.figures]
+        self.weights = engine.Weights(model, dtype, self._cast(attack))
         self.pool = torch.cuda.graph_pool_handle() if captured else None
         self.climb: Climb | None = None
         if attack is not None:
@@ -186,6 +187,17 @@ class Step:
             )
         self._passes: dict[int | None, Callable[..., tuple[Tensor, Tensor]]] = {}
         self._captured: dict[Hashable, engine.Captured] | None = {} if captured else None
+
+    def _cast(self, attack: dict[str, Any] | None) -> set[str]:
+        """Return the names of the weights that the passes take copies of, see `engine.Uses`."""
+        if self.dtype is None:
+            return set()
+        uses = engine.Uses(self.model, self.dtype)
+        uses.watch(self.x, None)
+        if attack is not None:
+            with crafting(self.model, attack["bn"]):
+                uses.watch(self.x)
+        return uses.cast
 
     def __call__(self, images: Tensor, y: Tensor, mixes: tuple[Mix | None, Mix | None]) -> Update:
         """Make one update on a uint8 batch (B, C, H, W) with labels (B,), mixed as `mixes` say."""
@@ -259,5 +271,5 @@ class Step:
     def _changed(self) -> list[Tensor]:
         """Return all that a piece changes and that outlives it."""
         buffers = [t for s in self.optimizer.state.values() for t in s.values()]
-        grads = [*self.grads, *self.second, *self.weights.copies.values()]
+        grads = [*self.grads, *self.second, *self.weights.made]
         return [*self.model.state_dict().values(), *buffers, *grads, self.figures]

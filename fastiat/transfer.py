@@ -16,7 +16,7 @@ from fastiat.device import autocast, own_defaults, pick_device, pick_precision
 from fastiat.errors import InputError
 from fastiat.evaluate import UNITS, Job, Trained, open_runs, prepare, some, table, unusual
 from fastiat.measure import within_memory
-from fastiat.models import to_pixels
+from fastiat.models import correct, to_pixels
 from fastiat.progress import Progress
 from fastiat.queries import TransferConfig
 from fastiat.results import Rate, provenance
@@ -84,7 +84,7 @@ def _attack(
                 x_adv = craft(to_pixels(images), y)
             for row, target in enumerate(targets):
                 with torch.no_grad(), crafting(target.model, "eval"):
-                    errors[row] += (target.model(x_adv).argmax(1) != y).sum()
+                    errors[row] += (~correct(target.model(x_adv), y)).sum()
             progress.advance(len(y))
     made = provenance(device, time.monotonic() - started)
     origin = {"source": Path(source.name).resolve().name, "source_model": source.fingerprint}

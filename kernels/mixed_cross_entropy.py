@@ -58,11 +58,11 @@ def mixed_cross_entropy_backward_reference(
 
 def _cpu(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
     check_lam_values(lam)
-    try:
-        return mixed_cross_entropy_reference(logits, y_a, y_b, lam)
-    except IndexError as error:
-        classes = logits.shape[1]
-        raise ValueError(f"y_a or y_b holds a class outside 0..{classes - 1}: {error}") from None
+    classes = logits.shape[1]
+    for name, y in (("y_a", y_a), ("y_b", y_b)):
+        if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise ValueError(f"{name} holds a class outside 0..{classes - 1}")
+    return mixed_cross_entropy_reference(logits, y_a, y_b, lam)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastiat import data, loaders, models
+from fastiat import engine as engines
 from fastiat.attack import PGD, count_errors, crafting, fgsm, input_gradient, objective, pgd
 from fastiat.errors import InputError
 
@@ -307,3 +308,51 @@ def test_wrong_tensors_are_refused():
         pgd(nn.Flatten(), x, y[:1])
     with pytest.raises(TypeError, match="epsilon"):
         PGD(nn.Flatten(), epsilon=0.1)
+
+
+@pytest.mark.parametrize("label", [3, -1, -100, 2**62, -(2**63)])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("engine", ["eager", "compile"])
+def test_a_label_that_names_no_class_is_refused(label, loss, engine, monkeypatch):
+    monkeypatch.setattr(engines, "BACKEND", "aot_eager")
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(2, 3, 2, 2)
+    y = torch.tensor([0, label])
+    for attack in (PGD(model, engine=engine, loss=loss), lambda x, y: pgd(model, x, y, loss=loss)):
+        with pytest.raises(InputError, match="0 to 2") as error:
+            attack(x, y)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="0 to 2"):
+        fgsm(model, x, y, loss=loss)
+    with pytest.raises(InputError, match="0 to 2"):
+        objective(model(x), y, loss)
+
+
+def test_logits_that_are_no_numbers_are_errors_whatever_the_label():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    nn.init.constant_(model[1].weight, torch.nan)
+    images, y = torch.randint(256, (20, 3, 2, 2), dtype=torch.uint8), torch.arange(20) % 10
+    assert count_errors(model, [(images, y)]) == 20
+    assert count_errors(model, [(images, y)], lambda x, y: pgd(model, x, y, restarts=2)) == 20
+
+
+@pytest.mark.parametrize("arch", ["preact18", "wrn28_10", "mlp6"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_networks_memory_format_does_not_show_in_outputs_and_gradients(arch, channels):
+    network = models.build(arch, 10, channels, 8, width=1).eval()
+    network = network.to(memory_format=torch.channels_last)
+    x = torch.rand(2, channels, 8, 8, requires_grad=True)
+    logits = network(x)
+    (grad,) = torch.autograd.grad(logits.sum(), x)
+    assert logits.is_contiguous() and grad.is_contiguous()
+    assert torch.func.grad(lambda x: network(x).sum())(x.detach()).is_contiguous()
+    assert pgd(network, x, torch.tensor([0, 1])).is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["PGDL2", "FAB", "Square"])
+def test_a_splits_pixels_are_what_attack_libraries_take(model, name):
+    network = _copy(model).to(memory_format=torch.channels_last)
+    x, y = data.load("digits").test.pixels(8)
+    y = network(x).argmax(1)
+    options = {"n_queries": 5} if name == "Square" else {"steps": 2}
+    x_adv = getattr(torchattacks, name)(network, **options)(x, y)
+    assert x_adv.shape == x.shape and (name == "Square" or not torch.equal(x_adv, x))

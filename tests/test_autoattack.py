@@ -168,3 +168,11 @@ def test_too_few_classes_get_one_line(complaint, tmp_path):
     file = tmp_path / "model.safetensors"
     line = complaint("evaluate", file, "--autoattack", *CPU)
     assert "at least 4 classes" in line and str(file) in line
+
+
+def test_logits_that_are_no_numbers_are_errors(short):
+    broken = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.constant_(broken[1].bias, torch.nan)
+    split = data.holdout(data.load("digits").test, 20, 0)[1]
+    outcome = autoattack(broken, split, eps=0.1, config=EvaluateConfig(device="cpu"))
+    assert outcome.errors_after["none"] == 20 and bool(outcome.fooled.all())

@@ -432,3 +432,19 @@ def test_wrong_data_folder_is_refused(
 def test_folder_without_a_data_folder_is_refused() -> None:
     with pytest.raises(InputError, match="needs a data folder"):
         data.load("folder")
+
+
+def test_a_splits_pixels_are_contiguous_floats_in_0_to_1():
+    images = torch.randint(256, (5, 3, 4, 2), dtype=torch.uint8)
+    split = data.Split(images, torch.tensor([4, 0, 1, 2, 3]))
+    for count, whole in ((None, 5), (5, 5), (2, 2)):
+        x, y = split.pixels(count)
+        assert x.dtype == torch.float32 and x.is_contiguous() and x.shape == (whole, 2, 3, 4)
+        exact = images[:whole].double().numpy().transpose(0, 3, 1, 2) / 255
+        np.testing.assert_allclose(x.numpy(), exact, rtol=1e-7)
+        assert torch.equal(y, split.labels[:whole])
+    x.zero_(), y.zero_()
+    assert split.images.any() and split.labels[0] == 4, "what it returns shares the split's memory"
+    for count in (0, -1, 6):
+        with pytest.raises(InputError, match="give 1 to 5"):
+            split.pixels(count)

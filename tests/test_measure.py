@@ -265,3 +265,20 @@ def test_progress_is_shown_within_a_batch(model, digits, monkeypatch, capsys):
 def test_an_unknown_attack_is_refused(model, digits):
     with pytest.raises(InputError, match="unknown attack 'cw'"):
         fooled(model, digits, ("none", "cw"), eps=EPS, alpha=ALPHA, config=config())
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_logits_that_are_no_numbers_are_errors_under_every_attack(digits, worst):
+    broken = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.constant_(broken[1].bias, torch.nan)
+    found = fooled(
+        broken,
+        digits,
+        ["none", "fgsm", "pgd-2"],
+        eps=EPS,
+        alpha=ALPHA,
+        config=config(),
+        worst=worst,
+    )
+    union = torch.stack(list(found.values())).any(0)
+    assert bool(union.all()) and bool(found["none"].all())

@@ -10,6 +10,7 @@ from scipy import stats
 from fastiat import kernels
 from fastiat.errors import InputError
 from fastiat.mix import DEFAULT_ALPHA, Mix, chance_loss, draw, mixed_correct, mixed_loss
+from fastiat.models import correct
 
 
 def _draws(kind, count, **settings):
@@ -163,3 +164,44 @@ def test_chance_loss_is_that_of_equal_logits(classes, loss):
     logits = torch.zeros(classes, classes, dtype=torch.float64)
     expected = float(mixed_loss(logits, y, None, loss))
     assert chance_loss(classes, loss) == pytest.approx(expected, rel=1e-12)
+
+
+OUTSIDE = [3, -1, -100, 2**62, -(2**63)]
+
+
+@pytest.mark.parametrize("label", OUTSIDE)
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_label_that_names_no_class_is_refused(label, loss, mixed):
+    logits, y = torch.randn(2, 3, requires_grad=True), torch.tensor([1, label])
+    mix = Mix(0, torch.tensor([1, 0]), torch.tensor(0.7)) if mixed else None
+    with pytest.raises(InputError, match=r"0 to 2") as error:
+        mixed_loss(logits, y, mix, loss)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="y_b holds a class outside"):
+        kernels.mixed_cross_entropy(logits, y.clamp(0, 2), y, 0.7)
+
+
+def test_checking_labels_leaves_tracing_and_transforms_alone():
+    logits, y = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    mix = Mix(0, torch.tensor([1, 0, 3, 2]), torch.tensor(0.7))
+    losses = [lambda z, y, m=m, n=n: mixed_loss(z, y, m, n) for m in (None, mix) for n in NAMES]
+    for loss in losses:
+        expected = loss(logits, y)
+        compiled = torch.compile(loss, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(logits, y), expected)
+        each = torch.func.vmap(loss)(torch.stack([logits] * 2), torch.stack([y, y.flip(0)]))
+        torch.testing.assert_close(each, torch.stack([expected, loss(logits, y.flip(0))]))
+
+
+NAMES = ("ce", "bce")
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_prediction_from_logits_that_are_no_numbers_is_wrong(mixed):
+    nan = torch.nan
+    logits = torch.tensor([[nan, nan, nan], [0.0, nan, 1.0], [nan, 0.0, 1.0], [0.0, 1.0, 2.0]])
+    y = torch.tensor([0, 1, 0, 2])
+    mix = Mix(0, torch.tensor([0, 1, 2, 3]), torch.tensor(0.25)) if mixed else None
+    assert float(mixed_correct(logits, y, mix)) == 1
+    assert correct(logits, y).tolist() == [False, False, False, True]
