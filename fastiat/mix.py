@@ -94,10 +94,25 @@ def mixed_loss(
         target = F.one_hot(y, logits.shape[1]).to(logits.dtype)
         if mix is not None:
             target = kernels.mix(target, mix.perm, mix.lam)
-        return F.binary_cross_entropy(F.softmax(logits, 1), target)
+        return _binary_cross_entropy(logits, target)
     if mix is None:
         return F.cross_entropy(logits, y, ignore_index=NO_LABEL)
     return kernels.mixed_cross_entropy(logits, y, y[mix.perm], mix.lam)
+
+
+def _binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over B and K of -t log p - (1 - t) log(1 - p), p = softmax(logits), (B, K).
+
+    The logarithms are taken of the logits: 1 - p of a confident prediction is 0 in fp32, and
+    `F.binary_cross_entropy` then puts -100 for its logarithm.
+    """
+    log_p = F.log_softmax(logits, 1)
+    top = F.one_hot(logits.argmax(1), logits.shape[1]).bool()
+    # Only the largest p can be close to 1: its complement is the sum of the others.
+    others = logits.masked_fill(top, -torch.inf).logsumexp(1, keepdim=True)
+    log_rest = others - logits.logsumexp(1, keepdim=True)
+    log_q = torch.where(top, log_rest, torch.log1p(-log_p.masked_fill(top, -torch.inf).exp()))
+    return -(target * log_p + (1 - target) * log_q).mean()
 
 
 def chance_loss(classes: int, loss: Literal["ce", "bce"] = "ce") -> float:

@@ -205,3 +205,24 @@ def test_a_prediction_from_logits_that_are_no_numbers_is_wrong(mixed):
     mix = Mix(0, torch.tensor([0, 1, 2, 3]), torch.tensor(0.25)) if mixed else None
     assert float(mixed_correct(logits, y, mix)) == 1
     assert correct(logits, y).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("scale", [0.0, 6.0, 40.0, 400.0])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_bce_and_its_gradient_are_exact_where_a_prediction_is_certain(classes, scale):
+    torch.manual_seed(0)
+    logits, y = scale * torch.randn(32, classes), torch.randint(classes, (32,))
+    mix = Mix(0, torch.randperm(32), torch.tensor(0.7))
+    one_hot = torch.eye(classes, dtype=torch.float64)[y]
+    target = 0.7 * one_hot + 0.3 * one_hot[mix.perm]
+
+    def formula(z):
+        everything = z.logsumexp(1, keepdim=True)
+        others = [torch.cat([z[:, :k], z[:, k + 1 :]], 1).logsumexp(1) for k in range(classes)]
+        log_q = torch.stack(others, 1) - everything
+        return -(target * (z - everything) + (1 - target) * log_q).mean()
+
+    gradient, value = torch.func.grad_and_value(formula)(logits.double())
+    found = torch.func.grad_and_value(lambda z: mixed_loss(z, y, mix, "bce"))(logits)
+    torch.testing.assert_close(found[1].double(), value, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[0].double(), gradient, rtol=1e-5, atol=1e-7)
