@@ -20,8 +20,9 @@ from timing import DEVICE, ON_GPU
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from fastiat import convert, data, loaders
+from fastiat import data, loaders
 from fastiat.config import TrainConfig
+from fastiat.images import convert
 from fastiat.trainer import Trainer
 
 IMAGES, BATCH, PAD = 20_000, 128, 2

@@ -18,7 +18,7 @@ import torch
 from conftest import describe, replay, selected
 from timing import ON_GPU
 
-from fastiat import engine as engines
+from fastiat.engine import graphs as engines
 
 ENGINES = ("eager", "compile", "graph") if ON_GPU else ("eager", "compile")
 ARCH, WIDTH = "preact18", None if ON_GPU else 16

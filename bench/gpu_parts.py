@@ -22,7 +22,7 @@ import timing
 import torch
 from timing import DEVICE, ON_GPU, ROOT
 
-from fastiat import engine as engines
+from fastiat.engine import graphs as engines
 
 BATCHES = (64, 128, 512)
 ENGINES = ("eager", "compile", "graph") if ON_GPU else ("eager", "compile")

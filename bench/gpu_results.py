@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import timing  # noqa: E402
 from gpu_train import TO_STOP, read_rows, run_fastiat, write_report  # noqa: E402
 
-from fastiat.run import CONFIG, LOG, METRICS, MODEL, STATE  # noqa: E402
+from fastiat.runs.directory import CONFIG, LOG, METRICS, MODEL, STATE  # noqa: E402
 
 MARK = 54.0
 """PGD-50-10 error in % that ends the speed run."""

@@ -29,8 +29,8 @@ import timing  # noqa: E402
 
 from fastiat import cli, data  # noqa: E402
 from fastiat.config import TrainConfig  # noqa: E402
-from fastiat.errors import InputError  # noqa: E402
-from fastiat.run import LOG, METRICS, PREVIOUS, STATE  # noqa: E402
+from fastiat.runs.directory import LOG, METRICS, PREVIOUS, STATE  # noqa: E402
+from fastiat.system.errors import InputError  # noqa: E402
 from fastiat.trainer import Trainer  # noqa: E402
 
 ATTACKS = ("none", "pgd-20")

@@ -13,8 +13,8 @@ from timing import DEVICE, ON_GPU, fast_arithmetic, plain_arithmetic
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastiat import engine as engines
 from fastiat.attack import PGD
+from fastiat.engine import graphs as engines
 
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7
 Attack = Callable[[Tensor, Tensor], Tensor]

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastiat import models
-from fastiat.device import has_fast_bf16
+from fastiat.engine.device import has_fast_bf16
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

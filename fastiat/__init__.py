@@ -10,32 +10,18 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
-    from fastiat.run import load
+    from fastiat.runs.directory import load
 
 _SUBMODULES = (
-    *("data", "models", "mix", "attack", "train", "evaluate", "analyse", "report"),
-    *("autoattack", "diagnose", "measure", "reproduce", "results", "sweep", "transfer"),
-    *(
-        "beton",
-        "config",
-        "convert",
-        "distributed",
-        "engine",
-        "errors",
-        "kernels",
-        "loaders",
-        "queries",
-        "run",
-        "settings",
-        "step",
-        "trainer",
-    ),
+    *("analyse", "attack", "config", "data", "evaluate", "kernels", "mix", "models", "report"),
+    *("reproduce", "train", "engine", "images", "measuring", "page", "paper", "runs", "system"),
+    "training",
 )
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        return importlib.import_module("fastiat.run").load
+        return importlib.import_module("fastiat.runs.directory").load
     if name in _SUBMODULES:
         return importlib.import_module(f"fastiat.{name}")
     raise AttributeError(f"module 'fastiat' has no attribute {name!r}")

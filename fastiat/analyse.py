@@ -18,14 +18,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from fastiat.device import own_defaults
-from fastiat.errors import InputError, printable
-from fastiat.figures import drawable
-from fastiat.files import check_place, finite_json, write
-from fastiat.guard import read_json_text
+from fastiat.engine.device import own_defaults
+from fastiat.page.figures import drawable
 from fastiat.queries import NormsConfig
-from fastiat.run import ModelCard, Run, load_with_card
-from fastiat.settings import expanded, from_json
+from fastiat.runs.directory import ModelCard, Run, load_with_card
+from fastiat.system.errors import InputError, printable
+from fastiat.system.files import check_place, finite_json, write
+from fastiat.system.settings import expanded, from_json
+from fastiat.system.untrusted import read_json_text
 
 NORMS, DIAGNOSIS = "norms.json", "diagnosis.json"
 Verdict = Literal["pass", "warn", "fail", "not done"]

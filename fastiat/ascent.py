@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastiat import engine as engines
 from fastiat import kernels
+from fastiat.engine import graphs as engines
+from fastiat.engine.modes import Model, Structure, crafting
 from fastiat.mix import NO_LABEL, check_labels
-from fastiat.modes import Model, Structure, crafting
 
 Norm = Literal["linf", "l2"]
 Loss = Literal["ce", "margin"]

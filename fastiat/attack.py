@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastiat import engine as engines
 from fastiat import kernels
 from fastiat.ascent import (
     Climb,
@@ -25,12 +24,13 @@ from fastiat.ascent import (
     per_image,
     start_in_ball,
 )
-from fastiat.device import autocast
-from fastiat.engine import Engine
-from fastiat.errors import InputError
+from fastiat.engine import graphs as engines
+from fastiat.engine.device import autocast
+from fastiat.engine.graphs import Engine
+from fastiat.engine.modes import BatchNormMode, Model, Structure, check_mode, crafting, is_plain
 from fastiat.mix import check_labels
 from fastiat.models import correct, to_pixels
-from fastiat.modes import BatchNormMode, Model, Structure, check_mode, crafting, is_plain
+from fastiat.system.errors import InputError
 
 __all__ = [
     "PGD",

@@ -16,17 +16,6 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastiat import __version__
 from fastiat.config import PRESETS, TrainConfig
-from fastiat.errors import (
-    InputError,
-    Lost,
-    check_interrupts,
-    complain,
-    explain_os,
-    interrupted,
-    noting_interrupts,
-    one_line,
-    out_of_memory,
-)
 from fastiat.queries import (
     ConvertConfig,
     DiagnoseConfig,
@@ -38,7 +27,18 @@ from fastiat.queries import (
     SweepConfig,
     TransferConfig,
 )
-from fastiat.settings import Settings, did_you_mean, flag_of, is_beton, number
+from fastiat.system.errors import (
+    InputError,
+    Lost,
+    check_interrupts,
+    complain,
+    explain_os,
+    interrupted,
+    noting_interrupts,
+    one_line,
+    out_of_memory,
+)
+from fastiat.system.settings import Settings, did_you_mean, flag_of, is_beton, number
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ COMMANDS = {
         ReproduceConfig, "fastiat.reproduce:reproduce", "put a table of the paper beside one's own"
     ),
     "convert": Command(
-        ConvertConfig, "fastiat.convert:convert", "write images to one file for FFCV, of any size"
+        ConvertConfig,
+        "fastiat.images.convert:convert",
+        "write images to one file for FFCV, of any size",
     ),
     "report": Command(ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
     "doctor": Command(
@@ -140,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     # Where a connection breaks, torch would write its C++ stack beside our line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from fastiat.distributed import together
+    from fastiat.system.ranks import together
 
     return together(lambda: _run(argv))
 
@@ -301,7 +303,7 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
         check_folder(config.dataset, config.data_dir, chosen=False)
     if not config.resume or config.out == "":
         return config
-    from fastiat.run import Run, default_out
+    from fastiat.runs.directory import Run, default_out
 
     out = config.out or str(default_out(config))
     if is_beton(given.get("dataset")):  # it is where it is named now

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any, ClassVar, Literal, TypeVar
 
-from fastiat.errors import InputError
-from fastiat.settings import (
+from fastiat.system.errors import InputError
+from fastiat.system.settings import (
     Arch,
     Settings,
     check_dataset,

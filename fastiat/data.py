@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastiat import beton, downloads, folder
-from fastiat.device import free_memory, own_defaults
-from fastiat.distributed import ranks
-from fastiat.errors import InputError, one_line
-from fastiat.ffcv_package import installed
-from fastiat.guard import read_npz
-from fastiat.settings import DATASETS, expanded, is_beton
+from fastiat.engine.device import free_memory, own_defaults
+from fastiat.images import beton, downloads
+from fastiat.images import tree as folder
+from fastiat.images.ffcv import installed
+from fastiat.system.errors import InputError, one_line
+from fastiat.system.ranks import ranks
+from fastiat.system.settings import DATASETS, expanded, is_beton
+from fastiat.system.untrusted import read_npz
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +193,7 @@ def load(
     `cifar10`, `svhn` (73,257 training images, no extra ones) and `fashion-mnist` are downloaded
     by torchvision, which compares checksums, into `data_dir`, else `$FASTIAT_DATA`, else
     `~/.cache/fastiat/data` (`$XDG_CACHE_HOME/fastiat/data`). `folder` is the image tree at
-    `data_dir` (`fastiat.folder` says what it may hold). `digits` ships with the package:
+    `data_dir` (`fastiat.images.tree` says what it may hold). `digits` ships with the package:
     scikit-learn's 1,797 scans of 8x8 pixels, 0..16 scaled to 0..255, 1,437 of them to train on.
     Progress bars appear when `progress` is set and stderr is a terminal.
 
@@ -231,7 +232,7 @@ def _load(
         if downloads.held(root) and not os.path.isdir(root / "train"):
             raise InputError(f"{root} is no image tree: it {downloads.looks_like(root)}")
         if loader == "ffcv" or (loader == "auto" and _needs_converting(root)):
-            from fastiat import convert
+            from fastiat.images import convert
 
             return convert.cached_tree(root)
         tree = folder.read(root, progress=progress)
@@ -323,7 +324,7 @@ def _needs_converting(root: Path) -> bool:
 
 
 def _digits() -> Dataset:
-    source = importlib.resources.files("fastiat").joinpath("digits.npz")
+    source = importlib.resources.files("fastiat.images").joinpath("digits.npz")
     try:
         with source.open("rb") as file:
             arrays = read_npz(file, largest=2**20)

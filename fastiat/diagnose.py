@@ -19,20 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastiat import data, loaders, verdicts
+from fastiat import data, loaders
 from fastiat.analyse import Finding, write_diagnosis
 from fastiat.ascent import Starts, gaussian_noise
 from fastiat.attack import Loss, Norm, crafting, input_gradient, pgd, start_in_ball
-from fastiat.autoattack import autoattack as run_autoattack
-from fastiat.autoattack import check_classes, library_version
-from fastiat.device import own_defaults, pick_device
-from fastiat.errors import InputError
+from fastiat.engine.device import own_defaults, pick_device
 from fastiat.evaluate import Job, data_place, open_runs, prepare
-from fastiat.measure import default_batch, fooled, within_memory
+from fastiat.measuring import verdicts
+from fastiat.measuring.autoattack import autoattack as run_autoattack
+from fastiat.measuring.autoattack import check_classes, library_version
+from fastiat.measuring.one_pass import default_batch, fooled, within_memory
 from fastiat.models import correct, to_pixels
-from fastiat.progress import Progress
 from fastiat.queries import DiagnoseConfig, EvaluateConfig
-from fastiat.results import provenance
+from fastiat.runs.results import provenance
+from fastiat.system.errors import InputError
+from fastiat.system.progress import Progress
 
 CLIP = (0.0, 1.0)
 
@@ -123,8 +124,8 @@ def examine(
     split: images to attack, on the device of `model`.
     eps, alpha: radius and PGD step, in pixels of 0 to 1; where the ball is too large for `alpha`,
         longer steps are taken.
-    batch_size: images attacked at a time, None as many as `fastiat.measure.default_batch` takes of
-        their size; the findings do not depend on it.
+    batch_size: images attacked at a time, None as many as `one_pass.default_batch` takes of their
+        size; the findings do not depend on it.
     partner: another network for the same images, on the same device.
     autoattack: run AutoAttack too, which needs pyautoattack and at least 4 classes.
 

@@ -7,12 +7,12 @@ import platform
 import torch
 
 from fastiat import __version__, data
-from fastiat.device import free_memory, has_fast_bf16, pick_device, pick_precision
-from fastiat.distributed import ranks
-from fastiat.engine import pick_engine
-from fastiat.errors import InputError
-from fastiat.ffcv_package import obstacle
+from fastiat.engine.device import free_memory, has_fast_bf16, pick_device, pick_precision
+from fastiat.engine.graphs import pick_engine
+from fastiat.images.ffcv import obstacle
 from fastiat.queries import DoctorConfig
+from fastiat.system.errors import InputError
+from fastiat.system.ranks import ranks
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "torchattacks", "foolbox")
 

@@ -10,7 +10,7 @@ from fastiat import data
 from fastiat.attack import pgd
 from fastiat.config import TrainConfig
 from fastiat.models import to_pixels
-from fastiat.settings import steps_of
+from fastiat.system.settings import steps_of
 from fastiat.trainer import Trainer
 
 LONG_ENOUGH = 0.5

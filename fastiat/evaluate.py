@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastiat import convert, data, loaders
-from fastiat.autoattack import ATTACKS, autoattack, check_classes, library_version
+from fastiat import data, loaders
 from fastiat.config import TrainConfig
-from fastiat.device import own_defaults, pick_device, pick_precision
-from fastiat.distributed import ranks
-from fastiat.downloads import SOURCES
-from fastiat.errors import InputError, printable_lines
-from fastiat.measure import default_batch, error_rates, fooled, title, within_memory
+from fastiat.engine.device import own_defaults, pick_device, pick_precision
+from fastiat.images import convert
+from fastiat.images.downloads import SOURCES
+from fastiat.measuring.autoattack import ATTACKS, autoattack, check_classes, library_version
+from fastiat.measuring.one_pass import default_batch, error_rates, fooled, title, within_memory
 from fastiat.queries import DiagnoseConfig, EvaluateConfig, MeasureConfig
-from fastiat.results import Rate, add_results, figures, fingerprint, provenance, read_results
-from fastiat.run import MODEL, ModelCard, Run, load_with_card
-from fastiat.settings import steps_of
+from fastiat.runs.directory import MODEL, ModelCard, Run, load_with_card
+from fastiat.runs.results import Rate, add_results, figures, fingerprint, provenance, read_results
+from fastiat.system.errors import InputError, printable_lines
+from fastiat.system.ranks import ranks
+from fastiat.system.settings import steps_of
 
 __all__ = ["Rate", "error_rate", "error_rates", "evaluate", "read_results"]
 
@@ -138,7 +139,7 @@ class Job(Trained):
         eps: float,
         alpha: float,
     ) -> dict[str, Any]:
-        """Return a figure with its settings as `fastiat.results` has them."""
+        """Return a figure with its settings as `fastiat.runs.results` has them."""
         drawn = len(self.splits[split]) < len(getattr(self.dataset, split))
         started = config.random_start and attack not in ("none", "fgsm")
         return {

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastiat.data import Dataset, Split, StoredSplit
-from fastiat.device import free_memory
-from fastiat.errors import InputError
-from fastiat.ffcv_package import installed, obstacle
+from fastiat.engine.device import free_memory
+from fastiat.images.ffcv import installed, obstacle
 from fastiat.kernels import crop_flip
+from fastiat.system.errors import InputError
 
 Kind = Literal["resident", "ffcv"]
 
@@ -197,6 +197,6 @@ def make(split: Split, batch_size: int, *, kind: Kind | None = None, **options: 
         kind = "resident" if small or not installed() else "ffcv"
     if kind == "resident":
         return ResidentLoader(split, batch_size, **options)
-    from fastiat.ffcv_loader import FFCVLoader
+    from fastiat.images.ffcv_batches import FFCVLoader
 
     return FFCVLoader(split, batch_size, **options)

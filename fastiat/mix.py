@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastiat import kernels
-from fastiat.errors import InputError
 from fastiat.models import MIX_POINTS, correct
+from fastiat.system.errors import InputError
 
 Kind = Literal["none", "mixup", "manifold"]
 KINDS: tuple[Kind, ...] = ("none", "mixup", "manifold")

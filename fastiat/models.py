@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastiat import kernels, onednn
-from fastiat.device import own_defaults
-from fastiat.errors import InputError
+from fastiat import kernels
+from fastiat.engine import onednn
+from fastiat.engine.device import own_defaults
+from fastiat.system.errors import InputError
 
 MIX_POINTS = (0, 1, 2)
 
@@ -53,8 +54,8 @@ class Network(nn.Module):
 class Shortcut(nn.Conv2d):
     """A strided 1x1 convolution that picks its pixels first where it has few channels.
 
-    On the CPU its weight gradient would write out of bounds (see `fastiat.onednn`), also in a
-    training that is not ours. The sums are the same.
+    On the CPU its weight gradient would write out of bounds (see `fastiat.engine.onednn`), also in
+    a training that is not ours. The sums are the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from fastiat.errors import InputError
-from fastiat.settings import (
+from fastiat.system.errors import InputError
+from fastiat.system.settings import (
     MOST_STEPS,
     SMALLEST_SIDE,
     Arch,

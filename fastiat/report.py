@@ -17,19 +17,21 @@ from typing import Any
 
 import torch
 
-from fastiat import __version__, data, figure1, figures, tables
+from fastiat import __version__, data
 from fastiat.analyse import read_diagnosis
-from fastiat.charts import Label, Measured, label, norm_pictures, sweeps, tradeoff
 from fastiat.cli import resolve
 from fastiat.config import TrainConfig
-from fastiat.errors import InputError
-from fastiat.examples import STEPS, data_uri, examples, grid
-from fastiat.figures import Picture
-from fastiat.files import check_place, write
-from fastiat.page import Safe, element, join, page, section, table, text
+from fastiat.page import figure1, figures
+from fastiat.page.charts import Label, Measured, label, norm_pictures, sweeps, tradeoff
+from fastiat.page.examples import STEPS, data_uri, examples, grid
+from fastiat.page.figures import Picture
+from fastiat.page.html import Safe, element, join, page, section, table, text
+from fastiat.paper import compare as tables
 from fastiat.queries import ReportConfig
-from fastiat.results import MEASUREMENT, Measurement, differences, measurement
-from fastiat.run import CONFIG, METRICS, MODEL, Run
+from fastiat.runs.directory import CONFIG, METRICS, MODEL, Run
+from fastiat.runs.results import MEASUREMENT, Measurement, differences, measurement
+from fastiat.system.errors import InputError
+from fastiat.system.files import check_place, write
 
 FIGURES = "figures"
 """Folder of the figures' files, beside the page."""

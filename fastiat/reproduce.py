@@ -10,15 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastiat import figure1
 from fastiat.analyse import weight_norms, write_norms
-from fastiat.device import own_defaults
-from fastiat.errors import InputError
+from fastiat.engine.device import own_defaults
 from fastiat.estimate import Speed, speed
 from fastiat.evaluate import evaluate
-from fastiat.paper import ROWS, TRAINED, Cell
-from fastiat.plan import Job, Plan
-from fastiat.progress import duration
+from fastiat.page import figure1
+from fastiat.paper.plan import Job, Plan
+from fastiat.paper.published import ROWS, TRAINED, Cell
 from fastiat.queries import (
     EvaluateConfig,
     ReportConfig,
@@ -27,9 +25,11 @@ from fastiat.queries import (
     TransferConfig,
 )
 from fastiat.report import report
-from fastiat.run import CONFIG, Run, load
-from fastiat.settings import steps_of
+from fastiat.runs.directory import CONFIG, Run, load
 from fastiat.sweep import sweep
+from fastiat.system.errors import InputError
+from fastiat.system.progress import duration
+from fastiat.system.settings import steps_of
 from fastiat.train import Interrupted, train
 from fastiat.transfer import transfer
 

@@ -4,11 +4,11 @@ import time
 from dataclasses import replace
 from itertools import product
 
-from fastiat.device import own_defaults, pick_device
+from fastiat.engine.device import own_defaults, pick_device
 from fastiat.evaluate import UNITS, Job, open_runs, prepare, table, unusual
-from fastiat.measure import error_rates
+from fastiat.measuring.one_pass import error_rates
 from fastiat.queries import SweepConfig
-from fastiat.results import Rate, provenance
+from fastiat.runs.results import Rate, provenance
 
 Key = tuple[str, float, int]
 """Split, eps and steps."""

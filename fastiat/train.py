@@ -14,13 +14,22 @@ import torch
 
 from fastiat import data, models
 from fastiat.config import TrainConfig
-from fastiat.device import own_defaults
-from fastiat.distributed import ranks
-from fastiat.errors import InputError, check_interrupts, explain_os, one_line, out_of_memory
+from fastiat.engine.device import own_defaults
 from fastiat.mix import chance_loss
-from fastiat.progress import Events, Progress, duration
-from fastiat.run import METRICS, MODEL, PREVIOUS, STATE, Onlooker, Run, check_free, default_out
-from fastiat.signals import Now, Signals
+from fastiat.runs.directory import (
+    METRICS,
+    MODEL,
+    PREVIOUS,
+    STATE,
+    Onlooker,
+    Run,
+    check_free,
+    default_out,
+)
+from fastiat.system.errors import InputError, check_interrupts, explain_os, one_line, out_of_memory
+from fastiat.system.progress import Events, Progress, duration
+from fastiat.system.ranks import ranks
+from fastiat.system.signals import Now, Signals
 from fastiat.trainer import Trainer, Update
 
 LOG_EVERY = 20
@@ -43,7 +52,7 @@ class Interrupted(Exception):
 def train(config: TrainConfig) -> Path:
     """Train as `config` says and return the run directory.
 
-    The ranks of a job (`fastiat.distributed`) train together, and the first writes the directory.
+    The ranks of a job (`fastiat.system.ranks`) train together, and the first writes the directory.
     Raises `InputError` before anything is written if the settings or the data are wrong or another
     process trains there, `Interrupted` after a checkpoint when SIGINT or SIGTERM ends it, and
     `Lost` where another rank has ended.

@@ -10,20 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastiat import convert, data, loaders, models
+from fastiat import data, loaders, models
 from fastiat import mix as mixing
 from fastiat.ascent import draw_seed
 from fastiat.attack import PGD, BatchNormMode, count_errors, pgd
 from fastiat.config import TrainConfig
-from fastiat.device import autocast, pick_device, pick_precision
-from fastiat.distributed import ranks
-from fastiat.engine import Engine, pick_engine, prepare
-from fastiat.errors import Damaged, InputError, out_of_memory, printable
-from fastiat.guard import alike
+from fastiat.engine.device import autocast, pick_device, pick_precision
+from fastiat.engine.graphs import Engine, pick_engine, prepare
+from fastiat.images import convert
 from fastiat.mix import Mix
-from fastiat.optimise import learning_rate, make_sgd, move_average
-from fastiat.run import ModelCard
-from fastiat.step import Attack, Step, Update, algorithm1, running_statistics
+from fastiat.runs.directory import ModelCard
+from fastiat.system.errors import Damaged, InputError, out_of_memory, printable
+from fastiat.system.ranks import ranks
+from fastiat.system.untrusted import alike
+from fastiat.training.optimise import learning_rate, make_sgd, move_average
+from fastiat.training.step import Attack, Step, Update, algorithm1, running_statistics
 
 EVAL_BATCH = 500
 """Images evaluated at a time after an epoch, where an update takes as many."""
@@ -32,7 +33,7 @@ EVAL_BATCH = 500
 class Trainer:
     """Everything that a training changes: network, optimizer, average, generators, position.
 
-    The ranks of a training (`fastiat.distributed`) each take their part of every batch. Gradients,
+    The ranks of a training (`fastiat.system.ranks`) each take their part of every batch. Gradients,
     running statistics and figures are averaged before the optimizer's step, so that after it all of
     them hold the same bits, checkpoint included. Running variances are means of the parts' own.
     """

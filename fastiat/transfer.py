@@ -12,15 +12,15 @@ import torch
 from fastiat import loaders
 from fastiat.ascent import Starts
 from fastiat.attack import crafting, pgd
-from fastiat.device import autocast, own_defaults, pick_device, pick_precision
-from fastiat.errors import InputError
+from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
 from fastiat.evaluate import UNITS, Job, Trained, open_runs, prepare, some, table, unusual
-from fastiat.measure import within_memory
+from fastiat.measuring.one_pass import within_memory
 from fastiat.models import correct, to_pixels
-from fastiat.progress import Progress
 from fastiat.queries import TransferConfig
-from fastiat.results import Rate, provenance
-from fastiat.run import Run
+from fastiat.runs.directory import Run
+from fastiat.runs.results import Rate, provenance
+from fastiat.system.errors import InputError
+from fastiat.system.progress import Progress
 
 HOLDOUT = "holdout_error_percent"
 Matrix = dict[str, dict[str, Rate]]

@@ -33,7 +33,7 @@ import torch
 from fuzz_targets import OUTSIDE, TARGETS, Refused, Target, World
 
 from fastiat import cli
-from fastiat.errors import InputError, out_of_memory
+from fastiat.system.errors import InputError, out_of_memory
 
 MEMORY = 2 * 2**30
 CPU_SECONDS, SECONDS = 20.0, 120.0

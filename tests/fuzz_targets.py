@@ -30,10 +30,15 @@ from PIL import Image, PngImagePlugin
 from torchvision.datasets import CIFAR10, SVHN, FashionMNIST
 
 import fastiat
-from fastiat import analyse, beton, beton_writer, cli, data, folder, paper, results, tables
-from fastiat.errors import InputError
-from fastiat.ffcv_package import installed
-from fastiat.run import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
+from fastiat import analyse, cli, data
+from fastiat.images import beton, beton_writer
+from fastiat.images import tree as folder
+from fastiat.images.ffcv import installed
+from fastiat.paper import compare as tables
+from fastiat.paper import published as paper
+from fastiat.runs import results
+from fastiat.runs.directory import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
+from fastiat.system.errors import InputError
 from fastiat.trainer import Trainer
 
 OUTSIDE = "outside"
@@ -71,8 +76,8 @@ class World:
         for name in (results.EVALUATION, analyse.NORMS, analyse.DIAGNOSIS):
             self.seeds[name] = [(finished / name).read_bytes()]
         self.seeds["table3.json"] = [(finished.parent / "table3.json").read_bytes()]
-        for name in ("digits.npz", "paper.csv"):
-            self.seeds[name] = [(Path(fastiat.__file__).parent / name).read_bytes()]
+        for folder_of, name in (("images", "digits.npz"), ("paper", "tables.csv")):
+            self.seeds[name] = [(Path(fastiat.__file__).parent / folder_of / name).read_bytes()]
         # What starts a program or takes long is done once.
         command("report", other)
         self.betons = [beton_of(folder / f"{kind}.beton", kind) for kind in ("raw", "jpeg")]
@@ -675,7 +680,7 @@ TARGETS = (
         _first("digits.npz"),
     ),
     Target(
-        "paper.csv", 4, "images", _of("paper.csv", damage.of_bytes), use_packaged("paper.csv"),
-        _first("paper.csv"),
+        "tables.csv", 4, "images", _of("tables.csv", damage.of_bytes), use_packaged("tables.csv"),
+        _first("tables.csv"),
     ),
 )  # fmt: skip

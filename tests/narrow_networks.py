@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastiat import data, engine, models
+from fastiat import data, models
 from fastiat.config import TrainConfig
+from fastiat.engine import graphs as engine
 from fastiat.trainer import Trainer
 
 NETWORKS = [

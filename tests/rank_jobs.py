@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastiat import cli, data, distributed, engine
+from fastiat import cli, data
 from fastiat.config import TrainConfig
-from fastiat.measure import fooled
+from fastiat.engine import graphs as engine
+from fastiat.measuring.one_pass import fooled
 from fastiat.models import build, to_pixels
 from fastiat.queries import EvaluateConfig
+from fastiat.system import ranks as distributed
 from fastiat.trainer import Trainer
 
 # As the command sets it before torch is imported, which the forked ranks have behind them.
@@ -228,7 +230,7 @@ def autoattacked() -> tuple[torch.Tensor, dict[str, int], list[str]]:
     """Attack some digits with a cut version of AutoAttack in three batches."""
     import pyautoattack
 
-    from fastiat.autoattack import autoattack
+    from fastiat.measuring.autoattack import autoattack
 
     class Short(pyautoattack.AutoAttack):
         def _set_version(self, version="standard"):

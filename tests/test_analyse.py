@@ -26,7 +26,7 @@ from fastiat.analyse import (
     weight_norms,
     write_diagnosis,
 )
-from fastiat.run import MODEL
+from fastiat.runs.directory import MODEL
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastiat import data, loaders, models
-from fastiat import engine as engines
 from fastiat.attack import PGD, count_errors, crafting, fgsm, input_gradient, objective, pgd
-from fastiat.errors import InputError
+from fastiat.engine import graphs as engines
+from fastiat.system.errors import InputError
 
 EPS, ALPHA = 8 / 255, 2 / 255
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fastiat import cli, data
-from fastiat.autoattack import autoattack
 from fastiat.evaluate import read_results
+from fastiat.measuring.autoattack import autoattack
 from fastiat.queries import EvaluateConfig
-from fastiat.run import ModelCard, Run
+from fastiat.runs.directory import ModelCard, Run
 
 CPU = ("--device", "cpu", "--precision", "fp32")
 

@@ -35,7 +35,7 @@ def test_scalings_constants_and_reduction_are_right():
     import scaling
 
     from fastiat import models
-    from fastiat.step import running_statistics
+    from fastiat.training.step import running_statistics
 
     for name, network in scaling.NETWORKS.items():
         with torch.device("meta"):

@@ -20,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastiat import beton, beton_writer, cli, convert, data, ffcv_package
-from fastiat.errors import InputError
+from fastiat import cli, data
+from fastiat.images import beton, beton_writer, convert
+from fastiat.images import ffcv as ffcv_package
+from fastiat.system.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 DIGITS = data.load("digits")

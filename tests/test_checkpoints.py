@@ -10,8 +10,8 @@ import torch
 from test_train import assert_same, rows_of, signal_in
 
 from fastiat import cli
-from fastiat.errors import InputError
-from fastiat.run import CONFIG, LOCK, METRICS, MODEL, PREVIOUS, STATE, Run
+from fastiat.runs.directory import CONFIG, LOCK, METRICS, MODEL, PREVIOUS, STATE, Run
+from fastiat.system.errors import InputError
 from fastiat.trainer import Trainer
 
 

@@ -17,10 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastiat import __version__, cli, data, settings
+from fastiat import __version__, cli, data
 from fastiat.config import PRESETS, TrainConfig
-from fastiat.errors import InputError
-from fastiat.settings import from_json
+from fastiat.system import settings
+from fastiat.system.errors import InputError
+from fastiat.system.settings import from_json
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,8 +21,9 @@ import scipy.io
 import torch
 from torchvision.datasets import CIFAR10, SVHN, FashionMNIST
 
-from fastiat import data, downloads
-from fastiat.errors import InputError
+from fastiat import data
+from fastiat.images import downloads
+from fastiat.system.errors import InputError
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -118,7 +119,7 @@ def test_digits_are_scikit_learns_scans_scaled_to_255() -> None:
 
     truth = load_digits()
     digits = data.load("digits")
-    with files("fastiat").joinpath("digits.npz").open("rb") as file:
+    with files("fastiat.images").joinpath("digits.npz").open("rb") as file:
         test = np.load(file, allow_pickle=False)["test"]
     train = np.setdiff1d(np.arange(1797), test)
     for split, index in ((digits.train, train), (digits.test, test)):

@@ -14,13 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastiat
-from fastiat import cli, data, verdicts
+from fastiat import cli, data
 from fastiat.analyse import DIAGNOSIS, read_diagnosis
-from fastiat.autoattack import Outcome
 from fastiat.diagnose import examine, precise_loss
-from fastiat.measure import fooled
-from fastiat.run import MODEL, Run
-from fastiat.verdicts import Finding
+from fastiat.measuring import verdicts
+from fastiat.measuring.autoattack import Outcome
+from fastiat.measuring.one_pass import fooled
+from fastiat.measuring.verdicts import Finding
+from fastiat.runs.directory import MODEL, Run
 
 EPS, ALPHA = 0.1, 0.025
 FGSM, STEPS, LARGER, TRANSFER, NOISE, GRADIENTS, SURFACE, MARGIN, AUTO = CHECKS = (

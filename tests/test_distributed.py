@@ -28,12 +28,13 @@ from rank_jobs import (
 from test_train import assert_same
 from torture import equal
 
-from fastiat import cli, data, distributed
+from fastiat import cli, data
 from fastiat.config import TrainConfig
-from fastiat.device import pick_device
-from fastiat.errors import InputError
+from fastiat.engine.device import pick_device
 from fastiat.loaders import Shard
-from fastiat.run import METRICS, STATE
+from fastiat.runs.directory import METRICS, STATE
+from fastiat.system import ranks as distributed
+from fastiat.system.errors import InputError
 from fastiat.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent

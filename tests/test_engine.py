@@ -14,12 +14,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastiat import attack, data, engine, models
+from fastiat import attack, data, models
 from fastiat.attack import PGD, pgd
 from fastiat.config import TrainConfig
-from fastiat.errors import InputError
-from fastiat.step import Step
+from fastiat.engine import graphs as engine
+from fastiat.system.errors import InputError
 from fastiat.trainer import Trainer
+from fastiat.training.step import Step
 
 CONVOLUTIONS = 20  # of preact18
 aten = torch.ops.aten

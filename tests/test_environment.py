@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastiat import cli, figures
-from fastiat.figures import Series
+from fastiat import cli
+from fastiat.page import figures
+from fastiat.page.figures import Series
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("\u732b", "\u0642\u0637", "\U0001f408", "caf\u00e9")

@@ -16,7 +16,7 @@ from fastiat import cli, data, loaders
 from fastiat.attack import pgd
 from fastiat.evaluate import Rate, evaluate
 from fastiat.queries import EvaluateConfig
-from fastiat.run import MODEL, Run
+from fastiat.runs.directory import MODEL, Run
 
 CPU = ("--device", "cpu", "--precision", "fp32")
 
@@ -167,7 +167,7 @@ def test_memory_that_runs_out_while_measuring_names_the_batch_size_to_give(
     def refuse(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("fastiat.measure.input_gradient", refuse)
+    monkeypatch.setattr("fastiat.measuring.one_pass.input_gradient", refuse)
     monkeypatch.setattr("fastiat.attack.input_gradient", refuse)
     line = complaint(*argv, *CPU[:2])
     assert "measuring 64 images at a time takes more memory than there is" in line

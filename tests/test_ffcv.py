@@ -14,11 +14,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from fastiat import beton, cli, convert, data, device, evaluate, ffcv_loader, ffcv_package, loaders
+from fastiat import cli, data, evaluate, loaders
 from fastiat.config import TrainConfig
-from fastiat.errors import InputError
+from fastiat.engine import device
+from fastiat.images import beton, convert
+from fastiat.images import ffcv as ffcv_package
+from fastiat.images import ffcv_batches as ffcv_loader
 from fastiat.loaders import Shard, choose, make
 from fastiat.queries import EvaluateConfig
+from fastiat.system.errors import InputError
 from fastiat.trainer import Trainer
 
 DIGITS = data.load("digits")

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from fastiat import convert, data, folder
-from fastiat.errors import InputError
+from fastiat import data
+from fastiat.images import convert
+from fastiat.images import tree as folder
 from fastiat.queries import ConvertConfig
+from fastiat.system.errors import InputError
 
 RNG = np.random.default_rng(0)
 

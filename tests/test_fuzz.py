@@ -10,10 +10,10 @@ import fuzz_mutations
 import pytest
 import torch
 
-from fastiat.errors import InputError, one_line, printable
-from fastiat.guard import check_checkpoint
-from fastiat.run import CONFIG, LOCK, LOG, METRICS, MODEL, STATE
-from fastiat.tables import markdown
+from fastiat.paper.compare import markdown
+from fastiat.runs.directory import CONFIG, LOCK, LOG, METRICS, MODEL, STATE
+from fastiat.system.errors import InputError, one_line, printable
+from fastiat.system.untrusted import check_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ def test_the_fuzzer_finds_what_it_is_to_find(tmp_path):
 import dataclasses, os, sys, time
 sys.path.insert(0, "tests")
 import fuzz, fuzz_targets
-from fastiat.errors import InputError
+from fastiat.system.errors import InputError
 
 def lines(*_): raise InputError("two\\nlines")
 def bug(*_): raise KeyError("x")
@@ -56,7 +56,7 @@ ways = (lines, bug, memory, outside, code, hidden, escape, crash, hang, fine)
 targets = [dataclasses.replace(kind, name=way.__name__, use=way) for way in ways]
 class World:
     def __init__(self, folder, decode):
-        self.folder, self.seeds = folder, {"paper.csv": [b"a,b"]}
+        self.folder, self.seeds = folder, {"tables.csv": [b"a,b"]}
         (folder / kind.needs).mkdir(parents=True)
 fuzz.World, fuzz.TARGETS = World, []
 real = fuzz._world

@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastiat import data, engine, kernels, models
+from fastiat import data, kernels, models
 from fastiat.ascent import Climb
 from fastiat.attack import PGD, pgd
 from fastiat.config import TrainConfig
+from fastiat.engine import graphs as engine
 from fastiat.mix import Mix
-from fastiat.step import Step, algorithm1
 from fastiat.trainer import Trainer
+from fastiat.training.step import Step, algorithm1
 
 DEFAULTS: dict[str, Any] = {**(pgd.__kwdefaults__ or {}), "eps": 8 / 255, "alpha": 2 / 255}
 BATCH = 6

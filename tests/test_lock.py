@@ -12,9 +12,10 @@ from pathlib import Path
 
 from test_train import assert_same
 
-from fastiat import cli, data, lock
+from fastiat import cli, data
 from fastiat.config import TrainConfig
-from fastiat.run import LOCK, Run
+from fastiat.runs import lock
+from fastiat.runs.directory import LOCK, Run
 
 ROOT = Path(__file__).parent.parent
 

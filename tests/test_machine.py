@@ -14,7 +14,7 @@ from conftest import disk
 from test_train import assert_same
 
 from fastiat import cli
-from fastiat.run import LOCK, PREVIOUS, STATE, Run
+from fastiat.runs.directory import LOCK, PREVIOUS, STATE, Run
 from fastiat.trainer import Trainer
 
 GB = 2**30

@@ -8,12 +8,13 @@ import torch
 import torchattacks
 from torch import nn
 
-from fastiat import data, measure
+from fastiat import data
 from fastiat.ascent import Starts, start_in_ball
 from fastiat.attack import fgsm, pgd
-from fastiat.errors import InputError
-from fastiat.measure import error_rates, fooled
+from fastiat.measuring import one_pass as measure
+from fastiat.measuring.one_pass import error_rates, fooled
 from fastiat.queries import EvaluateConfig
+from fastiat.system.errors import InputError
 
 EPS, ALPHA = 0.1, 0.02
 
@@ -253,7 +254,7 @@ def test_a_linear_models_error_is_the_closed_form():
 
 
 def test_progress_is_shown_within_a_batch(model, digits, monkeypatch, capsys):
-    monkeypatch.setattr("fastiat.progress.PLAIN_EVERY", 0)
+    monkeypatch.setattr("fastiat.system.progress.PLAIN_EVERY", 0)
     settings = config(batch_size=200, restarts=2)
     fooled(model, digits, ("fgsm", "pgd-5"), eps=EPS, alpha=ALPHA, config=settings)
     shown = re.findall(r"^FGSM, PGD-5: (\d+)/360 images", capsys.readouterr().err, re.MULTILINE)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fastiat import kernels
-from fastiat.errors import InputError
 from fastiat.mix import DEFAULT_ALPHA, Mix, chance_loss, draw, mixed_correct, mixed_loss
 from fastiat.models import correct
+from fastiat.system.errors import InputError
 
 
 def _draws(kind, count, **settings):

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastiat import kernels, models
-from fastiat.errors import InputError
 from fastiat.mix import Mix
+from fastiat.system.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastiat import engine as engines
 from fastiat.attack import PGD, fgsm, pgd
-from fastiat.errors import InputError
+from fastiat.engine import graphs as engines
+from fastiat.system.errors import InputError
 
 SETTINGS = {"eps": 0.1, "alpha": 0.05, "steps": 3, "random_start": False}
 

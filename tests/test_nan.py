@@ -8,9 +8,10 @@ import torch
 from test_train import assert_same, rows_of, signal_in
 from torture import equal
 
-from fastiat import cli, data, engine
+from fastiat import cli, data
 from fastiat.config import TrainConfig
-from fastiat.run import METRICS, STATE
+from fastiat.engine import graphs as engine
+from fastiat.runs.directory import METRICS, STATE
 from fastiat.trainer import Trainer
 
 

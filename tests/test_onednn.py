@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastiat import models, onednn
+from fastiat import models
 from fastiat.attack import fgsm, pgd
+from fastiat.engine import onednn
 
 aten = torch.ops.aten
 CHECKED = {"GLIBC_TUNABLES": "glibc.malloc.check=3", "LD_PRELOAD": "libc_malloc_debug.so.0"}

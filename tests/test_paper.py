@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from fastiat import paper
-from fastiat.errors import InputError
+from fastiat.paper import published as paper
+from fastiat.system.errors import InputError
 
 SIX = ("baseline", "mixup", "manifold_mixup", "pgd7", "iat_mixup", "iat_manifold_mixup")
 ADVERSARIAL = SIX[3:]

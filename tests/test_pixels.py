@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastiat import folder, pixels
-from fastiat.convert import convert
 from fastiat.data import stored
-from fastiat.errors import InputError
+from fastiat.images import pixels
+from fastiat.images import tree as folder
+from fastiat.images.convert import convert
 from fastiat.queries import ConvertConfig
+from fastiat.system.errors import InputError
 
 VALUES = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4

@@ -14,9 +14,10 @@ from PIL import Image
 from test_data import cifar10, fashion, offline, pack, svhn
 
 import fastiat
-from fastiat import cli, convert, data, downloads, folder
+from fastiat import cli, data
 from fastiat.config import TrainConfig
-from fastiat.errors import InputError
+from fastiat.images import convert, downloads
+from fastiat.images import tree as folder
 from fastiat.queries import (
     ConvertConfig,
     DiagnoseConfig,
@@ -25,7 +26,8 @@ from fastiat.queries import (
     ReportConfig,
     TransferConfig,
 )
-from fastiat.results import read_results
+from fastiat.runs.results import read_results
+from fastiat.system.errors import InputError
 from fastiat.trainer import Trainer
 
 __all__ = ["cifar10", "fashion", "offline", "svhn"]

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastiat import cli, engine
+from fastiat import cli
 from fastiat.attack import PGD
-from fastiat.errors import InputError
+from fastiat.engine import graphs as engine
+from fastiat.system.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastiat import charts, cli, figures, page, tables
+from fastiat import cli
 from fastiat.analyse import Finding, write_diagnosis
-from fastiat.figures import COLOURS, Series
-from fastiat.paper import Cell
-from fastiat.results import add_results, read_results
-from fastiat.run import METRICS, Run
-from fastiat.tables import results
+from fastiat.page import charts, figures
+from fastiat.page import html as page
+from fastiat.page.figures import COLOURS, Series
+from fastiat.paper import compare as tables
+from fastiat.paper.compare import results
+from fastiat.paper.published import Cell
+from fastiat.runs.directory import METRICS, Run
+from fastiat.runs.results import add_results, read_results
 
 VOID = {"meta", "img", "br"}
 

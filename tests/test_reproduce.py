@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from fastiat import cli, paper, plan, tables
+from fastiat import cli
 from fastiat import train as training
 from fastiat.estimate import Images, Speed
+from fastiat.paper import compare as tables
+from fastiat.paper import plan
+from fastiat.paper import published as paper
 from fastiat.queries import ReproduceConfig
-from fastiat.run import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
+from fastiat.runs.directory import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
 
 SCALE = (
     *("--dataset", "digits", "--arch", "mlp6", "--width", "8", "--epochs", "1"),

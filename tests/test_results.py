@@ -11,8 +11,8 @@ import torch
 from fastiat import __version__, cli
 from fastiat.evaluate import Rate, evaluate, read_results
 from fastiat.queries import EvaluateConfig
-from fastiat.results import EVALUATION, IDENTITY, fingerprint
-from fastiat.run import MODEL, Run, load_with_card
+from fastiat.runs.directory import MODEL, Run, load_with_card
+from fastiat.runs.results import EVALUATION, IDENTITY, fingerprint
 
 CPU = ("--device", "cpu", "--precision", "fp32", "--limit", "60")
 

@@ -10,8 +10,9 @@ import torch
 from test_train import assert_same, signal_in
 from torture import equal
 
-from fastiat import cli, data, engine
+from fastiat import cli, data
 from fastiat.config import PRESETS, TrainConfig
+from fastiat.engine import graphs as engine
 from fastiat.trainer import Trainer
 
 DIGITS = data.load("digits")

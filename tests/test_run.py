@@ -18,8 +18,17 @@ from PIL import Image
 import fastiat
 from fastiat import cli
 from fastiat.config import TrainConfig
-from fastiat.errors import InputError
-from fastiat.run import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run, load_with_card, write
+from fastiat.runs.directory import (
+    CONFIG,
+    METRICS,
+    MODEL,
+    PREVIOUS,
+    STATE,
+    Run,
+    load_with_card,
+    write,
+)
+from fastiat.system.errors import InputError
 
 
 class Bomb:

@@ -15,8 +15,8 @@ from torch import Tensor
 from fastiat import data
 from fastiat.config import TrainConfig
 from fastiat.data import Dataset, Split
-from fastiat.errors import InputError
 from fastiat.loaders import ResidentLoader, Shard
+from fastiat.system.errors import InputError
 from fastiat.trainer import Trainer
 
 

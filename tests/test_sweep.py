@@ -15,7 +15,7 @@ from fastiat import cli, data
 from fastiat.attack import pgd
 from fastiat.evaluate import Rate, read_results
 from fastiat.queries import SweepConfig, TransferConfig
-from fastiat.run import CONFIG, METRICS, MODEL, Run, load_with_card
+from fastiat.runs.directory import CONFIG, METRICS, MODEL, Run, load_with_card
 from fastiat.sweep import sweep
 from fastiat.transfer import transfer
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torture import equal
 
 from fastiat import cli
-from fastiat.run import METRICS, MODEL, STATE, Run
+from fastiat.runs.directory import METRICS, MODEL, STATE, Run
 from fastiat.trainer import Trainer
 
 # The updates of an epoch, and what makes it so.
@@ -349,7 +349,7 @@ def test_a_disk_full_from_the_start_gets_one_line_and_no_run(small, tmp_path, co
 
 
 def test_lines_go_to_stdout_and_progress_to_stderr(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fastiat.progress.PLAIN_EVERY", 0.0)
+    monkeypatch.setattr("fastiat.system.progress.PLAIN_EVERY", 0.0)
     out = tmp_path / "run"
     assert cli.main(["train", *small, "--out", str(out)]) == 0
     shown = capsys.readouterr()
@@ -363,7 +363,7 @@ def test_lines_go_to_stdout_and_progress_to_stderr(small, tmp_path, monkeypatch,
 
 
 def test_the_time_left_after_a_resume_counts_this_sessions_images(monkeypatch, capsys):
-    from fastiat import progress
+    from fastiat.system import progress
 
     now = iter([100.0, 200.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from fastiat import data, models
 from fastiat.attack import count_errors, pgd
 from fastiat.config import TrainConfig, modern, paper
-from fastiat.errors import InputError
 from fastiat.mix import Mix
-from fastiat.optimise import learning_rate
-from fastiat.step import algorithm1
+from fastiat.system.errors import InputError
 from fastiat.trainer import Trainer
+from fastiat.training.optimise import learning_rate
+from fastiat.training.step import algorithm1
 
 
 def _network():

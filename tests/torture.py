@@ -41,9 +41,11 @@ from safetensors.torch import load_file  # noqa: E402
 
 # What a training imports as it goes is imported once, here.
 import fastiat.evaluate  # noqa: E402, F401
-from fastiat import cli, files, run  # noqa: E402
-from fastiat.progress import Events  # noqa: E402
-from fastiat.run import CONFIG, LOG, METRICS, MODEL, PREVIOUS, STATE, Run  # noqa: E402
+from fastiat import cli  # noqa: E402
+from fastiat.runs import directory as run  # noqa: E402
+from fastiat.runs.directory import CONFIG, LOG, METRICS, MODEL, PREVIOUS, STATE, Run  # noqa: E402
+from fastiat.system import files  # noqa: E402
+from fastiat.system.progress import Events  # noqa: E402
 from fastiat.train import train  # noqa: E402, F401
 
 SHARED = (

@@ -1,0 +1,1 @@
+"""How a network is run: devices and precisions, compiled functions and CUDA graphs."""

@@ -1,0 +1,1 @@
+"""Where images come from: downloads, image trees, .beton files, conversion."""

@@ -1,0 +1,327 @@
+"""FFCV's .beton files: written, checked before anything trusts them, and read without FFCV.
+
+A file of ours is an ordinary one with the fields "image" (RGB, raw or JPEG) and "label" (integer),
+which FFCV's own loader reads. Training images come first; all are square and of one side; grey
+ones have three equal channels. Between the images and FFCV's table of allocations, where no
+reader of FFCV looks, lies the `Card`: JSON, its length in 8 bytes, and `MAGIC`.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastiat.system.errors import InputError
+from fastiat.system.settings import expanded, from_json
+
+# FFCV's own types, `ffcv.types` and the metadata of its RGB image and integer fields.
+HEADER = np.dtype(
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
+     ("alloc_table_ptr", "<u8")], align=True,
+)  # fmt: skip
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+VERSION = 2
+FIELDS = {"image": 2, "label": 1}
+"""The fields' names with FFCV's numbers of their types."""
+MODES = {"jpeg": 0, "raw": 1}
+
+MAGIC = b"fastiat1"
+LONGEST_CARD = 1 << 24
+SMALLEST_PAGE, LARGEST_PAGE = 1 << 21, 1 << 31
+LARGEST_SIDE = 4096
+LOOKED_AT = 1024
+"""JPEGs whose header is looked at when a file is opened; every one is when it is decoded."""
+CHUNK = 1 << 23
+"""Bytes of images that are read or handed on at a time."""
+
+Format = Literal["raw", "jpeg"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a .beton says of itself beyond what FFCV keeps."""
+
+    name: str
+    """The data set's name, as results have it."""
+    classes: tuple[str, ...]
+    flip: bool
+    """Whether training mirrors the images."""
+    channels: int
+    side: int
+    """Pixels of an image, each way."""
+    n_train: int
+    """Training images, which come first."""
+    format: Format
+    quality: int
+    """Of the JPEGs, 0 to 100."""
+    fingerprint: str
+    """Of the splits: `Dataset.fingerprint` of raw ones, of JPEGs the same over their bytes."""
+    source: str
+    """What it was made from: a digest of a tree's listing, or a data set's fingerprint."""
+    fastiat: str
+    """The version that wrote it."""
+
+    @property
+    def raw_size(self) -> int:
+        """Bytes of a raw image in the file."""
+        return 3 * self.side**2
+
+
+@dataclass(frozen=True, eq=False)
+class Beton:
+    """An opened and checked file; `labels` (N,) int64, `ptrs` and `sizes` (N,) of the images."""
+
+    path: Path
+    card: Card
+    labels: NDArray[np.int64]
+    ptrs: NDArray[np.uint64]
+    sizes: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def blobs(self, index: Iterable[int]) -> Iterator[bytes]:
+        """Yield the stored bytes of images; raise `InputError` where the file is cut by now."""
+        with open(self.path, "rb", buffering=0) as file:
+            for i in index:
+                blob = os.pread(file.fileno(), int(self.sizes[i]), int(self.ptrs[i]))
+                if len(blob) != self.sizes[i]:
+                    raise refusal(self.path, "it is truncated")
+                yield blob
+
+    def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the images at `index` as (M, H, W, C).
+
+        JPEGs are decoded by FFCV's decoder, so that they are the same pixels as a loader of FFCV
+        sees. Raises `InputError` for a damaged JPEG, and for any where FFCV is not installed.
+        """
+        side, channels = self.card.side, self.card.channels
+        images = np.empty((len(index), side, side, channels), np.uint8)
+        pixels = np.empty((side, side, 3), np.uint8)
+        jpeg = self.card.format == "jpeg"
+        decode = jpeg_decoder() if jpeg else None
+        for i, blob in zip(range(len(index)), self.blobs(index.tolist()), strict=True):
+            if decode is None:
+                image = np.frombuffer(blob, np.uint8).reshape(side, side, 3)
+            else:
+                if not decode(blob, pixels):
+                    raise refusal(self.path, f"its image {index[i]} is damaged")
+                image = pixels
+            images[i] = image[..., :channels]
+        return images
+
+
+@cache
+def jpeg_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
+    """Return FFCV's JPEG decoder: it fills (H, W, 3) uint8 and says whether all went well.
+
+    Raises `InputError` without FFCV.
+    """
+    from fastiat.images.ffcv import import_ffcv
+
+    import_ffcv()
+    from ffcv.libffcv import ctypes_imdecode
+
+    def decode(blob: bytes, pixels: NDArray[np.uint8]) -> bool:
+        height, width, _ = pixels.shape
+        source = ctypes.cast(ctypes.c_char_p(blob), ctypes.c_void_p)
+        target = pixels.ctypes.data_as(ctypes.c_void_p)
+        whole = (height, width, 0, 0, 1, 1, False, False)
+        return ctypes_imdecode(source, len(blob), height, width, target, *whole) == 0
+
+    return decode
+
+
+class Fingerprint:
+    """`Dataset.fingerprint`, taken as the images pass by; of JPEGs over their bytes."""
+
+    def __init__(self, labels: NDArray[np.int64], n_train: int, side: int, channels: int) -> None:
+        self._digest = hashlib.sha256()
+        self._splits = [labels[:n_train], labels[n_train:]]
+        self._shape = side, side, channels
+        self._left = 0
+
+    def add(self, image: bytes | NDArray[np.uint8]) -> None:
+        """Take the next image in, (H, W, C) or a JPEG."""
+        if not self._left:
+            labels = self._splits.pop(0)
+            self._digest.update(str((len(labels), *self._shape)).encode())
+            self._digest.update(np.ascontiguousarray(labels, np.int64).data)
+            self._left = len(labels)
+        self._digest.update(image if isinstance(image, bytes) else np.ascontiguousarray(image).data)
+        self._left -= 1
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()[:16]
+
+
+def open_beton(path: str | os.PathLike[str]) -> Beton:
+    """Open a .beton, after checking all that FFCV, which maps it into memory, would trust.
+
+    Raises `InputError`, in one line that names the file, unless it is a whole .beton of ours.
+    """
+    path = Path(expanded(path)).absolute()
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputError(f"{path} is not a file: name a .beton")
+            return _open(path, file)
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} does not exist: write it with fastiat convert DATASET {path.name}"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except InputError:
+        raise
+    # NumPy and json raise whatever a damaged file makes them stumble on.
+    except (ValueError, TypeError, RecursionError, MemoryError, OverflowError) as error:
+        raise refusal(path, f"it is damaged ({str(error)[:60]})") from None
+
+
+def _open(path: Path, file: IO[bytes]) -> Beton:
+    size = os.fstat(file.fileno()).st_size
+
+    def read(dtype: Any, count: int, at: int) -> NDArray[Any]:
+        end = at + count * np.dtype(dtype).itemsize
+        if not 0 <= at <= end <= size:
+            raise refusal(path, "it is truncated")
+        return np.fromfile(file, dtype, count, offset=at - file.tell())
+
+    if size < HEADER.itemsize + field_table().nbytes:
+        raise refusal(path, "it is truncated" if size else "it is empty")
+    header = read(HEADER, 1, 0)[0]
+    n, page, table = (int(header[name]) for name in ("num_samples", "page_size", "alloc_table_ptr"))
+    fields = read(FIELD, len(FIELDS), HEADER.itemsize)
+    ours = field_table()
+    if (
+        (header["version"], header["num_fields"]) != (VERSION, len(FIELDS))
+        or not np.array_equal(fields["type_id"], ours["type_id"])
+        or not np.array_equal(fields["name"], ours["name"])
+    ):
+        raise refusal(path, "it is not a .beton of fastiat, with an image and a label field")
+    if page & (page - 1) or not SMALLEST_PAGE <= page <= LARGEST_PAGE:
+        raise refusal(path, f"its page size is {page}")
+    if n < 2 or table == 0 or table + n * ALLOCATION.itemsize > size:
+        raise refusal(path, "it is truncated")
+    if table + n * ALLOCATION.itemsize < size:
+        raise refusal(path, "it goes on after its end")
+    start = data_start(n, page)
+    tail = len(MAGIC) + 8
+    if table < start + tail:
+        raise refusal(path, "it is truncated")
+    ending = read(np.uint8, tail, table - tail).tobytes()
+    length = int.from_bytes(ending[:8], "little")
+    end = table - tail - length
+    if ending[8:] != MAGIC or length > LONGEST_CARD or end < start:
+        raise refusal(path, "it is not a .beton of fastiat: it has no card")
+    card = _card(path, read(np.uint8, length, end).tobytes(), n)
+    samples = read(SAMPLE, n, HEADER.itemsize + fields.nbytes)
+    allocations = read(ALLOCATION, n, table)
+    _check_samples(path, card, samples, allocations, start, end)
+    beton = Beton(
+        path, card, samples["label"].astype(np.int64), allocations["ptr"].copy(),
+        allocations["size"].copy(),
+    )  # fmt: skip
+    if card.format == "jpeg":
+        _check_jpegs(beton)
+    return beton
+
+
+def _card(path: Path, text: bytes, n: int) -> Card:
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise InputError("it is not a JSON object")
+        card: Card = from_json(Card, values)
+    except (InputError, ValueError, RecursionError, TypeError) as error:
+        raise refusal(path, f"its card is damaged ({str(error)[:60]})") from None
+    good = (
+        card.channels in (1, 3)
+        and 1 <= card.side <= LARGEST_SIDE
+        and 1 <= card.n_train < n
+        and len(card.classes) >= 2
+    )
+    if not good:
+        raise refusal(path, "its card does not fit its images")
+    return card
+
+
+def _check_samples(
+    path: Path, card: Card, samples: NDArray[Any], allocations: NDArray[Any], start: int, end: int
+) -> None:
+    image, ptrs, sizes = samples["image"], allocations["ptr"], allocations["size"]
+    if (image["mode"] != MODES[card.format]).any():
+        raise refusal(path, f"not all of its images are {card.format}")
+    if (image["width"] != card.side).any() or (image["height"] != card.side).any():
+        raise refusal(path, f"not all of its images are {card.side}x{card.side}")
+    labels = samples["label"]
+    if labels.min() < 0 or labels.max() >= len(card.classes):
+        raise refusal(path, f"it has labels outside its {len(card.classes)} classes")
+    # What is added up below must not wrap around.
+    inside = (ptrs >= start).all() and (ptrs < end).all() and (sizes <= end).all()
+    if card.format == "raw":
+        inside = inside and (sizes == card.raw_size).all()
+    else:
+        inside = inside and (sizes > 0).all()
+    ends = ptrs + sizes
+    inside = inside and (ends[:-1] <= ptrs[1:]).all() and ends[-1] <= end
+    matching = (allocations["sample_id"] == np.arange(len(ptrs))).all()
+    if not (inside and matching and np.array_equal(image["data_ptr"], ptrs)):
+        raise refusal(path, "its images are not where it says")
+
+
+def _check_jpegs(beton: Beton) -> None:
+    """Look at a thousand JPEGs' headers, spread over the file."""
+    side = beton.card.side
+    for i in range(0, len(beton), -(-len(beton) // LOOKED_AT)):
+        (blob,) = beton.blobs([i])
+        if jpeg_size(blob) != (side, side):
+            raise refusal(beton.path, f"its image {i} is no JPEG of {side}x{side} pixels")
+
+
+def jpeg_size(blob: bytes) -> tuple[int, int] | None:
+    """Return (width, height) of a three-channel baseline or progressive JPEG, else None."""
+    at = 2
+    while blob[:2] == b"\xff\xd8" and at + 9 < len(blob) and blob[at] == 0xFF:
+        marker, length = blob[at + 1], int.from_bytes(blob[at + 2 : at + 4], "big")
+        if marker in (0xC0, 0xC1, 0xC2):
+            height = int.from_bytes(blob[at + 5 : at + 7], "big")
+            width = int.from_bytes(blob[at + 7 : at + 9], "big")
+            return (width, height) if blob[at + 9] == 3 else None
+        at += 2 + max(length, 2)
+    return None
+
+
+def refusal(path: Path, reason: str) -> InputError:
+    return InputError(
+        f"{path} cannot be used, {reason}: write it again with fastiat convert DATASET {path.name}"
+    )
+
+
+def field_table() -> NDArray[Any]:
+    table = np.zeros(len(FIELDS), FIELD)
+    for row, (name, type_id) in zip(table, FIELDS.items(), strict=True):
+        row["type_id"] = type_id
+        row["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    return table
+
+
+def data_start(n: int, page: int) -> int:
+    return round_up(HEADER.itemsize + len(FIELDS) * FIELD.itemsize + n * SAMPLE.itemsize, page)
+
+
+def round_up(at: int, page: int) -> int:
+    return -(-at // page) * page

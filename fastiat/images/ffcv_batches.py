@@ -1,0 +1,210 @@
+"""Batches out of a .beton, decoded by FFCV ahead of the training."""
+
+import os
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastiat.data import Split, StoredSplit
+from fastiat.images.beton import Beton
+from fastiat.images.ffcv import import_ffcv
+from fastiat.loaders import Loader
+from fastiat.system.errors import InputError
+
+AHEAD = 2
+"""Batches that are decoded ahead; FFCV's ring buffer has room for two more."""
+PATIENCE = 0.5
+"""Seconds between two looks at whether the thread that decodes is still alive."""
+# Two passes at a time may not be in numba's pool of threads, nor compile into one another.
+_DECODING = threading.Lock()
+
+
+class FFCVLoader(Loader):
+    """Batches of a `StoredSplit`: FFCV reads and decodes, crops and flips are our own kernels.
+
+    So the batches are those that `ResidentLoader` makes of the same images. Each is copied, to
+    the device or on the CPU, before it is handed out, as FFCV writes the next ones into the same
+    memory. On CUDA the copies have a stream of their own.
+    """
+
+    def _hold(self, split: Split) -> None:
+        if not isinstance(split, StoredSplit):
+            raise InputError("FFCV reads images out of a .beton: convert them first")
+        self.file, self.positions = split.file, split.positions.numpy().astype(np.uint64)
+        self.engine = _engine(split.file, _threads(self.device))
+        cuda = self.device.type == "cuda"
+        self.copies = torch.cuda.Stream(self.device) if cuda else None
+
+    def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        size, (rank, ranks) = self.batch_size, self.shard
+        starts = range((rank + skip * ranks) * size, len(self.labels), ranks * size)
+        spans = [slice(start, start + size) for start in starts]
+        if not spans:
+            return
+        order = np.concatenate([self.positions[span] for span in spans])
+        for span, images in zip(spans, self._decoded(order, size), strict=True):
+            own = images if self.copies else images.clone()
+            yield own.permute(0, 3, 1, 2), self.labels[span]
+
+    def _shuffled(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        count, size = batches.shape
+        if not count:
+            return
+        every = torch.arange(size, device=self.device)
+        order = self.positions[batches.reshape(-1).numpy()]
+        rows = self.labels[batches.to(self.device)]
+        for labels, images in zip(rows, self._decoded(order, size), strict=True):
+            yield images, every, labels
+
+    def _decoded(self, order: NDArray[np.uint64], size: int) -> Iterator[Tensor]:
+        """Yield (B, H, W, C) for `size` images of `order` at a time; on the CPU it is the ring
+        buffer itself, good until the next one is asked for.
+        """
+        channels = self.file.card.channels
+        decoded = self.engine(order, size)
+        try:
+            for number, (pixels, failed) in enumerate(decoded):
+                if failed.any():
+                    image = order[number * size + int(failed.argmax())]
+                    raise InputError(
+                        f"{self.file.path} cannot be used, its image {image} is damaged: "
+                        f"write it again with fastiat convert"
+                    )
+                yield self._placed(torch.from_numpy(pixels))[..., :channels].contiguous()
+        finally:
+            decoded.close()
+
+    def _placed(self, images: Tensor) -> Tensor:
+        if self.copies is None:
+            return images
+        # The copy waits for its own stream only, and has left the ring buffer when it returns.
+        with torch.cuda.stream(self.copies):
+            placed = images.to(self.device)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.copies)
+        placed.record_stream(current)
+        return placed
+
+
+def _threads(device: torch.device) -> int:
+    """Return how many threads decode: on the CPU one, as the network needs the others."""
+    if device.type == "cpu":
+        return 1
+    import_ffcv()
+    import numba
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, numba.config.NUMBA_NUM_THREADS // processes)  # type: ignore[attr-defined]
+
+
+def _engine(file: Beton, threads: int) -> Any:
+    """Return what decodes images of a file, as long as that has not been replaced."""
+    status = os.stat(file.path)
+    mark = status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+    return _compiled(file.path, mark, threads)
+
+
+@lru_cache(maxsize=4)
+def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
+    """Compile FFCV's pipeline for a file, which takes seconds, so that all passes share it.
+
+    Returns a function of (order, batch size) that gives a pass, an iterator of (images (B, H, W,
+    3) uint8, failed (B,) bool) in the ring buffer, which must be closed.
+    """
+    import_ffcv()
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.libffcv import imdecode, memcpy
+    from ffcv.loader import Loader as Pipeline
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+
+    class Decoder(SimpleRGBImageDecoder):
+        """FFCV's decoder, which also tells of JPEGs that are damaged."""
+
+        def declare_state_and_memory(self, previous_state: Any) -> Any:
+            state, pixels = super().declare_state_and_memory(previous_state)
+            return state, (pixels, AllocationQuery((), np.dtype("?")))
+
+        def generate_code(self) -> Any:
+            read, images = self.memory_read, Compiler.get_iterator()
+            decode_jpeg, copy = Compiler.compile(imdecode), Compiler.compile(memcpy)
+
+            # numba reads no annotations.
+            def decode(
+                batch_indices: Any, destination: Any, metadata: Any, storage_state: Any
+            ) -> Any:
+                pixels, failed = destination
+                for i in images(len(batch_indices)):
+                    field = metadata[batch_indices[i]]
+                    stored = read(field["data_ptr"], storage_state)
+                    height, width = field["height"], field["width"]
+                    failed[i] = False
+                    if field["mode"] == 0:
+                        failed[i] = decode_jpeg(
+                            stored, pixels[i], height, width, height, width, 0, 0, 1, 1, False,
+                            False,
+                        ) != 0  # fmt: skip
+                    else:
+                        copy(stored, pixels[i])
+                return pixels[: len(batch_indices)], failed[: len(batch_indices)]
+
+            decode.is_parallel = True  # type: ignore[attr-defined]
+            return decode
+
+    class Pass(EpochIterator):
+        """FFCV's pass, whose thread ends when it is closed and hands on what it raises."""
+
+        error: BaseException | None = None
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except BaseException as error:
+                self.error = error
+
+        def run_pipeline(self, *arguments: Any) -> Any:
+            with _DECODING:
+                return super().run_pipeline(*arguments)
+
+        def __next__(self) -> Any:
+            while self.output_queue.empty() and self.is_alive():
+                with self.output_queue.not_empty:
+                    self.output_queue.not_empty.wait_for(self.output_queue._qsize, PATIENCE)
+            if self.output_queue.empty():
+                raise self.error or RuntimeError("the thread that decodes has ended")
+            (result,) = super().__next__()
+            return result
+
+        def close(self) -> None:
+            super().close()
+            self.closed = True
+            while self.is_alive():  # it may wait for room
+                while not self.output_queue.empty():
+                    self.output_queue.get_nowait()
+                self.join(0.01)
+
+    pipeline = Pipeline(
+        os.fspath(path),
+        batch_size=1,
+        num_workers=threads,
+        os_cache=True,
+        seed=0,
+        drop_last=False,
+        batches_ahead=AHEAD,
+        pipelines={"image": [Decoder()], "label": None},
+    )
+
+    def make_pass(order: NDArray[np.uint64], size: int) -> Pass:
+        Compiler.set_num_threads(threads)
+        pipeline.batch_size = size  # looked at when a pass begins only
+        return Pass(pipeline, order)
+
+    return make_pass

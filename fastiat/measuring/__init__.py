@@ -1,0 +1,1 @@
+"""How errors are counted, and what diagnoses their signs of masked gradients."""

@@ -1,0 +1,134 @@
+"""Examples for the eye: images of a run's test set, attacked, and what the attack added to them."""
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from fastiat import data
+from fastiat.attack import pgd
+from fastiat.config import TrainConfig
+from fastiat.models import to_pixels
+from fastiat.page import figures
+from fastiat.runs.directory import MODEL, Run, load_with_card
+from fastiat.system.errors import InputError
+from fastiat.system.settings import is_beton
+
+COUNT = 8
+STEPS = 20
+# A file that is there once torchvision has fetched the data set.
+_FETCHED = {
+    "cifar10": "cifar-10-batches-py/test_batch",
+    "svhn": "test_32x32.mat",
+    "fashion-mnist": "FashionMNIST/raw/t10k-images-idx3-ubyte",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image before and after the attack; the pictures are (H, W, C) uint8."""
+
+    truth: str
+    clean: str
+    attacked: str
+    """The classes: the true one, and those that the network says without and with the attack."""
+    image: Tensor
+    adversarial: Tensor
+    change: Tensor
+    """Their difference, from -eps to eps drawn as from black to white."""
+
+    @property
+    def pictures(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three in the order of `TITLES`."""
+        return self.image, self.adversarial, self.change
+
+
+TITLES = ("image", "attacked", "difference")
+
+
+def examples(run: Run, load: Callable[..., data.Dataset] = data.load) -> list[Example]:
+    """Attack an image of each of a run's first classes with PGD-20 at the run's eps.
+
+    Returns [] where there is no network yet, or where its images are not on this machine: nothing
+    is downloaded.
+    """
+    config = run.config
+    if not (run.path / MODEL).exists() or not config.eps or not at_hand(config):
+        return []
+    model, card = load_with_card(run.path)
+    try:
+        dataset = load(config.dataset, config.data_dir, loader=config.loader, fetch=False)
+    except InputError:
+        return []
+    split = dataset.test
+    if split.shape != (card.in_channels, card.image_size, card.image_size):
+        return []
+    found = [(split.labels == label).nonzero()[:1, 0] for label in range(len(card.classes))]
+    some = split.take(torch.cat(found[:COUNT]))
+    x, y = to_pixels(some.images.permute(0, 3, 1, 2)), some.labels
+    generator = torch.Generator().manual_seed(0)
+    x_adv = pgd(model, x, y, eps=config.eps, alpha=config.alpha, steps=STEPS, generator=generator)
+    with torch.no_grad():
+        said, fooled = model(x).argmax(1), model(x_adv).argmax(1)
+    change = 0.5 + (x_adv - x) / (2 * config.eps)
+    names = card.classes
+    pictures = zip(*map(_bytes, (x, x_adv, change)), strict=True)
+    return [
+        Example(names[y[i]], names[said[i]], names[fooled[i]], *three)
+        for i, three in enumerate(pictures)
+    ]
+
+
+def at_hand(config: TrainConfig) -> bool:
+    """Whether the images of a run are on this machine."""
+    if config.dataset == "digits":
+        return True
+    for place in (config.dataset, config.data_dir):
+        if is_beton(place):
+            return Path(str(place)).exists()
+    try:
+        folder = Path(config.data_dir) if config.data_dir else data.default_dir()
+    except InputError:  # no home folder
+        return False
+    return (folder / _FETCHED.get(config.dataset, "test")).exists()
+
+
+def grid(found: Sequence[Example], title: str) -> figures.Picture:
+    """Draw examples as a grid: a column each; image, attacked image and difference below."""
+    with figures.style():
+        figure = Figure(figsize=(1.3 * len(found), 4.6), layout="constrained")
+        axes = figure.subplots(len(TITLES), len(found), squeeze=False)
+        for column, example in enumerate(found):
+            for row, picture in enumerate(example.pictures):
+                axis = axes[row, column]
+                grey = picture.shape[2] == 1
+                pixels = (picture.squeeze(2) if grey else picture).numpy()
+                axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+                axis.grid(visible=False)
+                if column == 0:
+                    axis.set_ylabel(TITLES[row])
+            axes[0, column].set_title(example.clean, fontsize=8)
+            axes[1, column].set_title(example.attacked, fontsize=8)
+        figure.suptitle(title)
+    return figures.draw("examples", title, figure)
+
+
+def data_uri(picture: Tensor) -> str:
+    """Return a picture, (H, W, C) uint8, as a PNG in a data URI."""
+    pixels = picture.squeeze(2) if picture.shape[2] == 1 else picture
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Turn pixels (B, C, H, W) in [0, 1] into (B, H, W, C) uint8."""
+    return (255 * x).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,0 +1,321 @@
+"""Figures: drawn once in the light theme's colours, saved as PNG and SVG, and set into a page.
+
+On a page (`Picture.inline`) the same SVG has the page's CSS variables for colours, so that it
+follows the reader's light or dark theme, and text stays text.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+
+from fastiat.system.errors import printable
+from fastiat.system.files import write
+
+# CSS variable: (light, dark). Matplotlib draws the light ones, which must differ from each other.
+COLOURS = {
+    "page": ("#ffffff", "#0d1117"),
+    "ink": ("#1b1f24", "#e6edf3"),
+    "soft": ("#57606b", "#9da7b1"),
+    "rule": ("#d8dee4", "#30363d"),
+    "c0": ("#6e7781", "#a5afb9"),
+    "c1": ("#0969da", "#58a6ff"),
+    "c2": ("#1a7f37", "#3fb950"),
+    "c3": ("#bc4c00", "#ffa657"),
+    "c4": ("#8250df", "#bc8cff"),
+    "c5": ("#bf3989", "#ff7bb5"),
+    "c6": ("#1b7c83", "#39c5cf"),
+    "c7": ("#7d6608", "#d9b949"),
+}
+MARKERS = "osD^vPX*"
+SIZE = (4.5, 3.5)
+"""Inches: what still can be read on a telephone."""
+
+_RC: Any = {
+    # Names of runs may hold dollar signs.
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fastiat",
+    "font.size": 9,
+    "font.family": ["DejaVu Sans"],
+    "axes.titlesize": 10,
+    "axes.edgecolor": COLOURS["soft"][0],
+    "axes.labelcolor": COLOURS["ink"][0],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["rule"][0],
+    "text.color": COLOURS["ink"][0],
+    "xtick.color": COLOURS["soft"][0],
+    "ytick.color": COLOURS["soft"][0],
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.facecolor": COLOURS["page"][0],
+    "axes.facecolor": COLOURS["page"][0],
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line, or a set of points, of a figure."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    colour: int = 0
+    """Which of c0 to c7, and which marker."""
+    spans: Sequence[tuple[float, float]] | None = None
+    """The 95 % interval of every point."""
+    paper: bool = False
+    """Whether it is the paper's: dashed and hollow."""
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Matplotlib's keywords for its colour, marker and line."""
+        colour = COLOURS[f"c{self.colour % 8}"][0]
+        face = COLOURS["page"][0] if self.paper else colour
+        return {
+            "color": colour,
+            "marker": MARKERS[self.colour % len(MARKERS)],
+            "markerfacecolor": face,
+            "markersize": 5,
+            "linewidth": 1 if self.paper else 1.5,
+            "linestyle": "--" if self.paper else "-",
+        }
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure."""
+
+    name: str
+    title: str
+    png: bytes
+    svg: str
+
+    def save(self, folder: Path) -> None:
+        """Write NAME.png and NAME.svg."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / f"{self.name}.png", self.png)
+        write(folder / f"{self.name}.svg", self.svg.encode())
+
+    def inline(self, prefix: str) -> str:
+        """Return the SVG for a page: in the page's colours, its ids made unique by `prefix`."""
+        text = self.svg[self.svg.index("<svg") :]
+        text = re.sub(
+            r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S
+        )
+        text = re.sub(r' xmlns(:xlink)?="[^"]*"| version="[^"]*"', "", text).replace("xlink:", "")
+        text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+        for name, (light, _) in COLOURS.items():
+            text = text.replace(light, f"var(--{name})")
+        # The viewBox stays, so that it scales.
+        _, width, _ = re.split(r'<svg[^>]*? width="([\d.]+)pt"', text, maxsplit=1)
+        text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+        label = f'role="img" aria-label="{escape(self.title)}" style="max-width:{width}pt"'
+        return text.replace("<svg", f"<svg {label}", 1)
+
+
+def draw(name: str, title: str, figure: Figure, *, png: bool = True) -> Picture:
+    """Render a figure that was made within `style()`, without `png` for a page alone."""
+    files = {"png": b""}
+    for kind in ("png", "svg") if png else ("svg",):
+        buffer = io.BytesIO()
+        undated: dict[str, Any] = {"Date": None} if kind == "svg" else {}
+        # A name that comes from outside must not spoil the SVG's XML.
+        for text in figure.findobj(Text):
+            text.set_text(drawable(text.get_text()))
+        with style():
+            figure.savefig(buffer, format=kind, dpi=150, metadata=undated)
+        files[kind] = buffer.getvalue()
+    return Picture(name, title, files["png"], files["svg"].decode())
+
+
+def drawable(text: str) -> str:
+    """Return a text as one line; characters without a glyph in the font as Python writes them.
+
+    matplotlib would warn of each, and draw boxes.
+    """
+    glyphs = _glyphs()
+    return "".join(c if ord(c) in glyphs else ascii(c).strip("'") for c in printable(text))
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    """Return the code points that the figures' font has."""
+    font = get_font(findfont(FontProperties(family=_RC["font.family"])))
+    return frozenset(font.get_charmap())
+
+
+def style() -> Any:
+    """The context in which figures are made and rendered."""
+    return rc_context(_RC)
+
+
+def lines(
+    name: str, title: str, series: Sequence[Series], xlabel: str, *, log: bool = False
+) -> Picture:
+    """Draw errors in % over a setting of the attack, a line for each series."""
+    with style():
+        figure, axis = _panel(title, len(series))
+        for one in series:
+            axis.plot(*zip(*one.points, strict=True), label=one.label, **one.style)
+            _bars(axis, one)
+        axis.set(xlabel=xlabel, ylabel="error in %", ylim=(0, 102))
+        if log:
+            axis.set_xscale("log")
+            ticks = sorted({x for one in series for x, _ in one.points})
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.set_xticks([], minor=True)
+        else:
+            axis.set_xlim(left=0)
+        _legend(figure, axis)
+    return draw(name, title, figure)
+
+
+def tradeoff(name: str, title: str, series: Sequence[Series], ylabel: str) -> Picture:
+    """Draw every run as a point: its error on clean images, and under attack, in %."""
+    with style():
+        figure, axis = _panel(title, len(series))
+        for one in series:
+            axis.plot(
+                *zip(*one.points, strict=True), label=one.label, **one.style | {"linestyle": ""}
+            )
+            _bars(axis, one)
+        axis.set(xlabel="error on clean images in %", ylabel=ylabel)
+        axis.margins(0.12)
+        _legend(figure, axis)
+    return draw(name, title, figure)
+
+
+def _panel(title: str, entries: int) -> tuple[Figure, Axes]:
+    width, height = SIZE
+    figure = Figure(figsize=(width, height + 0.17 * ((entries + 1) // 2)), layout="constrained")
+    axis = figure.subplots()
+    axis.set_title(title, loc="left")
+    return figure, axis
+
+
+def _bars(axis: Axes, one: Series) -> None:
+    if one.spans:
+        x, y = zip(*one.points, strict=True)
+        reach = [[v - low for v, (low, _) in zip(y, one.spans, strict=True)]]
+        reach += [[high - v for v, (_, high) in zip(y, one.spans, strict=True)]]
+        # Rounding can put an end on the wrong side of its middle.
+        clipped = [[max(value, 0.0) for value in side] for side in reach]
+        axis.errorbar(x, y, clipped, fmt="none", ecolor=one.style["color"], elinewidth=1)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+PANELS = (
+    (
+        "loss",
+        "training loss (mixed labels)",
+        {"clean_loss": "clean batch", "adv_loss": "adversarial batch"},
+    ),
+    (
+        "error in %",
+        "error (training: mixed and augmented)",
+        {
+            "train_clean": "training, clean",
+            "train_adv": "training, adversarial",
+            "holdout_error_percent": "held out, attacked",
+            "test_error_percent": "test, clean",
+        },
+    ),
+    ("learning rate", "learning rate", {"learning_rate": ""}),
+)
+
+
+def curves(epochs: Sequence[dict[str, Any]], title: str) -> tuple[Picture, list[Picture]]:
+    """Draw losses, errors and learning rate over the epochs of a run.
+
+    Returns them side by side under a title, "curves", and each alone.
+    """
+    rows = [
+        row
+        | {
+            "train_clean": 100 - row["clean_accuracy_percent"],
+            "train_adv": 100 - row["adv_accuracy_percent"],
+        }
+        for row in epochs
+    ]
+    with style():
+        together = Figure(figsize=(13, 3.8), layout="constrained")
+        for axis, panel in zip(together.subplots(1, len(PANELS)), PANELS, strict=True):
+            _curve(axis, rows, panel)
+        together.suptitle(title)
+    alone = []
+    for panel in PANELS:
+        with style():
+            figure = Figure(figsize=(4.2, 2.9), layout="constrained")
+            _curve(figure.subplots(), rows, panel)
+        alone.append(draw(panel[0], f"{title}: {panel[1]}", figure, png=False))
+    return draw("curves", title, together), alone
+
+
+def _curve(
+    axis: Axes, rows: Sequence[dict[str, Any]], panel: tuple[str, str, dict[str, str]]
+) -> None:
+    unit, title, series = panel
+    attacked = any(row["adv_loss"] for row in rows)
+    for number, (key, label) in enumerate(series.items()):
+        points = [(row["epoch"], row[key]) for row in rows if key in row]
+        if not points or ("adv" in key and not attacked):
+            continue
+        look = Series(label, points, (1, 3, 4, 0)[number]).style | {"marker": "."}
+        axis.plot(*zip(*points, strict=True), label=label, **look)
+    axis.set(xlabel="epoch", ylabel=unit)
+    axis.set_title(title, loc="left")
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axis.set_xlim(rows[0]["epoch"] - 0.5, rows[-1]["epoch"] + 0.5)
+    if unit == "learning rate":
+        axis.set_yscale("log")
+        rates = sorted({row["learning_rate"] for row in rows if row["learning_rate"] > 0})
+        if len(rates) <= 4:
+            axis.set_yticks(rates)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        axis.yaxis.set_minor_formatter(lambda *_: "")
+    else:
+        axis.set_ylim(0, 100 if "%" in unit else None)
+        axis.legend()
+
+
+def bars(
+    name: str, title: str, groups: Sequence[str], series: Sequence[Series], ylabel: str
+) -> Picture:
+    """Draw grouped bars: `points` of a series are (group number, height)."""
+    with style():
+        width, height = SIZE
+        wide = max(width, 0.075 * len(groups) * (len(series) + 2))
+        figure = Figure(
+            figsize=(wide, height + 0.17 * ((len(series) + 1) // 2)), layout="constrained"
+        )
+        axis = figure.subplots()
+        axis.set_title(title, loc="left")
+        thick = 0.8 / len(series)
+        for number, one in enumerate(series):
+            at = [group - 0.4 + (number + 0.5) * thick for group, _ in one.points]
+            heights = [value for _, value in one.points]
+            axis.bar(at, heights, thick, label=one.label, color=one.style["color"])
+            _bars(axis, Series("", list(zip(at, heights, strict=True)), -1, one.spans))
+        turned = 60 if len(groups) > 8 else 0
+        axis.set_xticks(range(len(groups)), list(map(drawable, groups)), rotation=turned)
+        axis.set_ylabel(ylabel)
+        axis.grid(axis="x", visible=False)
+        _legend(figure, axis)
+    return draw(name, title, figure)

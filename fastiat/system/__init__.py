@@ -1,0 +1,1 @@
+"""What every stage needs from the machine: errors, settings, files, ranks, signals."""
