@@ -133,7 +133,7 @@ def _timed(config: TrainConfig) -> dict[str, float]:
     # Enough to have compiled and captured for every mix layer, all but surely.
     for _ in range(min(20, per_epoch)):
         next(updates)
-    trainer.judge({})
+    trainer.validate({})
     start_up = time.monotonic() - begun
     calls, limit = 0, time.monotonic() + 20
     timing.wait()
@@ -145,7 +145,7 @@ def _timed(config: TrainConfig) -> dict[str, float]:
         calls += 1
     timing.wait()
     step = (time.perf_counter() - first) / calls
-    epoch = per_epoch * step + timing.timed(lambda: trainer.judge({}))
+    epoch = per_epoch * step + timing.timed(lambda: trainer.validate({}))
     return {
         "start_up_s": start_up,
         "step_s": step,

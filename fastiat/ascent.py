@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastiat import kernels
 from fastiat.engine import graphs as engines
-from fastiat.engine.modes import Model, Structure, crafting
+from fastiat.engine.modes import Model, Structure, attack_mode
 from fastiat.mix import NO_LABEL, check_labels
 
 Norm = Literal["linf", "l2"]
@@ -136,7 +136,7 @@ def per_image(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
-class Climb:
+class PGDLoop:
     """One random start and all PGD steps, in fixed buffers, so that they can be captured.
 
     Fill `x` and `y` in place; a call returns `x_adv`, which the next call overwrites.
@@ -171,19 +171,19 @@ class Climb:
         self.seed = torch.zeros((), dtype=torch.int64, device=x.device)
         if weights is None:
             uses = engines.Uses(model, dtype)
-            with crafting(model, settings["bn"]):
+            with attack_mode(model, settings["bn"]):
                 self.classes = uses.watch(x).shape[1]
-            weights = partial(engines.frozen, model, dtype, uses.cast)
+            weights = partial(engines.detached_weights, model, dtype, uses.cast)
         self.weights = weights
         loss: Loss = settings["loss"]
 
-        def height(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        def attack_loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             return objective(engines.forward(model, weights, dtype, x), y, loss).sum()
 
-        self._height = engines.compile_once(height) if compiled else height
-        self._run: Callable[[], None] = self._ascend
+        self._attack_loss = engines.compile_once(attack_loss) if compiled else attack_loss
+        self._run: Callable[[], None] = self._run_steps
         if captured:
-            self._run = engines.Captured(self._ascend, self._changed, x.device, pool)
+            self._run = engines.Captured(self._run_steps, self._changed, x.device, pool)
 
     def __call__(self) -> Tensor:
         """Draw a start from the generator of the settings, make the steps and return `x_adv`."""
@@ -202,7 +202,7 @@ class Climb:
         """Return the network's logits, (B, K), as the climb sees them."""
         return engines.forward(self.model, self.weights(), self.dtype, x)
 
-    def _ascend(self) -> None:
+    def _run_steps(self) -> None:
         s = self.settings
         weights = self.weights()
         sizes = s["eps"], s["alpha"], s["clip"]
@@ -210,11 +210,11 @@ class Climb:
             self.x_adv.copy_(kernels.random_start(self.x, s["eps"], self.seed, s["clip"]))
         # Autocast is on within, if at all; a compiled program must not depend on the caller's.
         with (
-            crafting(self.model, s["bn"]),
+            attack_mode(self.model, s["bn"]),
             torch.autocast(self.x.device.type, torch.bfloat16, enabled=False),
         ):
             for _ in range(s["steps"]):
-                grad = gradient(lambda x: self._height(weights, x, self.y), self.x_adv)
+                grad = gradient(lambda x: self._attack_loss(weights, x, self.y), self.x_adv)
                 if s["norm"] == "linf":
                     kernels.pgd_step_(self.x_adv, grad, self.x, *sizes)
                 else:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fastiat import kernels
 from fastiat.ascent import (
-    Climb,
     Loss,
     Norm,
+    PGDLoop,
     Starts,
     gradient,
     input_gradient,
@@ -27,7 +27,7 @@ from fastiat.ascent import (
 from fastiat.engine import graphs as engines
 from fastiat.engine.device import autocast
 from fastiat.engine.graphs import Engine
-from fastiat.engine.modes import BatchNormMode, Model, Structure, check_mode, crafting, is_plain
+from fastiat.engine.modes import BatchNormMode, Model, Structure, attack_mode, check_mode, is_plain
 from fastiat.mix import check_labels
 from fastiat.models import correct, to_pixels
 from fastiat.system.errors import InputError
@@ -35,8 +35,8 @@ from fastiat.system.errors import InputError
 __all__ = [
     "PGD",
     "BatchNormMode",
+    "attack_mode",
     "count_errors",
-    "crafting",
     "fgsm",
     "gradient",
     "input_gradient",
@@ -129,7 +129,7 @@ def pgd(
             x_adv = step(x_adv, input_gradient(model, x_adv, y, loss), x, eps, alpha, clip)
         return x_adv
 
-    with crafting(model, bn):
+    with attack_mode(model, bn):
         return _worst(restarts, climb, lambda x_adv: _outcome(model(x_adv), y, loss))
 
 
@@ -180,7 +180,7 @@ class PGD:
         self.settings = {**defaults, **settings}
         _check_settings(**{k: v for k, v in self.settings.items() if k != "generator"})
         check_mode(self.model, self.settings["bn"])
-        self._climbs: dict[Hashable, Climb] = {}
+        self._climbs: dict[Hashable, PGDLoop] = {}
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the adversarial examples of pixels `x`, (B, ...), with true labels `y`, (B,)."""
@@ -203,7 +203,7 @@ class PGD:
             def outcome(x_adv: Tensor) -> tuple[Tensor, Tensor]:
                 return _outcome(climb.logits(x_adv), climb.y, self.settings["loss"])
 
-            with crafting(self.model, self.settings["bn"]):
+            with attack_mode(self.model, self.settings["bn"]):
                 found = _worst(self.settings["restarts"], lambda: climb().clone(), outcome)
             if climb.form is None:
                 # After the first call, which may have moved what modules count.
@@ -219,7 +219,7 @@ class PGD:
             return "graph"
         return "compile" if engines.has_compiler(device) else "eager"
 
-    def _climb(self, model: nn.Module, x: Tensor, y: Tensor, captured: bool) -> Climb:
+    def _climb(self, model: nn.Module, x: Tensor, y: Tensor, captured: bool) -> PGDLoop:
         """Return the climb for batches like this one, made at the first of them."""
         dtype = {None: _autocast_dtype(x.device), "fp32": None, "bf16": torch.bfloat16}[
             self.precision
@@ -230,7 +230,7 @@ class PGD:
         if climb is not None and climb.form == Structure(model, captured):
             return climb
         self._climbs.pop(key, None)
-        self._climbs[key] = Climb(
+        self._climbs[key] = PGDLoop(
             model,
             torch.zeros_like(x),
             torch.zeros_like(y),
@@ -245,20 +245,20 @@ class PGD:
 def count_errors(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    craft: Callable[[Tensor, Tensor], Tensor] | None = None,
+    attack: Callable[[Tensor, Tensor], Tensor] | None = None,
     advance: Callable[[int], object] = lambda images: None,
 ) -> int:
-    """Return how many images `model`, in eval mode and fp32, gets wrong after `craft`.
+    """Return how many images `model`, in eval mode and fp32, gets wrong after `attack`.
 
-    `batches` yields uint8 images (B, C, H, W) and labels (B,); `craft(x, y)` attacks pixels, None
+    `batches` yields uint8 images (B, C, H, W) and labels (B,); `attack(x, y)` attacks pixels, None
     leaves them as they are; `advance` is told the number of images after every batch.
     """
     wrong: Tensor | int = 0
-    with crafting(model, "eval"):
+    with attack_mode(model, "eval"):
         for images, y in batches:
             x = to_pixels(images)
-            if craft is not None:
-                x = craft(x, y)
+            if attack is not None:
+                x = attack(x, y)
             with torch.no_grad():
                 wrong = wrong + (~correct(model(x), y)).sum()
             advance(len(y))
@@ -270,7 +270,7 @@ def _worst(
     climb: Callable[[], Tensor],
     outcome: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Climb `restarts` times and return each image's worst: fooled before not, then the higher."""
+    """Attack `restarts` times; return each image's worst: fooled first, then the larger loss."""
     best = climb()
     if restarts == 1:
         return best

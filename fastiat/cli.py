@@ -142,9 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     # Where a connection breaks, torch would write its C++ stack beside our line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from fastiat.system.ranks import together
+    from fastiat.system.ranks import run_distributed
 
-    return together(lambda: _run(argv))
+    return run_distributed(lambda: _run(argv))
 
 
 def _open_standard_streams() -> None:

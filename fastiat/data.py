@@ -220,7 +220,7 @@ def load(
         check_folder(name, data_dir)
     if name == "digits":
         return _digits()
-    with ranks().one_first():
+    with ranks().local_rank_first():
         return _load(name, data_dir, loader, progress, fetch)
 
 

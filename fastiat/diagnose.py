@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from fastiat import data, loaders
 from fastiat.analyse import Finding, write_diagnosis
 from fastiat.ascent import Starts, gaussian_noise
-from fastiat.attack import Loss, Norm, crafting, input_gradient, pgd, start_in_ball
+from fastiat.attack import Loss, Norm, attack_mode, input_gradient, pgd, start_in_ball
 from fastiat.engine.device import own_defaults, pick_device
 from fastiat.evaluate import Job, data_place, open_runs, prepare
 from fastiat.measuring import verdicts
@@ -100,7 +100,7 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
             model=job.fingerprint,
             **provenance(pick_device(config.device), time.monotonic() - started, **library),
         )
-    job.say(
+    job.log_line(
         f"{job.name}: masking checks on {len(images)} test images of {job.dataset.name}, "
         f"{config.norm} eps {eps:.4g}, alpha {alpha:.4g}\n{_page(findings)}"
     )
@@ -215,7 +215,7 @@ class _Probe:
         `starts` is put to the images of every batch.
         """
         loader = loaders.make(self.split, self.batch_size, device=self.device, train=False)
-        with Progress(title, len(self.split)) as progress, crafting(self.model, "eval"):
+        with Progress(title, len(self.split)) as progress, attack_mode(self.model, "eval"):
             for number, (images, y) in enumerate(loader):
                 starts.batch(number * self.batch_size)
                 yield to_pixels(images), y

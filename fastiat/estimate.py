@@ -91,7 +91,7 @@ def speed(config: TrainConfig, images: Images) -> Speed:
             break
     model, x = trainer.model.eval(), to_pixels(pixels)
 
-    def judge() -> None:
+    def validate() -> None:
         with torch.no_grad(), trainer.precision():
             model(x)
 
@@ -99,7 +99,7 @@ def speed(config: TrainConfig, images: Images) -> Speed:
         with trainer.precision():
             pgd(model, x, y, eps=config.eps, alpha=config.alpha, steps=2)
 
-    forward, steps = _seconds(judge, trainer.device), _seconds(step, trainer.device)
+    forward, steps = _seconds(validate, trainer.device), _seconds(step, trainer.device)
     return Speed(update / n, forward / n, steps / 2 / n)
 
 

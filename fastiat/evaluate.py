@@ -43,7 +43,7 @@ def error_rate(
 ) -> Rate:
     """Return the error of `model` on `split` under "none", "fgsm" or "pgd-K".
 
-    Examples are crafted in the configuration's precision and judged in fp32.
+    Examples are crafted in the configuration's precision and classified in fp32.
     """
     return error_rates(model, split, (attack,), eps=eps, alpha=alpha, config=config)[attack]
 
@@ -117,11 +117,11 @@ class Job(Trained):
                 self.run.log(**entry)
             add_results(self.run.path, [entry])
 
-    def say(self, text: str) -> None:
+    def log_line(self, text: str) -> None:
         """Print a text, and add it to stdout.log where results are kept."""
         if self._writable:
             assert self.run is not None
-            self.run.say(text)
+            self.run.log_line(text)
         else:
             print(printable_lines(text), flush=True)
 
@@ -259,7 +259,7 @@ def _measure(job: Job, config: EvaluateConfig) -> dict[str, Rate]:
         with job.within_memory("evaluate", config):
             found = _measure_split(job, name, split, config)
         rates |= {f"{name}/{attack}": rate for attack, rate in found.items()}
-    job.say(_table(job, rates, config))
+    job.log_line(_table(job, rates, config))
     return rates
 
 

@@ -54,7 +54,7 @@ class MeasureConfig(Settings):
     device: str = "auto"
     """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic that crafts the examples; they are always judged in fp32."""
+    """Arithmetic that crafts the examples; they are always classified in fp32."""
 
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""
@@ -259,7 +259,7 @@ class ReproduceConfig(Settings):
     device: str = "auto"
     """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of training and crafting; examples are always judged in fp32."""
+    """Arithmetic of training and crafting; examples are always classified in fp32."""
 
     def check(self) -> None:
         """Raise `InputError`, naming the flag, for a value outside its range."""

@@ -106,7 +106,7 @@ def _saying_the_way_on(run: Run) -> Iterator[None]:
             wrong = explain_os(error)
         else:
             raise
-        raise InputError(f"{wrong}; then go on with: {_way_on(run.path)}") from None
+        raise InputError(f"{wrong}; then go on with: {_resume_command(run.path)}") from None
 
 
 def _train(session: "_Session") -> None:
@@ -122,11 +122,11 @@ def _train(session: "_Session") -> None:
     else:
         _check_unbegun(run)
     run.follow(trainer.config)  # the data are the run's own
-    run.rewind(trainer.step, trainer.judged)
+    run.rewind(trainer.step, trainer.validated_epochs)
     if trainer.ranks.first:
         _warn_of_lost_rows(session)
-    if trainer.judged == trainer.epoch and trainer.finished:
-        run.say(f"{run.path} is trained already, {trainer.epoch} epochs: nothing to resume")
+    if trainer.validated_epochs == trainer.epoch and trainer.finished:
+        run.log_line(f"{run.path} is trained already, {trainer.epoch} epochs: nothing to resume")
         return
     # All have looked for a checkpoint, and read the same, before the first writes one.
     settings = replace(trainer.config, out=None, data_dir=None, resume=False)
@@ -136,7 +136,7 @@ def _train(session: "_Session") -> None:
     )
     if not begun:
         session.save()
-    trainer.ranks.context = session.way_on
+    trainer.ranks.context = session.resume_command
     _loop(session)
 
 
@@ -145,7 +145,7 @@ def _warn_of_lost_rows(session: "_Session") -> None:
     trainer = session.trainer
     rows = [row for row in session.run.rows() if row.get("kind") in ("step", "epoch")]
     there = len({(row["kind"], row[row["kind"]]) for row in rows})
-    lost = trainer.step // LOG_EVERY + trainer.judged - there
+    lost = trainer.step // LOG_EVERY + trainer.validated_epochs - there
     if lost > 0:
         print(
             f"fastiat: warning: {one_line(session.run.path / METRICS)} was damaged or changed: it "
@@ -179,14 +179,14 @@ class _Session:
         """
         ranks, age = self.trainer.ranks, time.monotonic() - self.saved_at
         old = ranks.first and age >= self.trainer.config.checkpoint_every
-        number, due = ranks.agree(self.signals.received, old)
+        number, due = ranks.all_reduce_max(self.signals.received, old)
         if number:
             self.signals.received = number
         return number, due
 
-    def way_on(self) -> str:
+    def resume_command(self) -> str:
         """Say where the training is and how it goes on."""
-        return f" at step {self.trainer.step}; go on with: {_way_on(self.run.path)}"
+        return f" at step {self.trainer.step}; go on with: {_resume_command(self.run.path)}"
 
     def save(self) -> None:
         """Write a checkpoint; raise `InputError` instead for a training that has diverged."""
@@ -197,11 +197,11 @@ class _Session:
     def stop(self) -> NoReturn:
         """Write a checkpoint and say how to go on."""
         self.save()
-        self.trainer.ranks.wait()  # as torchrun ends all where one has ended
+        self.trainer.ranks.barrier()  # as torchrun ends all where one has ended
         raise Interrupted(
             self.signals.received,
             f"stopped at step {self.trainer.step}, checkpoint written; "
-            f"go on with: {_way_on(self.run.path)}",
+            f"go on with: {_resume_command(self.run.path)}",
         )
 
     def check_finite(self) -> None:
@@ -219,8 +219,8 @@ class _Session:
         raise InputError(
             f"the training diverged: its loss or weights are not finite at step "
             f"{self.trainer.step}; the checkpoint of step {self.saved_step} is intact: leave such "
-            f"updates out with {_way_on(self.run.path)} --on-nan skip, or start again with another "
-            f"--out and {remedy(self.trainer.config)}"
+            f"updates out with {_resume_command(self.run.path)} --on-nan skip, or start again with "
+            f"another --out and {remedy(self.trainer.config)}"
         )
 
     def growth_warning(self, row: dict[str, Any]) -> str:
@@ -250,7 +250,7 @@ class _Session:
                 f"and {remedy(trainer.config)}"
             )
         if trainer.skipped_in_a_row and trainer.skipped == 1:
-            self.run.say(
+            self.run.log_line(
                 f"warning: the loss or gradient of step {trainer.step} is not finite; it is left "
                 f"out, and so is every other such step of this epoch"
             )
@@ -276,11 +276,11 @@ def _loop(session: _Session) -> None:
     per_epoch = len(trainer.loader) * config.batch_size
     started = time.monotonic()
     events = Events(run.append, trainer.step)
-    run.say(_headline(trainer))
+    run.log_line(_headline(trainer))
     images = trainer.step * config.batch_size
     with Progress("training", config.epochs * per_epoch, images) as progress:
-        while trainer.judged < trainer.epoch or not trainer.finished:
-            trained = trainer.judged == trainer.epoch
+        while trainer.validated_epochs < trainer.epoch or not trainer.finished:
+            trained = trainer.validated_epochs == trainer.epoch
             if trained:
                 begun, first = time.monotonic() - trainer.seconds, trainer.step
                 for update in trainer.epoch_updates():
@@ -296,7 +296,7 @@ def _loop(session: _Session) -> None:
                                 session.diverged()
                             if warning := session.growth_warning(row):
                                 progress.clear()
-                                run.say(warning)
+                                run.log_line(warning)
                             progress.show(**_figures(config, row))
                         if trainer.step % LOG_EVERY == 0:
                             run.log("step", **row)
@@ -316,23 +316,23 @@ def _loop(session: _Session) -> None:
             try:
                 # Ranks that count together must all come to the end of it.
                 with signals.at_once() if trainer.ranks.alone else nullcontext():
-                    better = trainer.judge(row)
+                    better = trainer.validate(row)
             except Now:
                 trainer.best = best
                 session.stop()
             row["seconds"] = round(trainer.seconds + time.monotonic() - judging, 3)
-            trainer.judged, trainer.seconds = trainer.epoch, 0.0
+            trainer.validated_epochs, trainer.seconds = trainer.epoch, 0.0
             run.log("epoch", **row)
             events.add("epoch", row)
             progress.clear()
-            run.say(_epoch_line(config, row))
+            run.log_line(_epoch_line(config, row))
             if better:
-                run.save_model(trainer.evaluated.state_dict(), trainer.card)
+                run.save_model(trainer.eval_model.state_dict(), trainer.card)
             if session.agree()[0]:
                 session.stop()
         session.save()
     kept = f", epoch {trainer.best['epoch']} kept" if trainer.best else ""
-    run.say(
+    run.log_line(
         f"trained {trainer.epoch} epochs{kept}, this time in "
         f"{duration(time.monotonic() - started)}: {run.path}"
     )
@@ -353,11 +353,11 @@ def saying_how_to_measure(path: Path) -> Iterator[None]:
             yield
     except Now:
         raise Interrupted(
-            signals.received, f"{path} is trained; measure it with: {_way_on(path)}"
+            signals.received, f"{path} is trained; measure it with: {_resume_command(path)}"
         ) from None
 
 
-def _way_on(path: Path) -> str:
+def _resume_command(path: Path) -> str:
     return f"{ranks().launcher} train --resume --out {shlex.quote(str(path))}"
 
 

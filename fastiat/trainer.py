@@ -49,10 +49,10 @@ class Trainer:
         self.precision = partial(autocast, self.device, self.arithmetic)
         kind, self.loader_reason = loaders.choose(config.loader, dataset, self.device)
         # The memory that is free may differ; one that takes the file has all take it.
-        if self.ranks.agree(kind == "ffcv")[0]:
+        if self.ranks.all_reduce_max(kind == "ffcv")[0]:
             kind = "ffcv"
         if kind == "ffcv" and not dataset.stored:
-            with self.ranks.one_first():
+            with self.ranks.local_rank_first():
                 dataset = convert.cached_dataset(dataset)
         evaluation_loader = partial(
             loaders.make,
@@ -141,12 +141,12 @@ class Trainer:
         self.totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         self.best: dict[str, int] | None = None
         # Epochs that are measured, and what the updates of the one under way have taken so far.
-        self.judged, self.seconds = 0, 0.0
+        self.validated_epochs, self.seconds = 0, 0.0
         # Updates left out: of the epoch so far, and without one between that was made.
         self.skipped = self.skipped_in_a_row = 0
 
     @property
-    def evaluated(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The network that is measured and saved: the average where there is one."""
         return self.model if self.average is None else self.average
 
@@ -196,7 +196,7 @@ class Trainer:
                 self.model,
                 models.to_pixels(images),
                 y,
-                self.craft,
+                self.attack,
                 partial(self._draw, self.device),
                 clean_weight=config.clean_weight,
                 loss=config.loss,
@@ -211,7 +211,7 @@ class Trainer:
             # The step copies the draws into its buffers, so they may stay on the CPU.
             cpu = torch.device("cpu")
             mix = self._draw(cpu)
-            other = mix if config.shared_mix or self.craft is None else self._draw(cpu)
+            other = mix if config.shared_mix or self.attack is None else self._draw(cpu)
             update = self.fast_step(images, y, (mix, other))
         self.step += 1
         if self.skipped_in_a_row:
@@ -236,7 +236,7 @@ class Trainer:
         """Average gradients, running statistics and figures over the ranks."""
         figures = torch.stack(update.figures)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.ranks.mean_([*grads, *running_statistics(self.model), figures])
+        self.ranks.all_reduce_mean_([*grads, *running_statistics(self.model), figures])
         return Update.of(figures, self.ranks.count)
 
     def _sound(self, update: Update) -> bool:
@@ -249,7 +249,7 @@ class Trainer:
         return sound
 
     @cached_property
-    def craft(self) -> Attack | None:
+    def attack(self) -> Attack | None:
         """The training's attack on the network, or None where it has none."""
         settings = self.attack_settings(self.config.bn, self.own["attack"])
         return None if settings is None else partial(pgd, self.model, **settings)
@@ -270,20 +270,20 @@ class Trainer:
             loss=config.loss,
             mix_pixels=config.mix_space == "pixel",
             per_sample=config.lam_per_sample,
-            average=self.ranks.mean_,
+            average=self.ranks.all_reduce_mean_,
             ranks=self.ranks.count,
             accept=self._sound if config.on_nan == "skip" else None,
         )
 
     @cached_property
-    def judging_attack(self) -> PGD | None:
+    def validation_attack(self) -> PGD | None:
         """The training's attack on the network that is measured, with a generator of its own."""
         settings = self.attack_settings("eval", torch.Generator(self.device))
         if settings is None:
             return None
         # Compiling for another batch size takes longer than it saves where it is not captured.
         engine: Engine = "graph" if self.engine == "graph" else "eager"
-        return PGD(self.evaluated, engine=engine, precision=self.arithmetic, **settings)
+        return PGD(self.eval_model, engine=engine, precision=self.arithmetic, **settings)
 
     def attack_settings(
         self, bn: BatchNormMode, generator: torch.Generator
@@ -315,7 +315,7 @@ class Trainer:
             per_sample=config.lam_per_sample,
         )
 
-    def judge(self, row: dict[str, Any]) -> bool:
+    def validate(self, row: dict[str, Any]) -> bool:
         """Measure test and held-out errors into `row`; say whether these weights are to be kept.
 
         Held-out images are attacked from the same random points after every epoch, so that epochs
@@ -324,7 +324,7 @@ class Trainer:
         row["test_error_percent"] = 100 * self._errors(self.test, None) / self.test_size
         if self.holdout is None:
             return True
-        attack = self.judging_attack
+        attack = self.validation_attack
         if attack is not None:
             attack.settings["generator"].manual_seed(self.config.seed)
         errors = self._errors(self.holdout, attack)
@@ -344,8 +344,8 @@ class Trainer:
                 draw_seed(x, attack.settings["generator"])
             return attack(x, y)
 
-        errors = count_errors(self.evaluated, batches, None if attack is None else craft)
-        return int(self.ranks.add_(torch.tensor(errors)))
+        errors = count_errors(self.eval_model, batches, None if attack is None else craft)
+        return int(self.ranks.all_reduce_sum_(torch.tensor(errors)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resume needs, in types that load without running code."""
@@ -359,7 +359,7 @@ class Trainer:
             "order_before_epoch": self.order_before_epoch,
             "totals": self.totals,
             "best": self.best,
-            "judged": self.judged,
+            "validated_epochs": self.validated_epochs,
             "seconds": self.seconds,
             "skipped": [self.skipped, self.skipped_in_a_row],
             "data": self.fingerprint,
@@ -409,9 +409,16 @@ class Trainer:
                 raise TypeError("its step or best epoch is no number")
             if self.step:  # as the last update left it
                 self.lr_tensor.fill_(self.lr)
-            self.judged, self.seconds = int(state["judged"]), float(state["seconds"])
+            self.validated_epochs, self.seconds = (
+                int(state["validated_epochs"]),
+                float(state["seconds"]),
+            )
             there = 0 <= self.step <= self.config.epochs * len(self.loader)
-            if not (there and 0 <= self.epoch - self.judged <= 1 and 0 <= self.seconds < math.inf):
+            if not (
+                there
+                and 0 <= self.epoch - self.validated_epochs <= 1
+                and 0 <= self.seconds < math.inf
+            ):
                 raise ValueError("its position lies outside of the training")
             if self.best and not 0 <= self.best["epoch"] <= self.epoch:
                 raise ValueError("its best epoch is still to come")

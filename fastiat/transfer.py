@@ -11,7 +11,7 @@ import torch
 
 from fastiat import loaders
 from fastiat.ascent import Starts
-from fastiat.attack import crafting, pgd
+from fastiat.attack import attack_mode, pgd
 from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
 from fastiat.evaluate import UNITS, Job, Trained, open_runs, prepare, some, table, unusual
 from fastiat.measuring.one_pass import within_memory
@@ -33,7 +33,7 @@ def transfer(config: TransferConfig) -> dict[tuple[str, float], Matrix]:
 
     Returns {(split, eps): {target: {source: rate}}}; a target that is a run directory keeps its
     row, as `evaluate`'s results. A source's examples are crafted once per eps, with its own alpha
-    unless `config` gives one, and judged by all. Raises `InputError` for runs that are missing,
+    unless `config` gives one, and classified by all. Raises `InputError` for runs that are missing,
     unfinished, or of other images or classes than the first.
     """
     config.check()
@@ -64,7 +64,7 @@ def _attack(
     size = min(job.batch_size(config) for job in targets)
     config = replace(config, batch_size=size)
     starts = Starts(config.seed, device)
-    craft = partial(
+    attack = partial(
         pgd, source.model, eps=eps, alpha=alpha, steps=config.steps, norm=config.norm,
         loss=config.attack_loss, restarts=config.restarts, random_start=config.random_start,
         generator=starts,
@@ -81,9 +81,9 @@ def _attack(
         for number, (images, y) in enumerate(batches):
             starts.batch(number * size)
             with autocast(device, precision):
-                x_adv = craft(to_pixels(images), y)
+                x_adv = attack(to_pixels(images), y)
             for row, target in enumerate(targets):
-                with torch.no_grad(), crafting(target.model, "eval"):
+                with torch.no_grad(), attack_mode(target.model, "eval"):
                     errors[row] += (~correct(target.model(x_adv), y)).sum()
             progress.advance(len(y))
     made = provenance(device, time.monotonic() - started)

@@ -172,7 +172,7 @@ def trained(config: TrainConfig, updates: int) -> dict[str, Any]:
     steps = trainer.epoch_updates()
     figures = [torch.stack(next(steps).figures) for _ in range(updates)]
     own = [trainer.own[name].get_state() for name in ("mix", "attack")]
-    trainer.judge(row := {})
+    trainer.validate(row := {})
     return {
         "state": trainer.state_dict(),
         "figures": torch.stack(figures),
@@ -263,15 +263,15 @@ def numbers(folder: str) -> int:
             engine.compile_once = lambda function: function
             found["compile"] = trained(replace(TRAINING, engine="compile"), 3)
         tensors = [torch.full((2, 3), float(job.rank)), torch.tensor(3.0 * job.rank)]
-        job.mean_(tensors)
+        job.all_reduce_mean_(tensors)
         found["means"] = tensors
-        found["sum"] = job.add_(torch.tensor([1, job.rank]))
-        with job.one_first():
+        found["sum"] = job.all_reduce_sum_(torch.tensor([1, job.rank]))
+        with job.local_rank_first():
             found["came before"] = [file.name for file in Path(folder).glob("turn *")]
             Path(folder, f"turn {job.rank}").touch()
         found["texts"] = job.gather(f"of {job.rank}")
-        found["agreed"] = job.agree(job.rank, -job.rank)
+        found["agreed"] = job.all_reduce_max(job.rank, -job.rank)
         torch.save(found, Path(folder) / f"{job.rank}.pt")
         return 0
 
-    return distributed.together(work)
+    return distributed.run_distributed(work)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastiat import data, loaders, models
-from fastiat.attack import PGD, count_errors, crafting, fgsm, input_gradient, objective, pgd
+from fastiat.attack import PGD, attack_mode, count_errors, fgsm, input_gradient, objective, pgd
 from fastiat.engine import graphs as engines
 from fastiat.system.errors import InputError
 
@@ -173,7 +173,7 @@ def test_attack_leaves_no_gradient_and_restores_every_flag(model, bn):
 
 def test_flags_are_restored_after_an_error_too(model):
     model = _copy(model).train()
-    with pytest.raises(RuntimeError), crafting(model, "batch"):
+    with pytest.raises(RuntimeError), attack_mode(model, "batch"):
         assert not model.training and model.groups[0][0].bn1.training
         raise RuntimeError
     assert all(m.training for m in model.modules())
@@ -208,7 +208,7 @@ def test_attack_is_the_same_without_gradients_and_in_inference_mode(model, norm)
 
 def test_bn_modes_normalise_by_running_or_batch_statistics(model):
     x, y = _digits(16)
-    with crafting(model, "batch"):
+    with attack_mode(model, "batch"):
         batch = model(x)
     torch.testing.assert_close(batch, _copy(model).train()(x))
     examples = {bn: pgd(_copy(model), x, y, random_start=False, bn=bn) for bn in ("eval", "batch")}

@@ -119,7 +119,7 @@ def test_judging_in_parts_counts_the_errors_that_one_process_counts(found):
     state = parts["state"] | {"ranks": 1}
     whole.load_state_dict(state)
     whole.best = None
-    whole.judge(row := {})
+    whole.validate(row := {})
     assert len(whole.holdout.labels) > 500 and row == parts["row"]
 
 
@@ -326,7 +326,7 @@ def test_the_flat_buffer_has_the_tensors_own_memory_order(monkeypatch):
     tensors += [torch.randn(()), image[:1, :1], torch.randn(7)[::2]]
     for _ in range(2):
         expected = [1.5 * tensor for tensor in tensors]
-        job.mean_(tensors)
+        job.all_reduce_mean_(tensors)
         for mean, wanted in zip(tensors, expected, strict=True):
             torch.testing.assert_close(mean, wanted, rtol=0, atol=0)
     # Else CUDA copies one tensor at a time.

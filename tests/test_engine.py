@@ -271,11 +271,11 @@ def test_a_training_compiles_each_pass_once_for_all_its_epochs(graphs, digits):
     config = replace(TINY, engine="compile", epochs=3, holdout=16, batch_size=8, mix="mixup")
     trainer = Trainer(config, digits)
     list(trainer.epoch_updates())
-    trainer.judge({})
+    trainer.validate({})
     compiled = len(graphs)
     assert compiled == 2 * 2  # the pass of both halves, and the attack's
     list(trainer.epoch_updates())
-    trainer.judge({})
+    trainer.validate({})
     assert len(graphs) == compiled
 
 
@@ -284,7 +284,7 @@ class _Casts(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.shapes = {weight.shape for weight in engine.multiplied(model).values()}
+        self.shapes = {weight.shape for weight in engine.matmul_parameters(model).values()}
         self.values = 0
 
     def __torch_dispatch__(
@@ -312,7 +312,7 @@ def test_bf16_weights_are_made_once_per_step(name, monkeypatch):
     next(updates)
     with _Casts(trainer.model) as casts:
         next(updates)
-    assert casts.values == sum(w.numel() for w in engine.multiplied(trainer.model).values())
+    assert casts.values == sum(w.numel() for w in engine.matmul_parameters(trainer.model).values())
 
 
 def test_bf16_weights_are_made_once_per_attack(graphs):
@@ -321,7 +321,7 @@ def test_bf16_weights_are_made_once_per_attack(graphs):
     craft(x, y)
     casts = _nodes(graphs, aten._to_copy.default)
     casts += [n for g in graphs for n in g.graph.nodes if "convert_element" in str(n.target)]
-    weights = {weight.shape for weight in engine.multiplied(model).values()}
+    weights = {weight.shape for weight in engine.matmul_parameters(model).values()}
     assert not [node for node in casts if node.meta["val"].shape in weights]
     # The iterate comes in, and the loss goes out, in fp32.
     forward = graphs[0].graph
@@ -389,7 +389,9 @@ def test_what_is_undone_leaves_no_trace(monkeypatch):
     changed = [t for t in step._changed()]
     before = [t.clone() for t in changed]
     generators = [g.get_state() for g in trainer.random.values()]
-    engine.undone(lambda: (step._half(0, 1), step._half(1, 2), step.optimizer.step()), changed, 2)
+    engine.with_state_restored(
+        lambda: (step._half(0, 1), step._half(1, 2), step.optimizer.step()), changed, 2
+    )
     for now, then in zip(changed, before, strict=True):
         assert torch.equal(now, then)
     for generator, state in zip(trainer.random.values(), generators, strict=True):
@@ -456,7 +458,7 @@ def test_engines_that_auto_takes(monkeypatch):
     model, (x, y) = _network(width=1).eval(), _batch(2)
     settings = {"steps": 1, "random_start": False}
     made = []
-    monkeypatch.setattr(attack, "Climb", lambda *a, **k: made.append(k) or _Stop.throw())
+    monkeypatch.setattr(attack, "PGDLoop", lambda *a, **k: made.append(k) or _Stop.throw())
     with pytest.raises(_Stop):
         PGD(model, **settings)(x, y)
     assert made == [{"compiled": True, "captured": False}]

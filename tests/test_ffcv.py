@@ -262,7 +262,7 @@ def test_training_is_the_resident_one_and_resumes_with_the_other_loader(digits: 
         assert torch.equal(mine, theirs)
     rows: list[dict] = [{}, {}]
     for trainer, row in zip((whole, third), rows, strict=True):
-        trainer.judge(row)
+        trainer.validate(row)
     assert rows[0] == rows[1]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastiat import data, kernels, models
-from fastiat.ascent import Climb
+from fastiat.ascent import PGDLoop
 from fastiat.attack import PGD, pgd
 from fastiat.config import TrainConfig
 from fastiat.engine import graphs as engine
@@ -63,9 +63,9 @@ def batch(device: str) -> tuple[Tensor, Tensor]:
 
 def climb_on(
     model: models.Network, x: Tensor, y: Tensor, *, pool: Any = None, **settings: Any
-) -> Climb:
+) -> PGDLoop:
     """An un-compiled climb with these images in its buffers, captured where there is CUDA."""
-    return Climb(
+    return PGDLoop(
         model,
         x.clone(),
         y.clone(),

@@ -36,8 +36,8 @@ def updates(trainer: Trainer) -> Iterator[None]:
     while not trainer.finished:
         for _ in trainer.epoch_updates():
             if trainer.step % len(trainer.loader) == 0:
-                trainer.judge({})
-                trainer.judged = trainer.epoch
+                trainer.validate({})
+                trainer.validated_epochs = trainer.epoch
             yield
 
 

@@ -180,7 +180,8 @@ def test_a_state_without_a_config_is_refused(complaint, run):
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": "x"}, {"model": {}}, {"judged": None}, {"random": 3}, {"best": [1]}]
+    "change",
+    [{"step": "x"}, {"model": {}}, {"validated_epochs": None}, {"random": 3}, {"best": [1]}],
 )
 def test_a_state_with_wrong_values_is_refused(complaint, run, change):
     state = torch.load(run / STATE, weights_only=True)

@@ -86,8 +86,8 @@ def signal_in(monkeypatch, method: str, number: int, at_step: int) -> None:
         ("update", signal.SIGINT, 0),
         ("update", signal.SIGTERM, 1.5),
         ("update", signal.SIGTERM, 2),  # the last update of an epoch
-        ("judge", signal.SIGTERM, 1),
-        ("judge", signal.SIGINT, 3),
+        ("validate", signal.SIGTERM, 1),
+        ("validate", signal.SIGINT, 3),
     ],
 )
 def test_a_stopped_training_resumes_to_the_same_bits(
@@ -198,14 +198,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(trained, small
 
 def test_modern_stops_early_and_keeps_the_best_epoch(small, tmp_path, monkeypatch):
     weights = {}
-    original = Trainer.judge
+    original = Trainer.validate
 
-    def judge(self, row):
+    def validate(self, row):
         better = original(self, row)
-        weights[self.epoch] = {k: v.clone() for k, v in self.evaluated.state_dict().items()}
+        weights[self.epoch] = {k: v.clone() for k, v in self.eval_model.state_dict().items()}
         return better
 
-    monkeypatch.setattr(Trainer, "judge", judge)
+    monkeypatch.setattr(Trainer, "validate", validate)
     out = tmp_path / "run"
     flags = ("--preset", "modern", "--holdout", "200", "--epochs", "40", "--patience", "2")
     network = ("--arch", "preact18", "--width", "2", "--batch-size", "256")

@@ -165,7 +165,7 @@ def test_average_is_the_exponential_moving_average_of_weights_and_buffers():
             expected[name] = mean if value.is_floating_point() else value.clone()
     for name, value in trainer.average.state_dict().items():
         torch.testing.assert_close(value, expected[name], msg=name)
-    assert trainer.evaluated is trainer.average
+    assert trainer.eval_model is trainer.average
     assert not any(p.requires_grad for p in trainer.average.parameters())
 
 
@@ -248,5 +248,5 @@ def test_modern_keeps_out_a_tenth_of_a_small_training_set_and_1000_of_a_large_on
     many = digits.train.take(torch.arange(12_000) % 1437)
     trainer = Trainer(config, replace(digits, train=many))
     assert (len(trainer.loader.labels), len(trainer.holdout.labels)) == (11_000, 1000)
-    trainer.judge(row := {})
+    trainer.validate(row := {})
     assert 0 <= row["holdout_error_percent"] <= 100

@@ -74,7 +74,7 @@ def prepare(device: torch.device, deterministic: bool) -> None:
         torch.backends.cudnn.allow_tf32 = False
 
 
-def multiplied(model: nn.Module) -> dict[str, Tensor]:
+def matmul_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Return the fp32 parameters of convolutions and linear layers, which autocast would cast.
 
     Each has one name, the first, however many layers share it.
@@ -124,7 +124,7 @@ _LOOK = {
 class Uses(TorchFunctionMode):
     """Finds the weights of which copies in `dtype` do what the weights do under autocast to it.
 
-    These are the ones `multiplied` that a pass uses in linear layers and convolutions alone, with
+    These are the `matmul_parameters` that a pass uses in linear layers and convolutions alone, with
     autocast on. The rest stays as it is, and autocast casts what is to be cast.
     """
 
@@ -159,13 +159,15 @@ class Uses(TorchFunctionMode):
 
         devices = [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), self:
-            undone(run, self.model.buffers(), 1)
+            with_state_restored(run, self.model.buffers(), 1)
         return logits.detach()
 
     @property
     def cast(self) -> set[str]:
         """Names of the weights found in all passes that were watched."""
-        return (self.well - self.ill) & multiplied(self.model).keys() if self.dtype else set()
+        return (
+            (self.well - self.ill) & matmul_parameters(self.model).keys() if self.dtype else set()
+        )
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -186,7 +188,9 @@ def _autocasts(device: str, dtype: torch.dtype | None) -> bool:
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == dtype
 
 
-def frozen(model: nn.Module, dtype: torch.dtype | None, cast: Collection[str]) -> dict[str, Tensor]:
+def detached_weights(
+    model: nn.Module, dtype: torch.dtype | None, cast: Collection[str]
+) -> dict[str, Tensor]:
     """Return weights without a gradient: the parameters, those named in `cast` as `dtype`.
 
     A compiled function of these computes no weight gradients, whereas one of the parameters
@@ -217,8 +221,8 @@ class Weights:
         self.copies = {place: copies[name] for place, name in there.items() if name in copies}
         # One entry for each parameter, in the parameters' order: what a pass is differentiated by.
         self.leaves = [copies.get(name, p) for name, p in self.parameters.items()]
-        frozen = dict(zip(self.parameters, (leaf.detach() for leaf in self.leaves), strict=True))
-        self.frozen = {place: frozen[name] for place, name in there.items()}
+        detached = dict(zip(self.parameters, (leaf.detach() for leaf in self.leaves), strict=True))
+        self.detached = {place: detached[name] for place, name in there.items()}
         self.refresh()
 
     @torch.no_grad()
@@ -261,7 +265,9 @@ def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(own, dynamic=False, backend=BACKEND)
 
 
-def undone(function: Callable[[], object], state: Iterable[Tensor], times: int) -> None:
+def with_state_restored(
+    function: Callable[[], object], state: Iterable[Tensor], times: int
+) -> None:
     """Call `function` and put `state`, which it may change, back in place, bit for bit."""
     state = [tensor.detach() for tensor in state]
     before = [tensor.clone() for tensor in state]
@@ -311,7 +317,7 @@ class Captured:
         aside.wait_stream(here)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(aside):
-            undone(self.function, self.state(), WARM_UPS)
+            with_state_restored(self.function, self.state(), WARM_UPS)
             try:
                 # Other threads, such as a loader's that pins memory, may go on meanwhile.
                 with torch.cuda.graph(

@@ -127,7 +127,7 @@ class _Flags:
 
 
 @contextmanager
-def crafting(model: Model, bn: BatchNormMode) -> Iterator[None]:
+def attack_mode(model: Model, bn: BatchNormMode) -> Iterator[None]:
     """Put `model` in eval mode with its BatchNorm layers in mode `bn`; restore every flag after.
 
     What is no plain `nn.Module` is followed while it runs: the modules that it calls are put in

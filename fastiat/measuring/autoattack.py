@@ -117,7 +117,7 @@ def autoattack(
                     with torch.no_grad():
                         wrong[index] = (~correct(model(x), y)).to("cpu", torch.uint8)
                     progress.advance(len(y))
-            outcome.fooled |= job.add_(wrong).bool()
+            outcome.fooled |= job.all_reduce_sum_(wrong).bool()
             outcome.errors_after[name] = int(outcome.fooled.sum())
         accuracy = {name: 1 - n / len(split) for name, n in outcome.errors_after.items()}
         check_square_sr(accuracy, logger=logging.getLogger("auto-attack"))

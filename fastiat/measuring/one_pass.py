@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastiat import data, kernels, loaders
 from fastiat.ascent import Starts
-from fastiat.attack import crafting, fgsm, input_gradient, start_in_ball
+from fastiat.attack import attack_mode, fgsm, input_gradient, start_in_ball
 from fastiat.engine.device import autocast, pick_device, pick_precision
 from fastiat.models import correct, to_pixels
 from fastiat.queries import MeasureConfig
@@ -99,9 +99,9 @@ def fooled(
     eps, alpha: radius and PGD step, in pixels of 0 to 1; norm, loss, restarts, random start, seed,
         batch size, device and precision are `config`'s.
     worst: an image that was fooled is attacked no more, so that only the union of the columns has
-        a meaning; the clean images are always judged then, under "none".
+        a meaning; the clean images are always classified then, under "none".
 
-    Examples are crafted in the configuration's precision and judged in fp32; an image counts as
+    Examples are crafted in the configuration's precision and classified in fp32; an image counts as
     fooled by PGD if the example of any restart fools. The ranks of a job share the batches, and
     each returns what one process would. Raises `InputError` for an unknown name.
     """
@@ -117,12 +117,12 @@ def fooled(
         for gap, (images, y) in zip(shard.gaps(), batches, strict=False):
             place += gap * size
             ticker = _Ticker(progress, len(y))
-            with crafting(model, "eval"):
+            with attack_mode(model, "eval"):
                 one_pass.starts.batch(place)
                 found[:, place : place + len(y)] = one_pass(to_pixels(images), y, ticker)
             ticker.finish()
             place += len(y)
-    return dict(zip(names, job.add_(found.cpu()).bool(), strict=True))
+    return dict(zip(names, job.all_reduce_sum_(found.cpu()).bool(), strict=True))
 
 
 class _Pass:

@@ -249,7 +249,7 @@ def _job(row: str, wanted: TrainConfig) -> Job:
 
 def _position(state: dict[str, Any]) -> tuple[int, int, str]:
     """Return the updates that are done, the epochs that are measured, and the images' mark."""
-    step, epochs, mark = state.get("step"), state.get("judged"), state.get("data")
+    step, epochs, mark = state.get("step"), state.get("validated_epochs"), state.get("data")
     if not isinstance(step, int) or not isinstance(epochs, int) or not isinstance(mark, str):
         raise Damaged("it is not a checkpoint of fastiat")
     return step, epochs, mark

@@ -228,7 +228,7 @@ class Run:
             if kept != lines:
                 write(self.path / METRICS, "".join(kept).encode())
 
-    def say(self, text: str) -> None:
+    def log_line(self, text: str) -> None:
         """Print a text, and keep it in stdout.log."""
         text = printable_lines(text)
         print(text, flush=True)

@@ -13,7 +13,7 @@ entry's attack is null.
     norm, loss           "linf" or "l2"; "ce" or "margin"
     restarts             random starts of PGD, of which each image keeps the worst
     random_start         whether PGD starts at a random point of the ball
-    precision            arithmetic that crafts, "bf16" or "fp32"; judged in fp32 always
+    precision            arithmetic that crafts, "bf16" or "fp32"; classified in fp32 always
     seed                 of the random starts, and of the draw of `n` images where there are more;
                          null where neither was drawn
     source, source_model "transfer": the attacking run's directory name, and its `model`
@@ -25,7 +25,7 @@ entry's attack is null.
     errors_after         "autoattack": {attack: errors after it and those before it}, "none" first
     warnings             "autoattack": what the library found suspicious
     batch_size           images attacked at a time, on which AutoAttack's random numbers depend
-    device               what crafted and judged
+    device               what crafted and classified
     versions             {"fastiat", "torch", "autoattack": "name version", where it was used}
     seconds              of the pass that gave this figure, and others of the same pass
     time                 when it was written, ISO 8601 in UTC

@@ -93,7 +93,7 @@ class Ranks:
         several = f"--nnodes {nodes} " if nodes > 1 else ""
         return f"torchrun {several}--nproc-per-node {self.local_count} -m fastiat"
 
-    def mean_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replace fp32 tensors, of one device and always the same shapes, by their means.
 
         One all-reduce of one flat buffer; every rank gets the same bits.
@@ -112,14 +112,14 @@ class Ranks:
         flat, parts = self._flat
         with torch.no_grad():
             torch._foreach_copy_(parts, list(tensors))
-            self.add_(flat).div_(self.count)
+            self.all_reduce_sum_(flat).div_(self.count)
             torch._foreach_copy_(list(tensors), parts)
 
-    def add_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over the ranks, and return it."""
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
-    def agree(self, *values: int) -> tuple[int, ...]:
+    def all_reduce_max(self, *values: int) -> tuple[int, ...]:
         """Return, of each value, the largest that any rank has; all have to be here."""
         if self.alone:
             return values
@@ -132,12 +132,12 @@ class Ranks:
         self._turns += 1
         names = [f"text/{self._turns}/{rank}" for rank in range(self.count)]
         self._notes.set(names[self.rank], text)
-        self.wait()
+        self.barrier()
         return [self._notes.get(name).decode() for name in names]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank is here."""
-        self.agree(0)
+        self.all_reduce_max(0)
 
     def check_same(self, what: str, *contents: Any) -> None:
         """Raise `InputError` unless the tensors and texts of `contents` are equal on all ranks."""
@@ -151,12 +151,12 @@ class Ranks:
                 content = repr(content).encode()
             digest.update(content)
         number = int.from_bytes(digest.digest()[:7])
-        largest, smallest = self.agree(number, -number)
+        largest, smallest = self.all_reduce_max(number, -number)
         if largest != -smallest:
             raise InputError(f"the {self.count} processes do not have the same {what}")
 
     @contextmanager
-    def one_first(self) -> Iterator[None]:
+    def local_rank_first(self) -> Iterator[None]:
         """Let one process of every machine through the block first.
 
         What it downloads and caches there, the others find.
@@ -276,11 +276,11 @@ _ranks = Ranks()
 
 
 def ranks() -> Ranks:
-    """Return this process's place: alone, unless it has joined others with `together`."""
+    """Return this process's place: alone, unless it has joined others with `run_distributed`."""
     return _ranks
 
 
-def together(work: Callable[[], int]) -> int:
+def run_distributed(work: Callable[[], int]) -> int:
     """Join the processes that torchrun has started, do `work` with them and return its status.
 
     Rank 0 alone has a stdout, and only the first rank with a complaint prints it. A status other

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastiat import kernels
-from fastiat.ascent import Climb
+from fastiat.ascent import PGDLoop
 from fastiat.engine import graphs as engine
-from fastiat.engine.modes import crafting
+from fastiat.engine.modes import attack_mode
 from fastiat.mix import Mix, mixed_correct, mixed_loss
 from fastiat.models import normalisation_layers
 
@@ -45,7 +45,7 @@ def algorithm1(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    craft: Attack | None,
+    attack: Attack | None,
     draw: Callable[[], Mix | None],
     *,
     clean_weight: float = 0.5,
@@ -56,9 +56,9 @@ def algorithm1(
 ) -> Update:
     """Add the gradient of Algorithm 1's loss to the parameters of `model`.
 
-        L = w Loss(f, Mix, x, y) + (1 - w) Loss(f, Mix, craft(x, y), y),  w = `clean_weight`
+        L = w Loss(f, Mix, x, y) + (1 - w) Loss(f, Mix, attack(x, y), y),  w = `clean_weight`
 
-    The paper has w = 1/2. `x` is (B, C, H, W) pixels in [0, 1], `y` (B,) int64. `craft` attacks
+    The paper has w = 1/2. `x` is (B, C, H, W) pixels in [0, 1], `y` (B,) int64. `attack` attacks
     the un-mixed batch with its true labels; None leaves L = Loss(f, Mix, x, y). `draw` is called
     for each of the two losses, or once with `shared_mix`. `mix_pixels` moves mix point 0 before
     the standardisation. `precision` gives the context a forward pass runs in; losses are taken
@@ -78,12 +78,12 @@ def algorithm1(
     # Autocast keeps its copies of the weights until the outermost context is left.
     with torch.autocast(x.device.type, torch.bfloat16, enabled=False):
         mix = draw()
-        clean_loss, clean_correct = backward(x, mix, clean_weight if craft else 1.0)
-        if craft is None:
+        clean_loss, clean_correct = backward(x, mix, clean_weight if attack else 1.0)
+        if attack is None:
             zero = torch.zeros_like(clean_loss)
             return Update(clean_loss, zero, clean_correct, zero)
         with precision():
-            x_adv = craft(x, y)
+            x_adv = attack(x, y)
         mix = mix if shared_mix else draw()
         adv_loss, adv_correct = backward(x_adv, mix, 1 - clean_weight)
         return Update(clean_loss, adv_loss, clean_correct, adv_correct)
@@ -173,15 +173,15 @@ class Step:
         self.averaged = [*self.grads, *running_statistics(model), self.figures]
         self.weights = engine.Weights(model, dtype, self._cast(attack))
         self.pool = torch.cuda.graph_pool_handle() if captured else None
-        self.climb: Climb | None = None
+        self.climb: PGDLoop | None = None
         if attack is not None:
-            self.climb = Climb(
+            self.climb = PGDLoop(
                 model,
                 self.x,
                 self.y,
                 dtype,
                 attack,
-                weights=lambda: self.weights.frozen,
+                weights=lambda: self.weights.detached,
                 compiled=compiled,
                 captured=captured,
                 pool=self.pool,
@@ -196,7 +196,7 @@ class Step:
         uses = engine.Uses(self.model, self.dtype)
         uses.watch(self.x, None)
         if attack is not None:
-            with crafting(self.model, attack["bn"]):
+            with attack_mode(self.model, attack["bn"]):
                 uses.watch(self.x)
         return uses.cast
 
