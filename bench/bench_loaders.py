@@ -20,10 +20,10 @@ from timing import DEVICE, ON_GPU
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from fastiat import data, loaders
+from fastiat import data
 from fastiat.config import TrainConfig
 from fastiat.images import convert
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 IMAGES, BATCH, PAD = 20_000, 128, 2
 WORKERS = 8 if ON_GPU else 1
@@ -77,7 +77,7 @@ def batches(name: str, dataset: data.Dataset, folder: Path) -> Iterable[Any]:
         file = folder / f"{form}.beton"
         convert._write(file, convert.Loaded(dataset), form, 95, None)  # type: ignore[arg-type]
         train = data.load(str(file)).train
-    return loaders.make(
+    return data.make_loader(
         train, BATCH, kind=kind, device=DEVICE, train=True, pad=PAD, flip=True,
         order=torch.Generator().manual_seed(0),
         augment=torch.Generator(DEVICE).manual_seed(0),

@@ -31,7 +31,7 @@ from fastiat import cli, data  # noqa: E402
 from fastiat.config import TrainConfig  # noqa: E402
 from fastiat.runs.directory import LOG, METRICS, PREVIOUS, STATE  # noqa: E402
 from fastiat.system.errors import InputError  # noqa: E402
-from fastiat.trainer import Trainer  # noqa: E402
+from fastiat.train import Trainer  # noqa: E402
 
 ATTACKS = ("none", "pgd-20")
 TO_STOP = 40.0

@@ -9,7 +9,7 @@ from timing import DEVICE
 
 from fastiat import data
 from fastiat.config import TrainConfig
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 METHODS = {
     "plain": {"adv": "none", "mix": "none"},

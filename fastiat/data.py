@@ -1,14 +1,13 @@
 """Images: the data sets as a `Dataset` of two `Split`s, in memory or in a file, and a hold-out."""
 
-import hashlib
 import importlib.resources
-import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,153 +16,28 @@ from torch import Tensor
 from fastiat.engine.device import free_memory, own_defaults
 from fastiat.images import beton, downloads
 from fastiat.images import tree as folder
-from fastiat.images.ffcv import installed
+from fastiat.images.dataset import Dataset, Split, StoredSplit, draw, holdout, limited
+from fastiat.images.ffcv import installed, obstacle
+from fastiat.kernels import crop_flip
 from fastiat.system.errors import InputError, one_line
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import DATASETS, expanded, is_beton
 from fastiat.system.untrusted import read_npz
 
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Labelled images on the CPU.
-
-    `images` is (N, H, W, C) uint8 and contiguous, `labels` (N,) int64. Raises `InputError` for
-    tensors of another shape or type.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
-        if images.dim() != 4 or images.dtype != torch.uint8 or not images.is_contiguous():
-            raise InputError(
-                f"images are {images.dtype} of shape {tuple(images.shape)}: "
-                "give contiguous uint8 (N, H, W, C)"
-            )
-        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-            raise InputError(
-                f"{len(images)} images come with {labels.dtype} labels of shape "
-                f"{tuple(labels.shape)}: give one int64 label for each image"
-            )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pixels in memory."""
-        return len(self) * math.prod(self.shape)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """One image's (C, H, W)."""
-        _, height, width, channels = self.images.shape
-        return channels, height, width
-
-    def take(self, index: Tensor) -> "Split":
-        """Return the images and labels that `index`, (M,) int64, picks, in its order."""
-        return Split(self.images[index], self.labels[index])
-
-    def pixels(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return the first `count` images, or all, and their labels, as attack libraries take them.
-
-        Pixels are (M, C, H, W) fp32 in [0, 1] and contiguous, labels (M,) int64; both are copies.
-        Raises `InputError` for a count below 1 or above the number of images.
-        """
-        count = len(self) if count is None else count
-        if not 1 <= count <= len(self):
-            raise InputError(f"{count} images are asked for: give 1 to {len(self)}")
-        part = self.take(torch.arange(count, device="cpu"))
-        return part.images.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255, part.labels
-
-
-class StoredSplit(Split):
-    """Labelled images in a .beton: a `Split` whose `images` are read anew whenever they are named.
-
-    `positions`, (N,) int64, are the images' in the file.
-    """
-
-    file: beton.Beton
-    positions: Tensor
-
-    def __init__(self, file: beton.Beton, positions: Tensor) -> None:
-        labels = torch.from_numpy(file.labels)[positions]
-        # The dataclass is frozen, and would check images in memory.
-        self.__dict__.update(file=file, positions=positions, labels=labels)
-
-    @property
-    def images(self) -> Tensor:
-        """The images, (N, H, W, C) uint8, read into memory."""
-        return torch.from_numpy(self.file.read(self.positions.numpy()))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """One image's (C, H, W)."""
-        card = self.file.card
-        return card.channels, card.side, card.side
-
-    def take(self, index: Tensor) -> "StoredSplit":
-        """Return the images and labels that `index` picks, in its order; no image is read."""
-        return StoredSplit(self.file, self.positions[index])
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """A training and a test split of one data set.
-
-    `classes[label]` is a class's name; `flip` says whether training mirrors images (the paper
-    flips CIFAR-10, not SVHN). Raises `InputError` for a label without a class and for splits
-    whose images differ in shape.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    train: Split
-    test: Split
-    flip: bool
-    known_fingerprint: str = ""
-    """The fingerprint, where it is known without reading the images."""
-
-    def __post_init__(self) -> None:
-        for split in (self.train, self.test):
-            if len(split) == 0:
-                raise InputError(f"{self.name} has a split without images")
-            low, high = int(split.labels.min()), int(split.labels.max())
-            if low < 0 or high >= len(self.classes):
-                raise InputError(
-                    f"{self.name} has labels from {low} to {high} for {len(self.classes)} classes"
-                )
-        if self.train.shape != self.test.shape:
-            raise InputError(
-                f"{self.name} has training images of shape {self.train.shape} and "
-                f"test images of shape {self.test.shape}"
-            )
-
-    @property
-    def stored(self) -> bool:
-        """Whether the images are in a .beton."""
-        return isinstance(self.train, StoredSplit) and isinstance(self.test, StoredSplit)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both splits' pixels in memory."""
-        return self.train.nbytes + self.test.nbytes
-
-    def fingerprint(self) -> str:
-        """Return 16 hex digits of a SHA-256 over both splits' shapes, labels and pixels.
-
-        A raw .beton has that of the images it was made from; one of JPEGs that of their bytes.
-        """
-        if self.known_fingerprint:
-            return self.known_fingerprint
-        digest = hashlib.sha256()
-        for split in (self.train, self.test):
-            digest.update(str(tuple(split.images.shape)).encode())
-            digest.update(split.labels.contiguous().numpy().data)
-            digest.update(split.images.numpy().data)
-        return digest.hexdigest()[:16]
+__all__ = [
+    "Dataset",
+    "Loader",
+    "ResidentLoader",
+    "Shard",
+    "Split",
+    "StoredSplit",
+    "choose_loader",
+    "draw",
+    "holdout",
+    "limited",
+    "load",
+    "make_loader",
+]
 
 
 def default_dir() -> Path:
@@ -342,80 +216,191 @@ def _digits() -> Dataset:
         ) from error
 
 
-def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
-    """Return (`split` without `n` of its images, those `n`), each in the order of `split`.
+Kind = Literal["resident", "ffcv"]
 
-    Stratified: every class gives its share of `n`, rounded by largest remainder, but keeps one
-    image at least. Which images go depends on `seed` and the labels alone. Raises `InputError`
-    where the classes cannot give `n` so.
+
+class Shard(NamedTuple):
+    """Which part of every pass is this process's: number `rank` of `ranks` equal ones."""
+
+    rank: int
+    ranks: int
+
+    def gaps(self) -> Iterator[int]:
+        """Yield, for each of its whole batches, how many of others come since its last."""
+        return chain((self.rank,), repeat(self.ranks - 1))
+
+
+WHOLE = Shard(0, 1)
+
+
+class Loader(ABC):
+    """Passes over labelled uint8 images; a subclass says where the images come from.
+
+    Iterating yields (x, y): x (B, C, H, W) uint8 and channels-last, y (B,) int64, both on
+    `device`. With `train`, a pass is shuffled, its partial last batch dropped, and every image
+    is shifted by up to `pad` pixels each way over zeros and, with `flip`, mirrored half the time
+    (section 4.1 of the IAT paper, after Madry et al. 2018). Without, images come in their order,
+    untouched, the last batch as short as it is; those x must not be written to.
+
+    `order`, a CPU generator, gives each pass its permutation; `augment`, a generator on
+    `device`, each batch its shifts and flips; None stands for torch's default generators. Every
+    loader draws the same numbers, so that the same seeds give the same batches. No batch waits
+    for the device.
+
+    With a `shard`, training takes the rank's slice out of every batch of `batch_size` images:
+    the ranks' slices, drawn from equal generators, put together are the batch that one process
+    would see. Without `train` it takes every `ranks`-th batch from batch number `rank` on.
+
+    Raises `InputError` where no full training batch exists or the ranks cannot share one equally.
     """
-    counts = torch.bincount(split.labels)
-    spare = (counts - 1).clamp(min=0)
-    most = int(spare.sum())
-    if not 0 < n <= most:
-        raise InputError(
-            f"cannot hold out {n} of {len(split)} images, as every class keeps one at least: "
-            + (f"hold out 1 to {most}" if most else "hold out none")
-        )
-    held = _drawn(split, _shares(counts, n, torch.zeros_like(counts), spare), seed)
-    return split.take(~held), split.take(held)
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        train: bool,
+        pad: int = 2,
+        flip: bool = False,
+        order: torch.Generator | None = None,
+        augment: torch.Generator | None = None,
+        shard: Shard = WHOLE,
+    ) -> None:
+        if batch_size < 1 or pad < 0:
+            raise InputError(
+                f"batch size {batch_size} with padding {pad}: give at least 1 and at least 0"
+            )
+        if train and batch_size > len(split):
+            raise InputError(
+                f"a batch of {batch_size} is larger than the {len(split)} training images: "
+                f"give a batch size of {len(split)} or less"
+            )
+        if train and batch_size % shard.ranks:
+            raise InputError(
+                f"a batch of {batch_size} images cannot be shared equally by {shard.ranks} "
+                f"processes: give a multiple of {shard.ranks}"
+            )
+        self.labels = split.labels.to(device)
+        self.device = self.labels.device
+        self.batch_size, self.train, self.pad, self.flip = batch_size, train, pad, flip
+        self.order, self.augment, self.shard = order, augment, shard
+        self._hold(split)
+
+    def __len__(self) -> int:
+        """Batches in a pass; without `train`, in this shard's part of it."""
+        full, rest = divmod(len(self.labels), self.batch_size)
+        if self.train:
+            return full
+        return len(range(self.shard.rank, full + (rest > 0), self.shard.ranks))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch()
+
+    def epoch(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return one pass that starts at batch `skip`.
+
+        `order` is drawn from here and now, `augment` when a batch is made. So with `order` as it
+        was at the start of a pass and `augment` as it was after `skip` batches of it, the rest
+        of that pass repeats exactly.
+        """
+        if not self.train:
+            return self._in_order(skip)
+        order = torch.randperm(len(self.labels), generator=self.order)
+        share = self.batch_size // self.shard.ranks
+        own = slice(self.shard.rank * share, (self.shard.rank + 1) * share)
+        batches = order[: len(self) * self.batch_size].view(len(self), self.batch_size)
+        return self._augmented(batches[skip:, own], own)
+
+    @abstractmethod
+    def _hold(self, split: Split) -> None:
+        """Keep what batches are made of."""
+
+    @abstractmethod
+    def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this shard's untouched batches from number `skip` on."""
+
+    @abstractmethod
+    def _shuffled(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield for every row of `batches`, (batches, B) positions in the split on the CPU: a store
+        of images (M, H, W, C), where in it the row's images are, (B,), and their labels, (B,).
+        """
+
+    def _augmented(self, batches: Tensor, own: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        size = self.batch_size
+        none = torch.zeros(batches.shape[1], dtype=torch.bool, device=self.device)
+        for store, index, labels in self._shuffled(batches):
+            dy, dx = self._draw(2 * self.pad + 1, (2, size))[:, own]
+            flip = self._draw(2, (size,))[own].bool() if self.flip else none
+            yield crop_flip(store, index, dy, dx, flip, self.pad), labels
+
+    def _draw(self, high: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(high, shape, generator=self.augment, device=self.device)
 
 
-def draw(split: Split, n: int, seed: int) -> Split:
-    """Return `n` images of `split`, in its order: a stratified draw, as that of `holdout`.
+class ResidentLoader(Loader):
+    """Batches of a split that lives on the device as uint8: 154 MB for CIFAR-10.
 
-    Every class has one image at least where `n` is enough for that. Raises `InputError` unless
-    0 < n <= len(split).
+    Without `train`, x are views of the resident images.
     """
-    if not 0 < n <= len(split):
-        raise InputError(f"cannot draw {n} of {len(split)} images: give 1 to {len(split)}")
-    counts = torch.bincount(split.labels)
-    least = counts.clamp(max=1)
-    if int(least.sum()) > n:
-        least = torch.zeros_like(counts)
-    return split.take(_drawn(split, _shares(counts, n, least, counts), seed))
+
+    def _hold(self, split: Split) -> None:
+        self.images = split.images.to(self.device)
+
+    def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        size, (rank, ranks) = self.batch_size, self.shard
+        for start in range((rank + skip * ranks) * size, len(self.labels), ranks * size):
+            span = slice(start, start + size)
+            yield self.images[span].permute(0, 3, 1, 2), self.labels[span]
+
+    def _shuffled(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for index in batches.to(self.device):
+            yield self.images, index, self.labels[index]
 
 
-def _shares(counts: Tensor, n: int, least: Tensor, most: Tensor) -> Tensor:
-    """Divide `n` in proportion to `counts`, (K,), by largest remainder, within two bounds, (K,)."""
-    total = int(counts.sum())
-    quota, remainder = n * counts // total, n * counts % total
-    quota[remainder.argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
-    quota = quota.clamp(least, most)
-    # What the bounds took or gave goes to, or comes from, the classes furthest from their share.
-    while (missing := n - int(quota.sum())) != 0:
-        step = 1 if missing > 0 else -1
-        behind = step * (n * counts - quota * total)
-        behind[quota == (most if missing > 0 else least)] = torch.iinfo(torch.int64).min
-        quota[behind.argmax()] += step
-    return quota
+def choose_loader(
+    wanted: Literal["auto", "resident", "ffcv"], dataset: Dataset, device: torch.device
+) -> tuple[Kind, str]:
+    """Return the loader that a training takes, and why.
 
-
-def _drawn(split: Split, quota: Tensor, seed: int) -> Tensor:
-    """Return (N,) bool: which images are drawn, `quota`, (K,), of each class."""
-    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    drawn = torch.zeros(len(split), dtype=torch.bool)
-    for label, take in enumerate(quota.tolist()):
-        drawn[shuffled[split.labels[shuffled] == label][:take]] = True
-    return drawn
-
-
-def limited(split: Split, total: int | None, per_class: int | None, seed: int) -> Split:
-    """Return at most `per_class` images of each class of `split` and `total` of all, in its order.
-
-    A stratified draw of `total` gives every class at least one image. Which images stay depends on
-    `seed` and the labels alone. None is no limit. Raises `InputError` for a `total` below the
-    number of classes.
+    "auto" takes "ffcv", where it is installed, for a .beton and for images that would fill more
+    than half of what is free of the device's memory. Raises `InputError` for "ffcv" where it is
+    not installed.
     """
-    counts = torch.bincount(split.labels)
-    if per_class is not None and per_class < int(counts.max()):
-        split = split.take(_drawn(split, counts.clamp(max=per_class), seed))
-    if total is None or total >= len(split):
-        return split
-    present = int((counts > 0).sum())
-    if total < present:
-        raise InputError(
-            f"{total} training images cannot show {present} classes: give --train-limit at least "
-            f"{present}"
-        )
-    return draw(split, total, seed)
+    if wanted == "ffcv" and (reason := obstacle()):
+        raise InputError(f"--loader ffcv: {reason}")
+    if wanted != "auto":
+        return wanted, "it was asked for"
+    if dataset.stored:
+        return ("ffcv", "it is a .beton") if installed() else ("resident", "FFCV is not installed")
+    if fits(dataset.nbytes, device, in_memory=True):
+        return "resident", "it fits"
+    if installed():
+        return "ffcv", f"it takes more than half of the memory that is free on {device}"
+    return "resident", "FFCV is not installed"
+
+
+def fits(nbytes: int, device: torch.device, *, in_memory: bool = False) -> bool:
+    """Whether images take at most half of what is free on the device, or lie there already."""
+    if in_memory and device.type == "cpu":
+        return True
+    return nbytes <= free_memory(device) // 2
+
+
+def make_loader(
+    split: Split, batch_size: int, *, kind: Kind | None = None, **options: Any
+) -> Loader:
+    """Return the loader of a kind, with `Loader`'s arguments; "ffcv" takes a `StoredSplit`.
+
+    Without a kind the split is resident, unless it is stored and does not fit: the commands that
+    measure go over the images only a few times.
+    """
+    if kind is None:
+        device = torch.device(options.get("device", "cpu"))
+        small = not isinstance(split, StoredSplit) or fits(split.nbytes, device)
+        kind = "resident" if small or not installed() else "ffcv"
+    if kind == "resident":
+        return ResidentLoader(split, batch_size, **options)
+    from fastiat.images.ffcv_batches import FFCVLoader
+
+    return FFCVLoader(split, batch_size, **options)

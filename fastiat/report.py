@@ -20,14 +20,13 @@ import torch
 from fastiat import __version__, data
 from fastiat.analyse import read_diagnosis
 from fastiat.cli import resolve
-from fastiat.config import TrainConfig
+from fastiat.config import ReportConfig, TrainConfig
 from fastiat.page import figure1, figures
 from fastiat.page.charts import Label, Measured, label, norm_pictures, sweeps, tradeoff
 from fastiat.page.examples import STEPS, data_uri, examples, grid
 from fastiat.page.figures import Picture
 from fastiat.page.html import Safe, element, join, page, section, table, text
 from fastiat.paper import compare as tables
-from fastiat.queries import ReportConfig
 from fastiat.runs.directory import CONFIG, METRICS, MODEL, Run
 from fastiat.runs.results import MEASUREMENT, Measurement, differences, measurement
 from fastiat.system.errors import InputError

@@ -11,27 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from fastiat.analyse import weight_norms, write_norms
-from fastiat.engine.device import own_defaults
-from fastiat.estimate import Speed, speed
-from fastiat.evaluate import evaluate
-from fastiat.page import figure1
-from fastiat.paper.plan import Job, Plan
-from fastiat.paper.published import ROWS, TRAINED, Cell
-from fastiat.queries import (
+from fastiat.config import (
     EvaluateConfig,
     ReportConfig,
     ReproduceConfig,
     SweepConfig,
     TransferConfig,
 )
+from fastiat.engine.device import own_defaults
+from fastiat.evaluate import evaluate, sweep, transfer
+from fastiat.page import figure1
+from fastiat.paper.estimate import Speed, speed
+from fastiat.paper.plan import Job, Plan
+from fastiat.paper.published import ROWS, TRAINED, Cell
 from fastiat.report import report
 from fastiat.runs.directory import CONFIG, Run, load
-from fastiat.sweep import sweep
 from fastiat.system.errors import InputError
 from fastiat.system.progress import duration
 from fastiat.system.settings import steps_of
 from fastiat.train import Interrupted, train
-from fastiat.transfer import transfer
 
 
 @own_defaults()

@@ -1,5 +1,6 @@
 """Training: the loop around Algorithm 1, what it shows and writes, and how it stops."""
 
+import copy
 import math
 import shlex
 import sys
@@ -7,30 +8,479 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from fastiat import data, models
+from fastiat import mix as mixing
+from fastiat.attack import PGD, BatchNormMode, count_errors, draw_seed, pgd
 from fastiat.config import TrainConfig
-from fastiat.engine.device import own_defaults
-from fastiat.mix import chance_loss
+from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
+from fastiat.engine.graphs import Engine, pick_engine, prepare
+from fastiat.images import convert
+from fastiat.mix import Mix, chance_loss
 from fastiat.runs.directory import (
     METRICS,
     MODEL,
     PREVIOUS,
     STATE,
+    ModelCard,
     Onlooker,
     Run,
     check_free,
     default_out,
 )
-from fastiat.system.errors import InputError, check_interrupts, explain_os, one_line, out_of_memory
+from fastiat.system.errors import (
+    Damaged,
+    InputError,
+    check_interrupts,
+    explain_os,
+    one_line,
+    out_of_memory,
+    printable,
+)
 from fastiat.system.progress import Events, Progress, duration
 from fastiat.system.ranks import ranks
 from fastiat.system.signals import Now, Signals
-from fastiat.trainer import Trainer, Update
+from fastiat.system.untrusted import alike
+from fastiat.training.optimise import learning_rate, make_sgd, move_average
+from fastiat.training.step import Attack, Step, Update, algorithm1, running_statistics
+
+EVAL_BATCH = 500
+"""Images evaluated at a time after an epoch, where an update takes as many."""
+
+
+class Trainer:
+    """Everything that a training changes: network, optimizer, average, generators, position.
+
+    The ranks of a training (`fastiat.system.ranks`) each take their part of every batch. Gradients,
+    running statistics and figures are averaged before the optimizer's step, so that after it all of
+    them hold the same bits, checkpoint included. Running variances are means of the parts' own.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: data.Dataset) -> None:
+        self.config = config
+        self.ranks = ranks()
+        shard = data.Shard(self.ranks.rank, self.ranks.count)
+        self.device = pick_device(config.device)
+        self.engine = pick_engine(config.engine, self.device)
+        self.arithmetic = pick_precision(config.precision, self.device)
+        prepare(self.device, config.deterministic)
+        self.precision = partial(autocast, self.device, self.arithmetic)
+        kind, self.loader_reason = data.choose_loader(config.loader, dataset, self.device)
+        # The memory that is free may differ; one that takes the file has all take it.
+        if self.ranks.all_reduce_max(kind == "ffcv")[0]:
+            kind = "ffcv"
+        if kind == "ffcv" and not dataset.stored:
+            with self.ranks.local_rank_first():
+                dataset = convert.cached_dataset(dataset)
+        evaluation_loader = partial(
+            data.make_loader,
+            # An update must fit into the memory anyway.
+            batch_size=max(min(EVAL_BATCH, config.batch_size // shard.ranks), 1),
+            kind=kind,
+            device=self.device,
+            train=False,
+            shard=shard,
+        )
+        train = data.limited(dataset.train, config.train_limit, config.class_limit, config.seed)
+        test, self.holdout = dataset.test, None
+        kept_out = min(1000, len(train) // 10) if config.holdout is None else config.holdout
+        if kept_out >= len(train):
+            raise InputError(
+                f"--holdout {kept_out} leaves none of the {len(train)} training images"
+            )
+        if kept_out:
+            train, held_out = data.holdout(train, kept_out, config.seed)
+            self.holdout = evaluation_loader(held_out)
+        if config.eval_limit is not None and config.eval_limit < len(test):
+            test = data.draw(test, config.eval_limit, config.seed)
+        self.test, self.test_size = evaluation_loader(test), len(test)
+        if config.pad >= min(train.shape[1:]):
+            raise InputError(
+                f"--pad {config.pad} can shift images of {train.shape[1]} pixels out of sight: "
+                f"give less"
+            )
+        if config.batch_size > len(train):
+            raise InputError(
+                f"--batch-size {config.batch_size} is more than the {len(train)} training images"
+            )
+        if config.batch_size % shard.ranks:
+            raise InputError(
+                f"--batch-size {config.batch_size} cannot be shared equally by {shard.ranks} "
+                f"processes: give a multiple of {shard.ranks}, or start another number of them"
+            )
+        self.batch = config.batch_size // shard.ranks
+        cpu, device = torch.device("cpu"), self.device
+        places = {"order": cpu, "augment": device, "mix": cpu, "attack": device}
+        self.random = {
+            purpose: torch.Generator(place).manual_seed(config.seed * 1000 + number)
+            for number, (purpose, place) in enumerate(places.items())
+        }
+        # What a rank draws on its own is seeded anew for every update, so that no checkpoint needs
+        # to keep it.
+        self.own = self.random
+        if not self.ranks.alone:
+            self.own = {name: torch.Generator(places[name]) for name in ("mix", "attack")}
+        self.loader = data.make_loader(
+            train,
+            config.batch_size,
+            kind=kind,
+            device=self.device,
+            train=True,
+            pad=config.pad,
+            flip=dataset.flip if config.flip is None else config.flip,
+            order=self.random["order"],
+            augment=self.random["augment"],
+            shard=shard,
+        )
+        self.train_shape = channels, size, _ = train.shape
+        width = models.DEFAULT_WIDTH[config.arch] if config.width is None else config.width
+        self.card = ModelCard(
+            config.arch,
+            width,
+            len(dataset.classes),
+            channels,
+            size,
+            dataset.classes,
+            config.variant,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = self.card.build()
+        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.batch == 1:
+            _check_single(self.model, (channels, size, size), config.batch_size)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        self.lr_tensor = torch.tensor(config.lr, device=self.device)
+        self.optimizer = make_sgd(self.model, config, self.lr_tensor)
+        self.fingerprint = dataset.fingerprint()
+        self.step = 0
+        self.order_before_epoch = self.random["order"].get_state()
+        # Sums over the epoch so far: the four figures of an `Update`.
+        self.totals = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.best: dict[str, int] | None = None
+        # Epochs that are measured, and what the updates of the one under way have taken so far.
+        self.validated_epochs, self.seconds = 0, 0.0
+        # Updates left out: of the epoch so far, and without one between that was made.
+        self.skipped = self.skipped_in_a_row = 0
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The network that is measured and saved: the average where there is one."""
+        return self.model if self.average is None else self.average
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last update."""
+        return learning_rate(self.config, max(self.step - 1, 0), len(self.loader))
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return self.step // len(self.loader)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the held-out error has stopped falling."""
+        patience, best = self.config.patience, self.best
+        stale = bool(patience and best and self.epoch - best["epoch"] >= patience)
+        return stale or self.epoch >= self.config.epochs
+
+    def epoch_updates(self) -> Iterator[Update]:
+        """Run the rest of the current epoch, yielding the figures of each update."""
+        skip = self.step % len(self.loader)
+        if skip:
+            self.random["order"].set_state(self.order_before_epoch)
+        else:
+            self.order_before_epoch = self.random["order"].get_state()
+            self.totals.zero_()
+            self.skipped = 0
+        self.model.train()
+        for images, y in self.loader.epoch(skip):
+            yield self.update(images, y)
+
+    def update(self, images: Tensor, y: Tensor) -> Update:
+        """Make one update on a uint8 batch (B, C, H, W) with labels (B,), or this rank's part.
+
+        The figures that it returns are the whole batch's.
+        """
+        config = self.config
+        self.lr_tensor.fill_(learning_rate(config, self.step, len(self.loader)))
+        self._seed_own()
+        skipping = config.on_nan == "skip"
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers() if skipping]
+        if self.engine == "eager":
+            self.optimizer.zero_grad()
+            update = algorithm1(
+                self.model,
+                models.to_pixels(images),
+                y,
+                self.attack,
+                partial(self._draw, self.device),
+                clean_weight=config.clean_weight,
+                loss=config.loss,
+                shared_mix=config.shared_mix,
+                mix_pixels=config.mix_space == "pixel",
+                precision=self.precision,
+            )
+            update = self._averaged(update)
+            if not skipping or self._sound(update):
+                self.optimizer.step()
+        else:
+            # The step copies the draws into its buffers, so they may stay on the CPU.
+            cpu = torch.device("cpu")
+            mix = self._draw(cpu)
+            other = mix if config.shared_mix or self.attack is None else self._draw(cpu)
+            update = self.fast_step(images, y, (mix, other))
+        self.step += 1
+        if self.skipped_in_a_row:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            return update
+        if self.average is not None:
+            move_average(self.average, self.model, config.ema, self.step)
+        self.totals += torch.stack(update.figures)
+        return update
+
+    def _seed_own(self) -> None:
+        """Give the rank the draws of one update, from what all ranks draw alike and its number."""
+        if self.ranks.alone:
+            return
+        common = int(torch.randint(2**63 - 1, (), generator=self.random["mix"]))
+        seeds = np.random.SeedSequence((common, self.ranks.rank)).generate_state(2, np.uint64)
+        for generator, seed in zip(self.own.values(), seeds.tolist(), strict=True):
+            generator.manual_seed(seed % 2**63)
+
+    def _averaged(self, update: Update) -> Update:
+        """Average gradients, running statistics and figures over the ranks."""
+        figures = torch.stack(update.figures)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.ranks.all_reduce_mean_([*grads, *running_statistics(self.model), figures])
+        return Update.of(figures, self.ranks.count)
+
+    def _sound(self, update: Update) -> bool:
+        """Whether an update's losses and gradients are finite; count it as skipped if not."""
+        figures = [update.clean_loss, update.adv_loss]
+        figures += [p.grad for p in self.model.parameters() if p.grad is not None]
+        sound = bool(torch.stack([figure.isfinite().all() for figure in figures]).all())
+        self.skipped += not sound
+        self.skipped_in_a_row = 0 if sound else self.skipped_in_a_row + 1
+        return sound
+
+    @cached_property
+    def attack(self) -> Attack | None:
+        """The training's attack on the network, or None where it has none."""
+        settings = self.attack_settings(self.config.bn, self.own["attack"])
+        return None if settings is None else partial(pgd, self.model, **settings)
+
+    @cached_property
+    def fast_step(self) -> Step:
+        """The update in fixed buffers, for the engines that compile."""
+        config = self.config
+        return Step(
+            self.model,
+            self.optimizer,
+            torch.Size((self.batch, *self.train_shape)),
+            self.attack_settings(config.bn, self.own["attack"]),
+            dtype=torch.bfloat16 if self.arithmetic == "bf16" else None,
+            compiled=True,
+            captured=self.engine == "graph",
+            clean_weight=config.clean_weight,
+            loss=config.loss,
+            mix_pixels=config.mix_space == "pixel",
+            per_sample=config.lam_per_sample,
+            average=self.ranks.all_reduce_mean_,
+            ranks=self.ranks.count,
+            accept=self._sound if config.on_nan == "skip" else None,
+        )
+
+    @cached_property
+    def validation_attack(self) -> PGD | None:
+        """The training's attack on the network that is measured, with a generator of its own."""
+        settings = self.attack_settings("eval", torch.Generator(self.device))
+        if settings is None:
+            return None
+        # Compiling for another batch size takes longer than it saves where it is not captured.
+        engine: Engine = "graph" if self.engine == "graph" else "eager"
+        return PGD(self.eval_model, engine=engine, precision=self.arithmetic, **settings)
+
+    def attack_settings(
+        self, bn: BatchNormMode, generator: torch.Generator
+    ) -> dict[str, Any] | None:
+        """Return the keyword arguments of `pgd` that make the training's attack, or None."""
+        config = self.config
+        if config.adv == "none":
+            return None
+        given: dict[str, Any] = {
+            "eps": config.eps,
+            "alpha": config.alpha,
+            "steps": config.steps,
+            "random_start": config.random_start,
+        }
+        if config.adv == "fgsm":
+            given |= {"alpha": config.eps, "steps": 1, "random_start": False}
+        given |= {"loss": config.attack_loss, "bn": bn, "generator": generator}
+        return (pgd.__kwdefaults__ or {}) | given
+
+    def _draw(self, device: torch.device) -> Mix | None:
+        config = self.config
+        return mixing.draw(
+            config.mix,
+            self.batch,
+            config.mix_alpha,
+            self.own["mix"],
+            device,
+            layers=config.mix_layers,
+            per_sample=config.lam_per_sample,
+        )
+
+    def validate(self, row: dict[str, Any]) -> bool:
+        """Measure test and held-out errors into `row`; say whether these weights are to be kept.
+
+        Held-out images are attacked from the same random points after every epoch, so that epochs
+        compare; without any, every epoch's weights are kept.
+        """
+        row["test_error_percent"] = 100 * self._errors(self.test, None) / self.test_size
+        if self.holdout is None:
+            return True
+        attack = self.validation_attack
+        if attack is not None:
+            attack.settings["generator"].manual_seed(self.config.seed)
+        errors = self._errors(self.holdout, attack)
+        row["holdout_error_percent"] = 100 * errors / len(self.holdout.labels)
+        if self.best is not None and errors >= self.best["errors"]:
+            return False
+        self.best = {"epoch": self.epoch, "errors": errors}
+        return True
+
+    def _errors(self, batches: data.Loader, attack: PGD | None) -> int:
+        """Count over all ranks; a batch is attacked from the same points whoever has it."""
+        gaps = batches.shard.gaps()
+
+        def craft(x: Tensor, y: Tensor) -> Tensor:
+            assert attack is not None
+            for _ in range(next(gaps) if attack.settings["random_start"] else 0):
+                draw_seed(x, attack.settings["generator"])
+            return attack(x, y)
+
+        errors = count_errors(self.eval_model, batches, None if attack is None else craft)
+        return int(self.ranks.all_reduce_sum_(torch.tensor(errors)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resume needs, in types that load without running code."""
+        return {
+            "step": self.step,
+            "ranks": self.ranks.count,
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": {name: generator.get_state() for name, generator in self.random.items()},
+            "order_before_epoch": self.order_before_epoch,
+            "totals": self.totals,
+            "best": self.best,
+            "validated_epochs": self.validated_epochs,
+            "seconds": self.seconds,
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "data": self.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises `InputError` if it is of other data, `Damaged` if it is not of this network.
+        """
+        if state.get("data") != self.fingerprint:
+            raise InputError("the data set is not the one that this run was started with")
+        ranks = state.get("ranks", 1)
+        if type(ranks) is not int:
+            raise Damaged("the checkpoint does not say of how many processes it is")
+        if ranks != self.ranks.count:
+            raise InputError(
+                f"it is a training of {ranks} process{'es' * (ranks != 1)}, not of "
+                f"{self.ranks.count}: start as many, "
+                + ("without torchrun" if ranks == 1 else f"say torchrun --nproc-per-node {ranks}")
+            )
+        own = self.state_dict()
+        try:
+            for name in ("model", "average", "random", "order_before_epoch", "totals"):
+                if not alike(state[name], own[name]):
+                    raise ValueError(f"its {name} has another form")
+            if not alike(state["optimizer"]["state"], own["optimizer"]["state"]):
+                raise ValueError("its momentum has another form")
+            self.model.load_state_dict(state["model"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            # What follows from the settings is not taken from the file.
+            momentum = state["optimizer"]["state"]
+            self.optimizer.load_state_dict(own["optimizer"] | {"state": momentum})
+            for group in self.optimizer.param_groups:
+                group.update(lr=self.lr_tensor, fused=True)
+            # It has captured the momentum that was just replaced.
+            self.__dict__.pop("fast_step", None)
+            for name, generator in self.random.items():
+                generator.set_state(state["random"][name])
+            torch.Generator().set_state(state["order_before_epoch"])
+            self.order_before_epoch = state["order_before_epoch"]
+            self.totals.copy_(state["totals"])
+            self.step, self.best = state["step"], state["best"]
+            best = self.best and {name: type(value) for name, value in self.best.items()}
+            if type(self.step) is not int or best not in (None, {"epoch": int, "errors": int}):
+                raise TypeError("its step or best epoch is no number")
+            if self.step:  # as the last update left it
+                self.lr_tensor.fill_(self.lr)
+            self.validated_epochs, self.seconds = (
+                int(state["validated_epochs"]),
+                float(state["seconds"]),
+            )
+            there = 0 <= self.step <= self.config.epochs * len(self.loader)
+            if not (
+                there
+                and 0 <= self.epoch - self.validated_epochs <= 1
+                and 0 <= self.seconds < math.inf
+            ):
+                raise ValueError("its position lies outside of the training")
+            if self.best and not 0 <= self.best["epoch"] <= self.epoch:
+                raise ValueError("its best epoch is still to come")
+            # Earlier versions left none out; one that stops at the first has none in a row.
+            skipped, in_a_row = map(int, state.get("skipped", (0, 0)))
+            if not 0 <= skipped < len(self.loader):
+                raise ValueError("it has left out more updates than an epoch has")
+            self.skipped = skipped
+            self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
+            if out_of_memory(error):
+                raise
+            reason = printable((str(error).splitlines() or [type(error).__name__])[0])
+            raise Damaged(f"the checkpoint is not of this network ({reason[:100]})") from None
+
+
+def _check_single(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> None:
+    """Raise `InputError` for a network whose BatchNorm cannot normalise a batch of one image."""
+    probe = copy.deepcopy(model).to("meta").train()  # it computes shapes alone
+    try:
+        probe(torch.empty((1, *shape), device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"--batch-size {batch_size} is one image a process, and BatchNorm has one value a "
+            f"channel to normalise with at {shape[-1]}x{shape[-1]} pixels: give each process two "
+            "images or more, or larger images"
+        ) from None
+
 
 LOG_EVERY = 20
 """Steps between two looks at the losses, each of which waits for the device."""

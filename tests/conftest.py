@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from fastiat import cli
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 # No test may fail because the machine is busy.
 hypothesis.settings.register_profile(

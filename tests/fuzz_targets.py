@@ -39,7 +39,7 @@ from fastiat.paper import published as paper
 from fastiat.runs import results
 from fastiat.runs.directory import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
 from fastiat.system.errors import InputError
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 OUTSIDE = "outside"
 SMALL = (

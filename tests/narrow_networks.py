@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastiat import data, models
 from fastiat.config import TrainConfig
 from fastiat.engine import graphs as engine
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 NETWORKS = [
     *(("preact18", width, size) for width in range(1, 9) for size in (8, 13)),

@@ -16,13 +16,12 @@ import pytest
 import torch
 
 from fastiat import cli, data
-from fastiat.config import TrainConfig
+from fastiat.config import EvaluateConfig, TrainConfig
 from fastiat.engine import graphs as engine
 from fastiat.measuring.one_pass import fooled
 from fastiat.models import build, to_pixels
-from fastiat.queries import EvaluateConfig
 from fastiat.system import ranks as distributed
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 # As the command sets it before torch is imported, which the forked ranks have behind them.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

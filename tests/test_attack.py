@@ -7,7 +7,7 @@ import torchattacks
 from torch import nn
 from torch.nn import functional as F
 
-from fastiat import data, loaders, models
+from fastiat import data, models
 from fastiat.attack import PGD, attack_mode, count_errors, fgsm, input_gradient, objective, pgd
 from fastiat.engine import graphs as engines
 from fastiat.system.errors import InputError
@@ -265,7 +265,7 @@ def test_pgd_object_is_the_function_with_its_settings_fixed(model):
 
 def test_count_errors_counts_after_the_attack_and_restores_the_mode(model):
     split = data.load("digits").test
-    loader = loaders.ResidentLoader(split, 100, train=False)
+    loader = data.ResidentLoader(split, 100, train=False)
     model = _copy(model).train()
     clean = count_errors(model, loader)
     attacked = count_errors(model, loader, lambda x, y: fgsm(model, x, y, eps=0.2))

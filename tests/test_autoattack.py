@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from fastiat import cli, data
+from fastiat.config import EvaluateConfig
 from fastiat.evaluate import read_results
 from fastiat.measuring.autoattack import autoattack
-from fastiat.queries import EvaluateConfig
 from fastiat.runs.directory import ModelCard, Run
 
 CPU = ("--device", "cpu", "--precision", "fp32")

@@ -12,7 +12,7 @@ from test_train import assert_same, rows_of, signal_in
 from fastiat import cli
 from fastiat.runs.directory import CONFIG, LOCK, METRICS, MODEL, PREVIOUS, STATE, Run
 from fastiat.system.errors import InputError
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 
 def step_of(file: Path) -> int:

@@ -106,7 +106,7 @@ def test_an_interrupt_that_an_import_swallows_ends_the_command_all_the_same(
 
     monkeypatch.setattr("fastiat.cli.resolve", swallow)
     monkeypatch.setattr("fastiat.train.train", done.append)
-    monkeypatch.setattr("fastiat.doctor.doctor", done.append)
+    monkeypatch.setattr("fastiat.cli.doctor", done.append)
     assert cli.main([target]) == 130
     assert capsys.readouterr().err == "fastiat: interrupted\n"
     assert not done
@@ -115,7 +115,7 @@ def test_an_interrupt_that_an_import_swallows_ends_the_command_all_the_same(
     assert cli.main([target]) == 130
     assert capsys.readouterr().err == "fastiat: interrupted\n"
     monkeypatch.undo()
-    monkeypatch.setattr("fastiat.doctor.doctor", done.append)
+    monkeypatch.setattr("fastiat.cli.doctor", done.append)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert cli.main(["doctor"]) == 0
     assert len(done) == 1
@@ -336,7 +336,7 @@ def test_a_bug_still_shows_its_traceback(monkeypatch):
     def fail(_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("fastiat.doctor.doctor", fail)
+    monkeypatch.setattr("fastiat.cli.doctor", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["doctor"])
 
@@ -349,7 +349,7 @@ def test_doctor_names_what_a_run_would_take(capsys):
 
 
 def test_doctor_calls_a_folder_of_a_packages_name_no_package(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastiat.doctor.PACKAGES", ("torch", "absent"))
+    monkeypatch.setattr("fastiat.cli.PACKAGES", ("torch", "absent"))
     (tmp_path / "absent").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     assert cli.main(["doctor", "--device", "cpu"]) == 0

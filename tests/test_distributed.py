@@ -30,12 +30,12 @@ from torture import equal
 
 from fastiat import cli, data
 from fastiat.config import TrainConfig
+from fastiat.data import Shard
 from fastiat.engine.device import pick_device
-from fastiat.loaders import Shard
 from fastiat.runs.directory import METRICS, STATE
 from fastiat.system import ranks as distributed
 from fastiat.system.errors import InputError
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ("--epochs", "3", "--batch-size", "126", "--holdout", "200", "--ema", "0.9")

@@ -19,7 +19,7 @@ from fastiat.attack import PGD, pgd
 from fastiat.config import TrainConfig
 from fastiat.engine import graphs as engine
 from fastiat.system.errors import InputError
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 from fastiat.training.step import Step
 
 CONVOLUTIONS = 20  # of preact18

@@ -12,10 +12,10 @@ from PIL import Image
 from scipy.stats import binomtest
 
 import fastiat
-from fastiat import cli, data, loaders
+from fastiat import cli, data
 from fastiat.attack import pgd
+from fastiat.config import EvaluateConfig
 from fastiat.evaluate import Rate, evaluate
-from fastiat.queries import EvaluateConfig
 from fastiat.runs.directory import MODEL, Run
 
 CPU = ("--device", "cpu", "--precision", "fp32")
@@ -177,13 +177,13 @@ def test_memory_that_runs_out_while_measuring_names_the_batch_size_to_give(
 
 def test_a_run_is_measured_with_as_many_images_as_an_update_has(run, monkeypatch):
     sizes = []
-    original = loaders.make
+    original = data.make_loader
 
     def make(split, batch_size, **options):
         sizes.append(batch_size)
         return original(split, batch_size, **options)
 
-    monkeypatch.setattr("fastiat.loaders.make", make)
+    monkeypatch.setattr("fastiat.data.make_loader", make)
     for flags in ([], ["--batch-size", "7"]):
         assert cli.main(["evaluate", str(run), "--attacks", "none", *flags, *CPU]) == 0
     assert sizes == [64, 7]

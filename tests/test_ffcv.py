@@ -14,16 +14,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from fastiat import cli, data, evaluate, loaders
-from fastiat.config import TrainConfig
+from fastiat import cli, data, evaluate
+from fastiat.config import EvaluateConfig, TrainConfig
+from fastiat.data import Shard, choose, make
 from fastiat.engine import device
 from fastiat.images import beton, convert
 from fastiat.images import ffcv as ffcv_package
 from fastiat.images import ffcv_batches as ffcv_loader
-from fastiat.loaders import Shard, choose, make
-from fastiat.queries import EvaluateConfig
 from fastiat.system.errors import InputError
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 DIGITS = data.load("digits")
 CPU = torch.device("cpu")
@@ -215,12 +214,12 @@ def test_the_choice_and_its_reason(digits: Path, monkeypatch, without_ffcv) -> N
     assert choose("auto", stored, CPU) == ("resident", "FFCV is not installed")
     with pytest.raises(InputError, match=r"--loader ffcv: FFCV is not installed: .*pip install"):
         choose("ffcv", DIGITS, CPU)
-    monkeypatch.setattr(loaders, "installed", lambda: True)
-    monkeypatch.setattr(loaders, "free_memory", lambda _: 2 * DIGITS.nbytes)
+    monkeypatch.setattr(data, "installed", lambda: True)
+    monkeypatch.setattr(data, "free_memory", lambda _: 2 * DIGITS.nbytes)
     assert choose("auto", DIGITS, cuda) == ("resident", "it fits")
     assert choose("auto", stored, cuda) == ("ffcv", "it is a .beton")
     assert choose("resident", stored, cuda)[0] == "resident"
-    monkeypatch.setattr(loaders, "free_memory", lambda _: 2 * DIGITS.nbytes - 1)
+    monkeypatch.setattr(data, "free_memory", lambda _: 2 * DIGITS.nbytes - 1)
     assert choose("auto", DIGITS, cuda)[0] == "ffcv"
     assert choose("auto", DIGITS, CPU)[0] == "resident"  # it is there already
 
@@ -232,10 +231,10 @@ def test_free_memory_is_some_of_what_there_is() -> None:
 
 def test_commands_that_measure_read_small_files_into_memory(digits: Path, monkeypatch) -> None:
     split = data.load(str(digits)).test
-    assert isinstance(make(split, 9, train=False), loaders.ResidentLoader)
-    monkeypatch.setattr(loaders, "free_memory", lambda _: 100)
+    assert isinstance(make(split, 9, train=False), data.ResidentLoader)
+    monkeypatch.setattr(data, "free_memory", lambda _: 100)
     assert same(make(split, 90, train=False), make(DIGITS.test, 90, train=False)) == 4
-    assert not isinstance(make(split, 9, train=False), loaders.ResidentLoader)
+    assert not isinstance(make(split, 9, train=False), data.ResidentLoader)
 
 
 CONFIG = TrainConfig(
@@ -345,7 +344,7 @@ def test_what_does_not_fit_is_converted_by_itself(tmp_path, monkeypatch, trained
     assert data.load("folder", tree, loader="auto").stored
     assert not data.load("folder", tree, loader="resident").stored
     # As if digits were too large for the device.
-    monkeypatch.setattr(loaders, "fits", lambda *_, **__: False)
+    monkeypatch.setattr(data, "fits", lambda *_, **__: False)
     config = EvaluateConfig(runs=(str(trained),), device="cpu")
     (job,) = evaluate.prepare(evaluate.open_runs(config), config)
     assert job.dataset.stored and job.dataset.fingerprint() == DIGITS.fingerprint()

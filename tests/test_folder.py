@@ -19,9 +19,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from fastiat import data
+from fastiat.config import ConvertConfig
 from fastiat.images import convert
 from fastiat.images import tree as folder
-from fastiat.queries import ConvertConfig
 from fastiat.system.errors import InputError
 
 RNG = np.random.default_rng(0)

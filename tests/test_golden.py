@@ -13,7 +13,7 @@ import torch
 
 from fastiat import data
 from fastiat.config import TrainConfig
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 FILE = Path(__file__).parent / "golden" / "losses.json"
 UPDATES = 6

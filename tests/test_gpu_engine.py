@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from fastiat import data, kernels, models
-from fastiat.ascent import PGDLoop
-from fastiat.attack import PGD, pgd
+from fastiat.attack import PGD, PGDLoop, pgd
 from fastiat.config import TrainConfig
 from fastiat.engine import graphs as engine
 from fastiat.mix import Mix
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 from fastiat.training.step import Step, algorithm1
 
 DEFAULTS: dict[str, Any] = {**(pgd.__kwdefaults__ or {}), "eps": 8 / 255, "alpha": 2 / 255}

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from fastiat import cli, data
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 UPDATES = 40
 

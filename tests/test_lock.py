@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 def training(out: Path, small: tuple[str, ...]) -> Iterator[subprocess.Popen]:
     """A training in another process that waits in its first update."""
     wait = (
-        "import time\nfrom fastiat.trainer import Trainer\n"
+        "import time\nfrom fastiat.train import Trainer\n"
         "Trainer.update = lambda *_: time.sleep(100)"
     )
     command = ["train", *small, "--out", str(out)]

@@ -15,7 +15,7 @@ from test_train import assert_same
 
 from fastiat import cli
 from fastiat.runs.directory import LOCK, PREVIOUS, STATE, Run
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 GB = 2**30
 

@@ -9,11 +9,10 @@ import torchattacks
 from torch import nn
 
 from fastiat import data
-from fastiat.ascent import Starts, start_in_ball
-from fastiat.attack import fgsm, pgd
+from fastiat.attack import Starts, fgsm, pgd, start_in_ball
+from fastiat.config import EvaluateConfig
 from fastiat.measuring import one_pass as measure
 from fastiat.measuring.one_pass import error_rates, fooled
-from fastiat.queries import EvaluateConfig
 from fastiat.system.errors import InputError
 
 EPS, ALPHA = 0.1, 0.02

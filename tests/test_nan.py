@@ -12,7 +12,7 @@ from fastiat import cli, data
 from fastiat.config import TrainConfig
 from fastiat.engine import graphs as engine
 from fastiat.runs.directory import METRICS, STATE
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 
 def trainer_of(engine_name: str, **more) -> Trainer:

@@ -15,20 +15,20 @@ from test_data import cifar10, fashion, offline, pack, svhn
 
 import fastiat
 from fastiat import cli, data
-from fastiat.config import TrainConfig
-from fastiat.images import convert, downloads
-from fastiat.images import tree as folder
-from fastiat.queries import (
+from fastiat.config import (
     ConvertConfig,
     DiagnoseConfig,
     EvaluateConfig,
     NormsConfig,
     ReportConfig,
+    TrainConfig,
     TransferConfig,
 )
+from fastiat.images import convert, downloads
+from fastiat.images import tree as folder
 from fastiat.runs.results import read_results
 from fastiat.system.errors import InputError
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 __all__ = ["cifar10", "fashion", "offline", "svhn"]
 TINY = ("--arch", "mlp6", "--width", "8", "--steps", "1", "--epochs", "1", "--batch-size", "4")

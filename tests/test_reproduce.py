@@ -12,11 +12,11 @@ import pytest
 
 from fastiat import cli
 from fastiat import train as training
-from fastiat.estimate import Images, Speed
+from fastiat.config import ReproduceConfig
 from fastiat.paper import compare as tables
 from fastiat.paper import plan
 from fastiat.paper import published as paper
-from fastiat.queries import ReproduceConfig
+from fastiat.paper.estimate import Images, Speed
 from fastiat.runs.directory import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
 
 SCALE = (

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastiat import __version__, cli
+from fastiat.config import EvaluateConfig
 from fastiat.evaluate import Rate, evaluate, read_results
-from fastiat.queries import EvaluateConfig
 from fastiat.runs.directory import MODEL, Run, load_with_card
 from fastiat.runs.results import EVALUATION, IDENTITY, fingerprint
 

@@ -13,7 +13,7 @@ from torture import equal
 from fastiat import cli, data
 from fastiat.config import PRESETS, TrainConfig
 from fastiat.engine import graphs as engine
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 DIGITS = data.load("digits")
 # Five updates an epoch. With little patience, hold-out and average where the preset has them.

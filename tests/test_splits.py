@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fastiat import data
 from fastiat.config import TrainConfig
-from fastiat.data import Dataset, Split
-from fastiat.loaders import ResidentLoader, Shard
+from fastiat.data import Dataset, ResidentLoader, Shard, Split
 from fastiat.system.errors import InputError
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 
 def make_split(n: int, shape: tuple[int, int, int] = (8, 8, 3), classes: int = 3) -> Split:

@@ -13,11 +13,9 @@ from PIL import Image
 import fastiat
 from fastiat import cli, data
 from fastiat.attack import pgd
-from fastiat.evaluate import Rate, read_results
-from fastiat.queries import SweepConfig, TransferConfig
+from fastiat.config import SweepConfig, TransferConfig
+from fastiat.evaluate import Rate, read_results, sweep, transfer
 from fastiat.runs.directory import CONFIG, METRICS, MODEL, Run, load_with_card
-from fastiat.sweep import sweep
-from fastiat.transfer import transfer
 
 CPU = ("--device", "cpu", "--precision", "fp32")
 

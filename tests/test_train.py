@@ -25,7 +25,7 @@ from torture import equal
 
 from fastiat import cli
 from fastiat.runs.directory import METRICS, MODEL, STATE, Run
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 # The updates of an epoch, and what makes it so.
 VARIANTS = {
@@ -123,13 +123,13 @@ def test_a_killed_training_resumes_from_its_last_checkpoint(whole, tmp_path):
     out = tmp_path / "run"
     script = f"""
 import os, signal
-from fastiat import cli, trainer
-original = trainer.Trainer.update
+from fastiat import cli, train
+original = train.Trainer.update
 def update(self, *batch):
     if self.step == 31:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, *batch)
-trainer.Trainer.update = update
+train.Trainer.update = update
 cli.main({["train", *flags, "--checkpoint-every", "0", "--out", str(out)]!r})
 """
     root = Path(__file__).parent.parent

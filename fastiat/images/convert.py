@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fastiat import __version__, data
+from fastiat.config import ConvertConfig
 from fastiat.engine.device import own_defaults
 from fastiat.images import beton, beton_writer, pixels
 from fastiat.images import tree as folder
-from fastiat.queries import ConvertConfig
 from fastiat.system.errors import InputError
 from fastiat.system.settings import DATASETS, expanded, is_beton
 

@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastiat.data import Split, StoredSplit
+from fastiat.data import Loader, Split, StoredSplit
 from fastiat.images.beton import Beton
 from fastiat.images.ffcv import import_ffcv
-from fastiat.loaders import Loader
 from fastiat.system.errors import InputError
 
 AHEAD = 2

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastiat import data
+from fastiat.config import MeasureConfig
 from fastiat.engine.device import pick_device
 from fastiat.measuring.one_pass import default_batch
 from fastiat.models import correct, to_pixels
-from fastiat.queries import MeasureConfig
 from fastiat.system.errors import InputError
 from fastiat.system.progress import Progress
 from fastiat.system.ranks import ranks

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastiat import data, kernels, loaders
-from fastiat.ascent import Starts
-from fastiat.attack import attack_mode, fgsm, input_gradient, start_in_ball
+from fastiat import data, kernels
+from fastiat.attack import Starts, attack_mode, fgsm, input_gradient, start_in_ball
+from fastiat.config import MeasureConfig
 from fastiat.engine.device import autocast, pick_device, pick_precision
 from fastiat.models import correct, to_pixels
-from fastiat.queries import MeasureConfig
 from fastiat.runs.results import Rate
 from fastiat.system.errors import InputError, out_of_memory
 from fastiat.system.progress import Progress
@@ -108,8 +107,8 @@ def fooled(
     names = tuple(dict.fromkeys(("none", *attacks) if worst else attacks))
     one_pass = _Pass(model, names, eps, alpha, config, worst)
     job, size = ranks(), config.batch_size or default_batch(split.shape[-1])
-    shard = loaders.Shard(job.rank, job.count)
-    batches = loaders.make(split, size, device=one_pass.device, train=False, shard=shard)
+    shard = data.Shard(job.rank, job.count)
+    batches = data.make_loader(split, size, device=one_pass.device, train=False, shard=shard)
     text = ", ".join(map(title, names))
     found = torch.zeros(len(names), len(split), dtype=torch.uint8, device=one_pass.device)
     place = 0

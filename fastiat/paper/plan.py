@@ -5,12 +5,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastiat.config import TrainConfig, paper
-from fastiat.estimate import images_of
+from fastiat.config import ReproduceConfig, TrainConfig, paper
 from fastiat.models import DEFAULT_WIDTH
 from fastiat.paper import compare as tables
+from fastiat.paper.estimate import images_of
 from fastiat.paper.published import ROWS, Cell, table
-from fastiat.queries import ReproduceConfig
 from fastiat.runs.directory import CONFIG, MODEL, STATE, Run, check_free, default_out
 from fastiat.system.errors import Damaged, InputError
 from fastiat.system.settings import flag_of

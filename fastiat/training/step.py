@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastiat import kernels
-from fastiat.ascent import PGDLoop
+from fastiat.attack import PGDLoop
 from fastiat.engine import graphs as engine
 from fastiat.engine.modes import attack_mode
 from fastiat.mix import Mix, mixed_correct, mixed_loss

@@ -11,7 +11,7 @@ from fastiat.attack import pgd
 from fastiat.config import TrainConfig
 from fastiat.models import to_pixels
 from fastiat.system.settings import steps_of
-from fastiat.trainer import Trainer
+from fastiat.train import Trainer
 
 LONG_ENOUGH = 0.5
 """Seconds that a measurement must take to be trusted."""

@@ -1,0 +1,232 @@
+"""Labelled images: a `Split`, in memory or in a .beton; a `Dataset` of two; stratified draws."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastiat.images import beton
+from fastiat.system.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled images on the CPU.
+
+    `images` is (N, H, W, C) uint8 and contiguous, `labels` (N,) int64. Raises `InputError` for
+    tensors of another shape or type.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dim() != 4 or images.dtype != torch.uint8 or not images.is_contiguous():
+            raise InputError(
+                f"images are {images.dtype} of shape {tuple(images.shape)}: "
+                "give contiguous uint8 (N, H, W, C)"
+            )
+        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+            raise InputError(
+                f"{len(images)} images come with {labels.dtype} labels of shape "
+                f"{tuple(labels.shape)}: give one int64 label for each image"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels in memory."""
+        return len(self) * math.prod(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """One image's (C, H, W)."""
+        _, height, width, channels = self.images.shape
+        return channels, height, width
+
+    def take(self, index: Tensor) -> "Split":
+        """Return the images and labels that `index`, (M,) int64, picks, in its order."""
+        return Split(self.images[index], self.labels[index])
+
+    def pixels(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first `count` images, or all, and their labels, as attack libraries take them.
+
+        Pixels are (M, C, H, W) fp32 in [0, 1] and contiguous, labels (M,) int64; both are copies.
+        Raises `InputError` for a count below 1 or above the number of images.
+        """
+        count = len(self) if count is None else count
+        if not 1 <= count <= len(self):
+            raise InputError(f"{count} images are asked for: give 1 to {len(self)}")
+        part = self.take(torch.arange(count, device="cpu"))
+        return part.images.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255, part.labels
+
+
+class StoredSplit(Split):
+    """Labelled images in a .beton: a `Split` whose `images` are read anew whenever they are named.
+
+    `positions`, (N,) int64, are the images' in the file.
+    """
+
+    file: beton.Beton
+    positions: Tensor
+
+    def __init__(self, file: beton.Beton, positions: Tensor) -> None:
+        labels = torch.from_numpy(file.labels)[positions]
+        # The dataclass is frozen, and would check images in memory.
+        self.__dict__.update(file=file, positions=positions, labels=labels)
+
+    @property
+    def images(self) -> Tensor:
+        """The images, (N, H, W, C) uint8, read into memory."""
+        return torch.from_numpy(self.file.read(self.positions.numpy()))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """One image's (C, H, W)."""
+        card = self.file.card
+        return card.channels, card.side, card.side
+
+    def take(self, index: Tensor) -> "StoredSplit":
+        """Return the images and labels that `index` picks, in its order; no image is read."""
+        return StoredSplit(self.file, self.positions[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test split of one data set.
+
+    `classes[label]` is a class's name; `flip` says whether training mirrors images (the paper
+    flips CIFAR-10, not SVHN). Raises `InputError` for a label without a class and for splits
+    whose images differ in shape.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    flip: bool
+    known_fingerprint: str = ""
+    """The fingerprint, where it is known without reading the images."""
+
+    def __post_init__(self) -> None:
+        for split in (self.train, self.test):
+            if len(split) == 0:
+                raise InputError(f"{self.name} has a split without images")
+            low, high = int(split.labels.min()), int(split.labels.max())
+            if low < 0 or high >= len(self.classes):
+                raise InputError(
+                    f"{self.name} has labels from {low} to {high} for {len(self.classes)} classes"
+                )
+        if self.train.shape != self.test.shape:
+            raise InputError(
+                f"{self.name} has training images of shape {self.train.shape} and "
+                f"test images of shape {self.test.shape}"
+            )
+
+    @property
+    def stored(self) -> bool:
+        """Whether the images are in a .beton."""
+        return isinstance(self.train, StoredSplit) and isinstance(self.test, StoredSplit)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both splits' pixels in memory."""
+        return self.train.nbytes + self.test.nbytes
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of a SHA-256 over both splits' shapes, labels and pixels.
+
+        A raw .beton has that of the images it was made from; one of JPEGs that of their bytes.
+        """
+        if self.known_fingerprint:
+            return self.known_fingerprint
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            digest.update(str(tuple(split.images.shape)).encode())
+            digest.update(split.labels.contiguous().numpy().data)
+            digest.update(split.images.numpy().data)
+        return digest.hexdigest()[:16]
+
+
+def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
+    """Return (`split` without `n` of its images, those `n`), each in the order of `split`.
+
+    Stratified: every class gives its share of `n`, rounded by largest remainder, but keeps one
+    image at least. Which images go depends on `seed` and the labels alone. Raises `InputError`
+    where the classes cannot give `n` so.
+    """
+    counts = torch.bincount(split.labels)
+    spare = (counts - 1).clamp(min=0)
+    most = int(spare.sum())
+    if not 0 < n <= most:
+        raise InputError(
+            f"cannot hold out {n} of {len(split)} images, as every class keeps one at least: "
+            + (f"hold out 1 to {most}" if most else "hold out none")
+        )
+    held = _drawn(split, _shares(counts, n, torch.zeros_like(counts), spare), seed)
+    return split.take(~held), split.take(held)
+
+
+def draw(split: Split, n: int, seed: int) -> Split:
+    """Return `n` images of `split`, in its order: a stratified draw, as that of `holdout`.
+
+    Every class has one image at least where `n` is enough for that. Raises `InputError` unless
+    0 < n <= len(split).
+    """
+    if not 0 < n <= len(split):
+        raise InputError(f"cannot draw {n} of {len(split)} images: give 1 to {len(split)}")
+    counts = torch.bincount(split.labels)
+    least = counts.clamp(max=1)
+    if int(least.sum()) > n:
+        least = torch.zeros_like(counts)
+    return split.take(_drawn(split, _shares(counts, n, least, counts), seed))
+
+
+def _shares(counts: Tensor, n: int, least: Tensor, most: Tensor) -> Tensor:
+    """Divide `n` in proportion to `counts`, (K,), by largest remainder, within two bounds, (K,)."""
+    total = int(counts.sum())
+    quota, remainder = n * counts // total, n * counts % total
+    quota[remainder.argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
+    quota = quota.clamp(least, most)
+    # What the bounds took or gave goes to, or comes from, the classes furthest from their share.
+    while (missing := n - int(quota.sum())) != 0:
+        step = 1 if missing > 0 else -1
+        behind = step * (n * counts - quota * total)
+        behind[quota == (most if missing > 0 else least)] = torch.iinfo(torch.int64).min
+        quota[behind.argmax()] += step
+    return quota
+
+
+def _drawn(split: Split, quota: Tensor, seed: int) -> Tensor:
+    """Return (N,) bool: which images are drawn, `quota`, (K,), of each class."""
+    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.zeros(len(split), dtype=torch.bool)
+    for label, take in enumerate(quota.tolist()):
+        drawn[shuffled[split.labels[shuffled] == label][:take]] = True
+    return drawn
+
+
+def limited(split: Split, total: int | None, per_class: int | None, seed: int) -> Split:
+    """Return at most `per_class` images of each class of `split` and `total` of all, in its order.
+
+    A stratified draw of `total` gives every class at least one image. Which images stay depends on
+    `seed` and the labels alone. None is no limit. Raises `InputError` for a `total` below the
+    number of classes.
+    """
+    counts = torch.bincount(split.labels)
+    if per_class is not None and per_class < int(counts.max()):
+        split = split.take(_drawn(split, counts.clamp(max=per_class), seed))
+    if total is None or total >= len(split):
+        return split
+    present = int((counts > 0).sum())
+    if total < present:
+        raise InputError(
+            f"{total} training images cannot show {present} classes: give --train-limit at least "
+            f"{present}"
+        )
+    return draw(split, total, seed)
