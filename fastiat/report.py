@@ -1,54 +1,67 @@
-"""Showing: one self-contained HTML page for a run or a folder of runs, and its figures as files.
+"""The report: one self-contained HTML page for a run or a folder of runs, and its figures as files.
 
-A section without data is left out. Nothing is loaded from a network, neither by the page nor to
-make it.
+This file gathers what the page shows; page/templates/ says how it looks. Each function below
+returns the content of one section for the macro of the same name in sections.html; empty content
+leaves the section out. Nothing is downloaded, neither to make the page nor to show it.
 """
 
 import os
 import platform
-import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastiat import __version__, data
-from fastiat.analyse import read_diagnosis
-from fastiat.cli import resolve
+from fastiat.analyse import Finding, read_diagnosis
 from fastiat.config import ReportConfig, TrainConfig
 from fastiat.page import figure1, figures
 from fastiat.page.charts import Label, Measured, label, norm_pictures, sweeps, tradeoff
-from fastiat.page.examples import STEPS, data_uri, examples, grid
-from fastiat.page.figures import Picture
-from fastiat.page.html import Safe, element, join, page, section, table, text
-from fastiat.paper import compare as tables
+from fastiat.page.examples import STEPS, examples, grid
+from fastiat.paper import compare
 from fastiat.runs.directory import CONFIG, METRICS, MODEL, Run
-from fastiat.runs.results import MEASUREMENT, Measurement, differences, measurement
-from fastiat.system.errors import InputError
+from fastiat.runs.results import MEASUREMENT, Measurement, differences, measurement, read_results
+from fastiat.system.errors import InputError, printable
 from fastiat.system.files import check_place, write
 
 FIGURES = "figures"
 """Folder of the figures' files, beside the page."""
+Labels = dict[Path, Label]
+
+
+def _printable(value: Any) -> Any:
+    """Return a value as one line without control characters; HTML of the templates as it is."""
+    return value if hasattr(value, "__html__") else printable(value)
+
+
+TEMPLATES = Environment(
+    loader=PackageLoader("fastiat.page"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    finalize=_printable,
+)
 
 
 def report(config: ReportConfig) -> Path:
     """Write the page, figures/*.png and *.svg beside it, and curves and examples in every run.
 
-    A run that cannot be written to is only read. Prints and returns the page's path. Raises
-    `InputError` where there is no run, or a file that fastiat did not write.
+    A run directory without write permission is only read. Prints and returns the page's path.
+    Raises `InputError` where there is no run, or for a file that fastiat did not write.
     """
     folder = Path(config.dir)
     runs = find(folder)
     out = Path(config.out) if config.out else folder / "report.html"
     check_place(out)
-    measured: Measured = {run.path: tables.results(run) for run in runs}
-    files = sorted(folder.glob("table[1-7].json"))
-    comparisons = [tables.read(file) for file in files]
+    measured: Measured = {run.path: read_results(run.path) for run in runs}
+    comparisons = [compare.read(file) for file in sorted(folder.glob("table[1-7].json"))]
     labels = label(runs)
     runs.sort(key=lambda run: (labels[run.path].colour, run.path.name))
     pictures = [
@@ -56,28 +69,30 @@ def report(config: ReportConfig) -> Path:
         *sweeps(runs, measured, labels, comparisons),
     ]
     norms = norm_pictures(runs, labels)
+    # Runs often share a data set: each is loaded once.
     load = cache(data.load)
-    parts = [
-        ("Errors", "errors", _errors(runs, measured, labels)),
-        ("Beside the paper", "paper", join(map(_comparison, comparisons))),
-        ("Robustness", "robustness", _show(pictures)),
-        ("Norms of the weights", "norms", _norms(norms)),
-        ("Diagnosis", "diagnosis", join(_diagnosis(run, labels) for run in runs)),
-        ("Examples", "examples", join(_examples(run, load, labels) for run in runs)),
-        ("Runs", "runs", join(_section(run, labels) for run in runs)),
-        ("Environment", "environment", _environment(measured)),
-    ]
     sections = [
-        (title, name, section(title, name, content))
-        for title, name, content in parts
-        if content.strip()
+        ("Errors", "errors", errors(runs, measured, labels)),
+        ("Beside the paper", "paper", [pivoted(of) for of in comparisons]),
+        ("Robustness", "robustness", pictures),
+        ("Norms of the weights", "norms", norms),
+        ("Diagnosis", "diagnosis", diagnosis(runs, labels)),
+        ("Examples", "examples", list(drawn_examples(runs, load, labels))),
+        ("Runs", "runs", [shown_run(run, labels[run.path]) for run in runs]),
+        ("Environment", "environment", environment(measured)),
     ]
-    lead = f"{len(runs)} run{'s' * (len(runs) != 1)}, errors in % with their 95 % intervals."
-    document = page(f"fastiat: {folder.resolve().name}", lead, sections, f"fastiat {__version__}")
+    page = TEMPLATES.get_template("page.html").render(
+        title=f"fastiat: {folder.resolve().name}",
+        count=len(runs),
+        sections=[dict(title=t, name=n, content=content) for t, n, content in sections if content],
+        colours=figures.COLOURS,
+        figure1_of_the_paper=figure1.PAPER,
+        version=__version__,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     for picture in [*pictures, *norms]:
         picture.save(out.parent / FIGURES)
-    write(out, document.encode())
+    write(out, page.encode())
     print(out)
     return out
 
@@ -92,69 +107,40 @@ def find(folder: Path) -> list[Run]:
     return [Run.open(path) for path in found]
 
 
-@contextmanager
-def _readable(run: Run) -> Iterator[None]:
-    """Turn what rows without the usual figures make this file stumble on into `InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{run.path / METRICS} has a row that fastiat did not write ({error!r}): remove it"
-        ) from None
+def errors(runs: Sequence[Run], measured: Measured, labels: Labels) -> dict[str, Any]:
+    """Return the newest error of every run in every measurement, without sweeps and transfers.
 
-
-def _errors(
-    runs: Sequence[Run],
-    measured: Measured,
-    labels: dict[Path, Label],
-) -> Safe:
-    """Return the newest error of every run in every measurement, sweeps and transfers apart."""
-    shown = dict.fromkeys(
-        measurement(row) for run in runs for row in measured[run.path] if _direct(row)
-    )
+    {"columns": a heading for each measurement, "rows": (label, an entry or None for each column)}
+    """
     newest = {
-        run.path: {measurement(row): _cell(row) for row in measured[run.path]} for run in runs
+        run.path: {
+            measurement(row): row
+            for row in measured[run.path]
+            if row["kind"] not in ("sweep", "transfer")
+        }
+        for run in runs
     }
-    columns = _headings(shown)
-    if not columns:
-        return element("p", "Nothing is evaluated yet: ", element("code", "fastiat evaluate RUN"))
-    rows = [
-        [_named(path, labels), *(cells.get(column, "") for column in columns)]
-        for path, cells in newest.items()
-    ]
-    return table(["error in %", *columns.values()], rows)
+    columns = _headings(dict.fromkeys(of for found in newest.values() for of in found))
+    rows = [(labels[path], [of.get(column) for column in columns]) for path, of in newest.items()]
+    return {"columns": list(columns.values()), "rows": rows}
 
 
-def _named(path: Path, labels: dict[Path, Label]) -> Safe:
-    """Return a run's name, and below it its directory where that is another."""
-    name = labels[path].name
-    return join([name, *([element("small", path.name)] if name != path.name else [])], "")
-
-
-def _direct(row: dict[str, Any]) -> bool:
-    return row["kind"] not in ("sweep", "transfer")
-
-
-def _headings(measurements: Iterable[Measurement]) -> dict[Measurement, Safe]:
-    """Name every measurement by its attack, and by what else sets it apart from the others."""
-    groups: dict[Safe, list[Measurement]] = {}
+def _headings(measurements: Iterable[Measurement]) -> dict[Measurement, list[str]]:
+    """Name every measurement, in lines, by its attack and by what sets it apart from the others."""
+    groups: dict[tuple[str, ...], list[Measurement]] = {}
     for one in measurements:
         groups.setdefault(_attack(dict(zip(MEASUREMENT, one, strict=True))), []).append(one)
     headings = {}
     for attack, several in groups.items():
         for one, more in differences(several).items():
-            told = more.split(", ")
-            unusual = [
-                of for of in _unusual(dict(zip(MEASUREMENT, one, strict=True))) if of not in told
-            ]
-            headings[one] = join([attack, *unusual, *([more] if more else [])], "<br>")
+            unusual = _unusual(dict(zip(MEASUREMENT, one, strict=True)))
+            told = [of for of in unusual if of not in more.split(", ")]
+            headings[one] = [*attack, *told, *filter(None, [more])]
     return headings
 
 
 def _unusual(row: dict[str, Any]) -> Iterator[str]:
-    """Say what of an attack is not its default, in the words of `differences`."""
+    """Say which settings of an attack are not the defaults, in the words of `differences`."""
     if row["attack"] != "none" and row["eps"] is not None:
         if row["loss"] not in ("ce", None):
             yield f"{row['loss']} loss"
@@ -164,172 +150,93 @@ def _unusual(row: dict[str, Any]) -> Iterator[str]:
             yield "no random start"
 
 
-def _attack(row: dict[str, Any]) -> Safe:
-    """Name an attack and its radius."""
-    details = []
-    if row["eps"] is not None and row["attack"] != "none":
-        details.append(f"{row['norm']} eps {row['eps']:.4g}")
+def _attack(row: dict[str, Any]) -> tuple[str, ...]:
+    """Name the images, an attack and its radius, in lines."""
+    if row["attack"] == "none":
+        return (f"{row['split']}, no attack",)
+    lines = [f"{row['split']}, {row['attack']}"]
+    if row["eps"] is not None:
+        lines.append(f"{row['norm']} eps {row['eps']:.4g}")
     if row["attack"] == "worst" and row["attacks"]:
-        details.append(f"of {', '.join(row['attacks'])}")
-    title = "no attack" if row["attack"] == "none" else row["attack"]
-    return join([f"{row['split']}, {title}", *details], "<br>")
+        lines.append(f"of {', '.join(row['attacks'])}")
+    return tuple(lines)
 
 
-def _cell(row: dict[str, Any]) -> Safe:
-    low, high = row["interval_95_percent"]
-    span = element("small", f"{low:.1f} to {high:.1f}, n {row['n']}")
-    return join([f"{row['error_percent']:.2f}", span], "")
+def pivoted(of: compare.Comparison) -> tuple[compare.Comparison, list[str], dict[str, Any]]:
+    """Lay out a table as the paper does: a row for each training, a column for each attack.
 
-
-def _comparison(of: tables.Comparison) -> Safe:
-    """Return a table as the paper has it: a row for each training, a column for each attack."""
-    columns = list(dict.fromkeys(line.measure for line in of.lines))
-    rows: dict[str, dict[str, Safe]] = {}
+    Returns the table, its columns, and {row: {column: `compare.Line`}}.
+    """
+    rows: dict[str, dict[str, compare.Line]] = {}
     for line in of.lines:
-        rows.setdefault(line.row, {})[line.measure] = _beside(line)
-    cells = [[row, *(of_row.get(column, "") for column in columns)] for row, of_row in rows.items()]
-    return join(
-        [
-            element("h3", of.title),
-            element("p", of.caption, kind="note"),
-            table(["ours, the paper's below", *columns], cells),
-            element("pre", of.command),
-        ]
-    )
+        rows.setdefault(line.row, {})[line.measure] = line
+    return of, list(dict.fromkeys(line.measure for line in of.lines)), rows
 
 
-def _beside(line: tables.Line) -> Safe:
-    theirs = f"paper {line.paper:.2f}"
-    if line.difference is None:
-        return join(["not measured", element("small", theirs)], "")
-    return join(
-        [
-            f"{line.ours:.2f}",
-            element("small", f"{line.low:.2f} to {line.high:.2f}"),
-            element("small", f"{theirs} ({line.difference:+.2f})"),
-        ],
-        "",
-    )
+def diagnosis(runs: Sequence[Run], labels: Labels) -> list[tuple[Label, list[Finding]]]:
+    """Return what `fastiat diagnose` found, of the runs that it was called on."""
+    found = [(labels[run.path], read_diagnosis(run.path)) for run in runs]
+    return [(label, findings) for label, findings in found if findings]
 
 
-def _show(pictures: Sequence[Picture], kind: str = "figures large") -> Safe:
-    drawn = [element("figure", Safe(picture.inline(picture.name))) for picture in pictures]
-    return element("div", *drawn, kind=kind) if drawn else Safe("")
-
-
-def _norms(pictures: Sequence[Picture]) -> Safe:
-    if not pictures:
-        return Safe("")
-    note = (
-        "Convolutions count as matrices of (out, in x kernel height x kernel width). "
-        f"{figure1.PAPER}. Bars are means over seeds, their lines reach from the lowest to the "
-        "highest."
-    )
-    shown = [
-        element("div", element("figure", Safe(one.inline(one.name))), kind="wide norms")
-        for one in pictures
-    ]
-    return join([element("p", note, kind="note"), *shown])
-
-
-def _diagnosis(run: Run, labels: dict[Path, Label]) -> Safe:
-    """Return what `fastiat diagnose` found for a run."""
-    rows = [
-        [
-            finding.check,
-            element("span", finding.verdict, kind=finding.verdict.split()[0]),
-            finding.sentence,
-            join(
-                [
-                    f"{name.replace('_', ' ')}: {_figure(value)}"
-                    for name, value in finding.figures.items()
-                ],
-                "<br>",
-            ),
-        ]
-        for finding in read_diagnosis(run.path)
-    ]
-    if not rows:
-        return Safe("")
-    head = ["check for masked gradients", "", "what it means", "figures"]
-    return join([element("h3", _named(run.path, labels)), table(head, rows, kind="text")])
-
-
-def _figure(value: Any) -> str:
+def figure(value: Any) -> str:
+    """Write a figure of a finding: floats with four digits, lists with commas."""
     if isinstance(value, list):
-        return ", ".join(map(_figure, value))
+        return ", ".join(map(figure, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _examples(run: Run, load: Any, labels: dict[Path, Label]) -> Safe:
-    """Return a grid of images, attacked and not, and write RUN/examples.png and .svg."""
-    found = examples(run, load)
-    if not found:
-        return Safe("")
-    eps = run.config.eps
-    attack = f"PGD-{STEPS}, eps {eps:.4g}"
-    if os.access(run.path, os.W_OK):
-        picture = grid(found, f"{run.path.name}: {attack}, difference x {0.5 / eps:.3g}")
-        picture.save(run.path)
-    cards = [
-        element(
-            "figure",
-            *(
-                Safe(f'<img alt="{text(title)}" src="{data_uri(picture)}">')
-                for title, picture in zip(
-                    ("image", "attacked image", "difference"), example.pictures, strict=True
+TEMPLATES.filters["figure"] = figure
+
+
+def drawn_examples(
+    runs: Sequence[Run], load: Callable[..., data.Dataset], labels: Labels
+) -> Iterator[tuple[Label, str, str, list[Any]]]:
+    """Yield label, attack, enlargement and examples of every run, and write RUN/examples.png, .svg.
+
+    Runs without a network, or whose images are not on this machine, have none.
+    """
+    for run in runs:
+        found, eps = examples(run, load), run.config.eps
+        if found:
+            attack, factor = f"PGD-{STEPS}, eps {eps:.4g}", f"{0.5 / eps:.3g}"
+            if os.access(run.path, os.W_OK):
+                grid(found, f"{run.path.name}: {attack}, difference x {factor}").save(run.path)
+            yield labels[run.path], attack, factor, found
+
+
+def shown_run(run: Run, label: Label) -> dict[str, Any]:
+    """Return a run's settings, command, speed and curves, and write RUN/curves.png and .svg."""
+    config, name = run.config, run.path.name
+    # The command names the preset and what differs from it.
+    preset = TrainConfig(preset=config.preset)
+    start = replace(preset, preset=TrainConfig.preset, dataset=TrainConfig.dataset)
+    names = ("dataset", "arch", "width", "adv", "mix", "epochs", "batch_size", "eps", "seed")
+    values = {name: getattr(config, name) for name in names}
+    epochs = [row for row in run.rows() if row.get("kind") == "epoch"]
+    curves, speed = [], None
+    if epochs:
+        try:
+            together, alone = figures.curves(epochs, name)
+            if (run.path / MODEL).exists() and "images_per_second" in epochs[-1]:
+                of = epochs[-1]
+                speed = (
+                    f"{of['epoch']} epochs, {of['images_per_second']} images a second in the last."
                 )
-            ),
-            element(
-                "figcaption",
-                element("b", example.truth),
-                f": {example.clean} \u2192 {example.attacked}",
-            ),
-        )
-        for example in found
-    ]
-    note = (
-        f"Image, attacked image ({attack}) and their difference enlarged {0.5 / eps:.3g} times; "
-        f"the true class: what the network says without \u2192 with the attack."
-    )
-    return join(
-        [
-            element("h3", _named(run.path, labels)),
-            element("p", note, kind="note"),
-            element("div", *cards, kind="cards"),
-        ]
-    )
-
-
-def _section(run: Run, labels: dict[Path, Label]) -> Safe:
-    """Return a run's settings, command and curves, and write RUN/curves.png and .svg."""
-    config = run.config
-    start = resolve(TrainConfig, {"preset": config.preset, "dataset": config.dataset})
-    command = tables.command_of("train", config, start)
-    if config.preset != "paper":
-        command += f" --preset {config.preset}"
-    if config.dataset != TrainConfig.dataset:
-        command += f" --dataset {config.dataset}"
-    parts = [
-        element("h3", _named(run.path, labels)),
-        element("p", _settings(run)),
-        element("pre", f"{command} --out {shlex.quote(str(run.path))}"),
-    ]
-    with _readable(run):
-        epochs = [row for row in run.rows() if row.get("kind") == "epoch"]
-        drawn = figures.curves(epochs, run.path.name) if epochs else None
-    if drawn is None:
-        return join([*parts, element("p", "No epoch is finished yet.")])
-    together, alone = drawn
-    if os.access(run.path, os.W_OK):
-        together.save(run.path)
-    last = epochs[-1]
-    if (run.path / MODEL).exists() and "images_per_second" in last:
-        speed = f"{last['epoch']} epochs, {last['images_per_second']} images a second in the last."
-        parts.append(element("p", speed, kind="note"))
-    prefix = f"{run.path.name}-"
-    shown = [element("figure", Safe(one.inline(_identifier(prefix + one.name)))) for one in alone]
-    return join([*parts, element("div", *shown, kind="figures")])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{run.path / METRICS} has a row that fastiat did not write ({error!r}): remove it"
+            ) from None
+        if os.access(run.path, os.W_OK):
+            together.save(run.path)
+        curves = [(_identifier(f"{name}-{one.name}"), one) for one in alone]
+    return {
+        "label": label,
+        "settings": {name: value for name, value in values.items() if value is not None},
+        "command": compare.command_of("train", replace(config, out=str(run.path)), start),
+        "speed": speed,
+        "curves": curves,
+    }
 
 
 def _identifier(name: str) -> str:
@@ -337,29 +244,16 @@ def _identifier(name: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}_" for c in name)
 
 
-def _settings(run: Run) -> Safe:
-    names = ("dataset", "arch", "width", "adv", "mix", "epochs", "batch_size", "eps", "seed")
-    values = {name: getattr(run.config, name) for name in names}
-    return join(
-        (
-            join([name, element("code", value)], " ")
-            for name, value in values.items()
-            if value is not None
-        ),
-        ", ",
-    )
-
-
-def _environment(measured: Measured) -> Safe:
-    """Return what made the page, and what made the measurements where they say so."""
+def environment(measured: Measured) -> list[tuple[str, str]]:
+    """Return the versions and devices of the measurements, where they have them, and our own."""
     used: Counter[str] = Counter()
     for row in (row for rows in measured.values() for row in rows):
-        versions, device = row.get("versions"), row.get("device")
-        if isinstance(versions, dict):
+        if isinstance(versions := row.get("versions"), dict):
             names = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-            used[f"{names}; {device}"] += 1
-    rows = [[f"{count} measurements", how] for how, count in used.most_common()]
+            used[f"{names}; {row.get('device')}"] += 1
     here = f"fastiat {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
-    rows.append(["this page", f"{here}; {platform.platform()}"])
-    rows.append(["written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")])
-    return table(["", ""], rows, kind="text")
+    return [
+        *((f"{count} measurements", how) for how, count in used.most_common()),
+        ("this page", f"{here}; {platform.platform()}"),
+        ("written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
+    ]

@@ -1,16 +1,16 @@
-"""Reproducing: a table of the paper from its trainings to the comparison, as far as it is missing.
+"""Reproducing: train and measure what is missing of a table of the paper, and compare.
 
 Every training is a run directory under --out, named as `fastiat train` names it
-(`run.default_out`): DATASET-ARCH-ADV-MIX-sSEED. So Tables 3, 5, 6 and 7 share theirs, and a run
-that was trained elsewhere with the same settings counts once it is there under that name.
+(`runs.directory.default_out`): DATASET-ARCH-ADV-MIX-sSEED. Tables 3, 5, 6 and 7 therefore share
+their runs, and a run trained elsewhere with the same settings counts once it has that name there.
 """
 
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from fastiat.analyse import weight_norms, write_norms
+from fastiat.analyse import WeightNorms, weight_norms, write_norms
 from fastiat.config import (
     EvaluateConfig,
     ReportConfig,
@@ -29,6 +29,7 @@ from fastiat.runs.directory import CONFIG, Run, load
 from fastiat.system.errors import InputError
 from fastiat.system.progress import duration
 from fastiat.system.settings import steps_of
+from fastiat.system.tables import aligned
 from fastiat.train import Interrupted, train
 
 
@@ -52,6 +53,7 @@ def reproduce(config: ReproduceConfig) -> None:
 
 
 def _work(plan: Plan) -> None:
+    """Train, measure and write; after every run the table is written as far as it is measured."""
     for number, job in enumerate(plan.jobs, 1):
         what = "trained already" if job.finished else "training"
         place = f"{plan.config.target}, {number} of {len(plan.jobs)}"
@@ -82,15 +84,8 @@ def _train(job: Job) -> None:
 
 
 def _measure(plan: Plan, job: Job) -> None:
-    """Measure the white-box errors of a run that are missing; Table 5's come with the others."""
-    how: Any = {
-        "runs": (str(job.path),),
-        "limit": plan.config.limit,
-        "data_dir": plan.config.data_dir,
-        "device": plan.config.device,
-        "precision": plan.config.precision,
-    }
-    missing = plan.missing(job)
+    """Measure the white-box errors of a run that are missing; `_transfer` measures Table 5's."""
+    missing, how = plan.missing(job), _how(plan, [job])
     if not missing or plan.config.target == "table5":
         return
     if plan.config.target in ("table6", "table7"):
@@ -102,49 +97,44 @@ def _measure(plan: Plan, job: Job) -> None:
             attacks = tuple(cell.attack for cell in missing if cell.split == split)
             if attacks:
                 evaluate(EvaluateConfig(**how, splits=(split,), attacks=attacks))
-    _check_kept(plan, job)
+    _check_kept(plan, [job])
 
 
 def _transfer(plan: Plan) -> None:
     """Measure what is missing of Table 5, the runs of one seed at a time."""
     for seed in plan.seeds if plan.config.target == "table5" else ():
         jobs = [job for job in plan.jobs if job.config.seed == seed]
-        missing = {cell.eps: cell for job in jobs for cell in plan.missing(job)}
-        if missing:
-            transfer(
-                TransferConfig(
-                    runs=tuple(str(job.path) for job in jobs),
-                    eps=tuple(sorted(missing)),
-                    limit=plan.config.limit,
-                    data_dir=plan.config.data_dir,
-                    device=plan.config.device,
-                    precision=plan.config.precision,
-                )
-            )
-        for job in jobs:
-            _check_kept(plan, job)
+        eps = {cell.eps for job in jobs for cell in plan.missing(job)}
+        if eps:
+            transfer(TransferConfig(**_how(plan, jobs), eps=tuple(sorted(eps))))
+        _check_kept(plan, jobs)
 
 
-def _check_kept(plan: Plan, job: Job) -> None:
-    if plan.missing(job):
-        raise InputError(f"{job.path} does not keep what is measured: check its permissions")
+def _how(plan: Plan, jobs: Sequence[Job]) -> dict[str, Any]:
+    """Return the settings that all measurements share."""
+    names = ("limit", "data_dir", "device", "precision")
+    return {
+        "runs": tuple(str(job.path) for job in jobs),
+        **{name: getattr(plan.config, name) for name in names},
+    }
+
+
+def _check_kept(plan: Plan, jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        if plan.missing(job):
+            raise InputError(f"{job.path} does not keep what is measured: check its permissions")
 
 
 def _figure(plan: Plan) -> str:
     """Take the norms of every run, keep them, and write Figure 1; return it as Markdown."""
-    found = {str(job.path): weight_norms(load(job.path)) for job in plan.jobs}
-    for path, layers in found.items():
-        write_norms(Path(path), layers)
-    rows = dict.fromkeys(job.row for job in plan.jobs)
-    titles = {row: ROWS[row].title for row in rows}
-    trainings = {
-        title: figure1.over_seeds([found[str(job.path)] for job in plan.jobs if job.row == row])
-        for row, title in titles.items()
-    }
-    colours = {title: TRAINED.index(row) for row, title in titles.items()}
-    drawn = figure1.pictures(trainings, colours, "figure1")
+    trainings: dict[str, list[list[WeightNorms]]] = {}
+    for job in plan.jobs:
+        layers = weight_norms(load(job.path))
+        write_norms(job.path, layers)
+        trainings.setdefault(ROWS[job.row].title, []).append(layers)
+    colours = {ROWS[row].title: number for number, row in enumerate(TRAINED)}
     caption = f"{plan.caption()} Made by `{plan.command()}`."
-    return figure1.save(plan.out, trainings, drawn, caption)
+    return figure1.save(plan.out, trainings, colours, caption)
 
 
 def listing(plan: Plan) -> str:
@@ -168,11 +158,7 @@ def listing(plan: Plan) -> str:
             seconds += speeds[kind].training(job.config, plan.images, job.step)
         total += seconds
         lines.append((str(job.path), job.title, what, duration(seconds)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+    rows = ["  ".join(row).rstrip() for row in aligned(lines, left=4)]
     scale = "" if plan.figure else f" ({plan.comparison().caption})"
     rows.append(f"in all about {duration(total)}{scale}; nothing was trained or written")
     return "\n".join(rows)

@@ -382,7 +382,7 @@ def read_json(run: Path) -> None:
     """Read all that a report reads, which takes a second to draw."""
     opened = Run.open(run)
     list(opened.rows())
-    tables.results(opened)
+    results.read_results(run)
     analyse.read_norms(run)
     analyse.read_diagnosis(run)
     for file in run.parent.glob("table*.json"):

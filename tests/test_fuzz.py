@@ -10,9 +10,9 @@ import fuzz_mutations
 import pytest
 import torch
 
-from fastiat.paper.compare import markdown
 from fastiat.runs.directory import CONFIG, LOCK, LOG, METRICS, MODEL, STATE
 from fastiat.system.errors import InputError, one_line, printable
+from fastiat.system.tables import markdown
 from fastiat.system.untrusted import check_checkpoint
 
 ROOT = Path(__file__).parents[1]

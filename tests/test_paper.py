@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fastiat.paper import published as paper
+from fastiat.paper import published
 from fastiat.system.errors import InputError
 
 SIX = ("baseline", "mixup", "manifold_mixup", "pgd7", "iat_mixup", "iat_manifold_mixup")
@@ -15,7 +15,7 @@ ALL = range(1, 8)
 def _value(name, row, measure):
     found = [
         cell.error_percent
-        for cell in paper.table(name).cells
+        for cell in published.table(name).cells
         if (cell.row, cell.measure) == (row, measure)
     ]
     assert len(found) == 1
@@ -76,16 +76,16 @@ def test_figures_are_those_of_the_papers_text(name, row, measure, value):
     ],
 )
 def test_every_cell_is_there_once(number, rows, cells):
-    table = paper.table(f"table{number}")
+    table = published.table(f"table{number}")
     assert (len(table.rows), len(table.cells)) == (rows, cells)
     assert len({(cell.row, cell.measure) for cell in table.cells}) == cells
     assert all(0 <= cell.error_percent <= 100 for cell in table.cells)
-    trained = tuple(row for row in table.rows if paper.ROWS[row].adv is not None)
+    trained = tuple(row for row in table.rows if published.ROWS[row].adv is not None)
     assert trained == (SIX if number < 5 else ADVERSARIAL)
 
 
 def test_tables_name_the_networks_and_images_of_section_4():
-    named = [(paper.table(f"table{n}").arch, paper.table(f"table{n}").dataset) for n in ALL]
+    named = [(published.table(f"table{n}").arch, published.table(f"table{n}").dataset) for n in ALL]
     wrn, preact = "wrn28_10", "preact18"
     assert named[:4] == [(wrn, "cifar10"), (wrn, "svhn"), (preact, "cifar10"), (preact, "svhn")]
     assert named[4:] == [(preact, "cifar10")] * 3
@@ -102,18 +102,20 @@ def test_tables_that_share_a_measurement_agree():
 
 
 def test_curves_are_the_rows_of_tables_6_and_7_in_order():
-    eps, errors = zip(*paper.curve("table6", "iat_mixup"), strict=True)
+    eps, errors = zip(*published.curve("table6", "iat_mixup"), strict=True)
     assert eps == (0.005, 0.01, 0.04, 0.05, 0.06, 0.08, 0.1, 0.2)
     assert math.isclose(sum(errors), 17.90 + 25.57 + 78.49 + 88.25 + 93.73 + 98.54 + 99.72 + 100)
-    steps = [at for at, _ in paper.curve("table7", "pgd7")]
+    steps = [at for at, _ in published.curve("table7", "pgd7")]
     assert steps == [5, 10, 20, 50, 100, 1000]
 
 
 def test_a_table_that_the_paper_has_not_is_refused():
     with pytest.raises(InputError, match="'table8': choose from table1, "):
-        paper.table("table8")
+        published.table("table8")
 
 
 def test_rows_are_found_by_their_flags():
-    assert [paper.row_of(paper.ROWS[key].adv, paper.ROWS[key].mix) for key in SIX] == list(SIX)
-    assert paper.row_of("fgsm", "mixup") is None
+    assert [
+        published.row_of(published.ROWS[key].adv, published.ROWS[key].mix) for key in SIX
+    ] == list(SIX)
+    assert published.row_of("fgsm", "mixup") is None

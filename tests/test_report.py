@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastiat import cli
+from fastiat import cli, report
 from fastiat.analyse import Finding, write_diagnosis
 from fastiat.page import charts, figures
-from fastiat.page import html as page
 from fastiat.page.figures import COLOURS, Series
-from fastiat.paper import compare as tables
-from fastiat.paper.compare import results
+from fastiat.paper import compare
 from fastiat.paper.published import Cell
 from fastiat.runs.directory import METRICS, Run
 from fastiat.runs.results import add_results, read_results
@@ -71,9 +69,11 @@ def folder(run, tmp_path) -> Path:
     folder = tmp_path / "<runs>"
     for name in ("one", "two & <b>more $x$"):
         shutil.copytree(run, folder / name)
-    line = tables.Line("Row <i>", "No attack, test", 5.0, 7.5, 6.0, 9.0, 3, 40)
-    cited = tables.Line("Cited", "No attack, test", 4.8)
-    tables.Comparison("table3", "A & B", "Scaled: <all>.", "fastiat x", (line, cited)).write(folder)
+    line = compare.Line("Row <i>", "No attack, test", 5.0, 7.5, 6.0, 9.0, 3, 40)
+    cited = compare.Line("Cited", "No attack, test", 4.8)
+    compare.Comparison("table3", "A & B", "Scaled: <all>.", "fastiat x", (line, cited)).write(
+        folder
+    )
     return folder
 
 
@@ -122,12 +122,10 @@ def test_the_page_goes_where_it_is_sent_with_its_figures(folder, tmp_path):
 
 
 def test_measurements_that_differ_in_the_attack_do_not_hide_each_other(run):
-    common = {"split": "test", "attack": "pgd-7", "eps": 0.03, "n": 1, "restarts": 1, "errors": 0}
-    common |= {"interval_95_percent": [0.0, 1.0], "loss": "ce"}
-    opened = Run.open(run)
-    opened.log("evaluation", **common, norm="l2", error_percent=12.34)
-    opened.log("evaluation", **common | {"loss": "margin"}, norm="linf", error_percent=23.45)
-    opened.log("evaluation", **common | {"restarts": 9}, norm="linf", error_percent=34.56)
+    real = next(e for e in read_results(run) if e["attack"] == "pgd-20")
+    add_results(run, [real | {"norm": "l2", "error_percent": 12.34}])
+    add_results(run, [real | {"loss": "margin", "error_percent": 23.45}])
+    add_results(run, [real | {"restarts": 9, "error_percent": 34.56}])
     assert cli.main(["report", str(run)]) == 0
     text = (run / "report.html").read_text()
     assert all(figure in text for figure in ("12.34", "23.45", "34.56"))
@@ -181,14 +179,12 @@ def test_sections_without_data_are_left_out(run):
 
 
 def test_sweeps_norms_and_a_diagnosis_have_their_sections(run):
-    common = {"split": "test", "n": 100, "errors": 50, "norm": "linf", "loss": "ce", "restarts": 1}
-    opened = Run.open(run)
+    real = next(e for e in read_results(run) if e["attack"] == "pgd-20")
     for eps in (0.01, 0.02, 0.05):
-        span = {"error_percent": 1000 * eps, "interval_95_percent": [0.0, 100.0]}
-        opened.log("evaluation", attack="pgd-20", eps=eps, **common, **span)
+        add_results(run, [real | {"kind": "sweep", "eps": eps, "error_percent": 1000 * eps}])
     for steps in (5, 50):
-        span = {"error_percent": 20.0, "interval_95_percent": [0.0, 100.0]}
-        opened.log("evaluation", attack=f"pgd-{steps}", eps=0.02, **common, **span)
+        changed = {"kind": "sweep", "eps": 0.02, "attack": f"pgd-{steps}", "steps": steps}
+        add_results(run, [real | changed])
     assert cli.main(["norms", str(run)]) == 0
     finding = Finding("more steps", "fail", {"error_percent": [1.5, 2.0]}, "It <breaks>.")
     write_diagnosis(run, [finding])
@@ -214,9 +210,10 @@ def test_a_figure_of_the_page_takes_its_colours_from_the_theme():
     assert not re.search(r"#[0-9a-f]{6}\b", inline)
     assert "var(--c1)" in inline and "var(--ink)" in inline and "a &lt;title&gt;" in inline
     assert "fill: #ff" not in inline and "http" not in inline
+    style = report.TEMPLATES.get_template("style.css").render(colours=COLOURS)
     for theme in range(2):
         for name, colours in COLOURS.items():
-            assert f"--{name}: {colours[theme]}" in page.STYLE
+            assert f"--{name}: {colours[theme]}" in style
 
 
 @pytest.mark.parametrize("theme", [0, 1])
@@ -237,8 +234,6 @@ def test_every_colour_stands_out_from_the_page(theme):
 @pytest.mark.parametrize(
     "row",
     [
-        {"kind": "evaluation"},
-        {"kind": "evaluation", "split": [], "attack": {}, "eps": "x", "norm": 1},
         {"kind": "epoch", "epoch": 3},
         {"kind": "epoch", "clean_accuracy_percent": "x", "adv_accuracy_percent": None},
     ],
@@ -316,9 +311,9 @@ def test_a_figure_draws_other_measurements_as_lines_of_their_own(run):
             row = {"kind": "sweep", "eps": eps, "alpha": alpha, "error_percent": error}
             add_results(run, [real | row])
     opened = Run.open(run)
-    measured, labels = {run: results(opened)}, charts.label([opened])
-    _, curves = charts._best_curves([opened], measured, "eps", "attack")
-    found = sorted(tuple(error for _, error in curve) for curve in curves.values())
+    measured, labels = {run: read_results(run)}, charts.label([opened])
+    _, curves = charts._best_curves([opened], measured, "eps")
+    found = sorted(tuple(row["error_percent"] for row in of.values()) for of in curves.values())
     assert found[0] == (1.0, 1.0, 1.0) and found[1][:2] == (10.0, 20.0) and found[1][-1] == 50.0
     drawn = charts.sweeps([opened], measured, labels, ())[0].svg
     assert "alpha 1e-05" in drawn and "alpha 0.0075" in drawn
@@ -335,11 +330,11 @@ def test_reproduce_takes_no_other_measurement_for_a_cell(run):
     cell = Cell("pgd7", "pgd7", "test", "pgd-20", 0.03, 50.0)
     given = {"n": 40, "alpha": 0.0075, "dataset": "digits", "data": real["data"]}
     given |= {"run": run, "source": run, "precision": "fp32"}
-    assert tables.find(cell, [real], **given) == real
+    assert compare.find(cell, [real], **given) == real
     for change in (
         {"alpha": 1e-5}, {"random_start": False}, {"n": 39}, {"seed": 3}, {"precision": "bf16"},
         {"data": "0123"}, {"dataset": "svhn"}, {"restarts": 2}, {"loss": "margin"}, {"norm": "l2"},
         {"split": "train"}, {"eps": 0.02}, {"attack": "pgd-7"}, {"source": "other"},
     ):  # fmt: skip
-        assert tables.find(cell, [real, real | change], **given) == real
-        assert tables.find(cell, [real | change], **given) is None
+        assert compare.find(cell, [real, real | change], **given) == real
+        assert compare.find(cell, [real | change], **given) is None

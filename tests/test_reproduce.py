@@ -13,11 +13,9 @@ import pytest
 from fastiat import cli
 from fastiat import train as training
 from fastiat.config import ReproduceConfig
-from fastiat.paper import compare as tables
-from fastiat.paper import plan
-from fastiat.paper import published as paper
+from fastiat.paper import compare, plan, published
 from fastiat.paper.estimate import Images, Speed
-from fastiat.runs.directory import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
+from fastiat.runs.directory import CONFIG, METRICS, MODEL, PREVIOUS, STATE
 
 SCALE = (
     *("--dataset", "digits", "--arch", "mlp6", "--width", "8", "--epochs", "1"),
@@ -67,8 +65,8 @@ def test_a_table_has_every_row_trained_measured_and_beside_the_papers(table3):
     )
     rows = _rows(table3 / "table3.csv")
     assert len(rows) == 48
-    for row, cell in zip(rows, paper.table("table3").cells, strict=True):
-        assert (row["row"], row["measure"]) == (paper.ROWS[cell.row].title, cell.measure)
+    for row, cell in zip(rows, published.table("table3").cells, strict=True):
+        assert (row["row"], row["measure"]) == (published.ROWS[cell.row].title, cell.measure)
         assert float(row["paper"]) == cell.error_percent
         assert int(row["n"]) == 20
         assert float(row["ours"]) == pytest.approx(100 * int(row["errors"]) / 20)
@@ -77,7 +75,7 @@ def test_a_table_has_every_row_trained_measured_and_beside_the_papers(table3):
 
 
 def test_the_caption_says_what_was_scaled_and_the_command_makes_it_again(table3):
-    kept = tables.read(table3 / "table3.json")
+    kept = compare.read(table3 / "table3.json")
     assert kept.caption == (
         "Error in %, difference in points. One seed (0). Scaled: data set digits instead of "
         "cifar10; network mlp6 instead of preact18; epochs 1 instead of 200; learning rate 0.02 "
@@ -138,7 +136,7 @@ def test_an_interrupted_row_is_resumed_by_the_same_command(
     monkeypatch.setattr(training.Trainer, "update", interrupted)
     assert _reproduce("table3", out) == 128 + signal.SIGTERM
     assert f"go on with: fastiat reproduce table3 --out {out}" in capsys.readouterr().err
-    assert len(tables.read(out / "table3.json").lines) == 48
+    assert len(compare.read(out / "table3.json").lines) == 48
     monkeypatch.setattr(training.Trainer, "update", update)
     assert _reproduce("table3", out, "--dry-run") == 0
     monkeypatch.setattr(training.Trainer, "update", interrupted)
@@ -197,8 +195,8 @@ def test_tables_5_to_7_use_the_runs_of_table_3(done, capsys):
 
 def test_several_seeds_are_averaged_with_the_interval_of_their_mean(tmp_path):
     found = [{"errors": 10, "n": 100}, {"errors": 14, "n": 100}, {"errors": 18, "n": 100}]
-    cell = paper.table("table3").cells[0]
-    line = tables.line(cell, found)
+    cell = published.table("table3").cells[0]
+    line = compare.line(cell, found)
     # Student's t with two degrees of freedom: 4.3027; the deviation is 4 points.
     half = 4.302653 * 4 / math.sqrt(3)
     # scipy.stats.binomtest(14, 100).proportion_ci(method="wilson")
@@ -207,9 +205,9 @@ def test_several_seeds_are_averaged_with_the_interval_of_their_mean(tmp_path):
     assert (line.ours, line.errors, line.n) == (14, 42, 300)
     assert (line.low, line.high) == pytest.approx((14 - reach[0], 14 + reach[1]), rel=1e-5)
     # Seeds that agree by chance do not make the images any more.
-    same = tables.line(cell, [found[1]] * 3)
+    same = compare.line(cell, [found[1]] * 3)
     assert (same.low, same.high) == pytest.approx((low, high), rel=1e-5)
-    assert tables.line(cell, [found[0], None]).ours is None
+    assert compare.line(cell, [found[0], None]).ours is None
 
 
 @pytest.mark.slow
@@ -247,22 +245,6 @@ def test_measurements_of_other_weights_or_fewer_images_do_not_count(done):
     assert len(plan.Plan(config).missing(plan.Plan(config).jobs[0])) == 8
     fewer = cli.parse(["reproduce", "table3", *SCALE, "--limit", "10", "--out", str(done)])[1]
     assert all(len(plan.Plan(fewer).missing(job)) == 8 for job in plan.Plan(fewer).jobs)
-
-
-def test_a_run_of_an_earlier_version_is_taken_over(done):
-    """Its figures stand in metrics.jsonl alone, after the last epoch."""
-    path, found = _path(done, "none-none"), []
-    for row in Run.open(path).rows():
-        if row["kind"] == "evaluation":
-            row = {key: value for key, value in row.items() if key not in ("model", "dataset")}
-        found.append(row)
-    (path / "evaluation.json").unlink()
-    (path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in found))
-    (path / STATE).write_bytes(b"of another format")
-    (path / PREVIOUS).unlink()
-    config = cli.parse(["reproduce", "table3", *SCALE, "--out", str(done)])[1]
-    (first, *_) = plan.Plan(config).jobs
-    assert first.finished and plan.Plan(config).missing(first) == []
 
 
 @pytest.mark.parametrize(

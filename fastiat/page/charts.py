@@ -9,14 +9,14 @@ from typing import Any
 from fastiat.analyse import WeightNorms, read_norms
 from fastiat.page import figure1, figures
 from fastiat.page.figures import Picture, Series
-from fastiat.paper import compare as tables
-from fastiat.paper import published as paper
+from fastiat.paper.compare import Comparison
+from fastiat.paper.published import ROWS, TRAINED, curve, row_of, table
 from fastiat.runs.directory import Run
 from fastiat.runs.results import Measurement, differences, measurement
 from fastiat.system.settings import steps_of
 
 Measured = dict[Path, list[dict[str, Any]]]
-"""The results of every run, oldest first, with the fields that `fastiat.runs.results` documents."""
+"""{run directory: its results, oldest first, with the fields that `runs.results` documents}."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,10 @@ class Label:
 
     name: str
     colour: int
+    """Which of c0 to c7 of `figures.COLOURS`, modulo 8."""
     training: str
     """The name without the seed."""
+    directory: str
 
 
 def label(runs: Sequence[Run]) -> dict[Path, Label]:
@@ -34,28 +36,30 @@ def label(runs: Sequence[Run]) -> dict[Path, Label]:
 
     Where two different trainings are of one row, their names are the directories'.
     """
-    trainings = {run.path: _training(run) for run in runs}
-    keys = {run.path: paper.row_of(run.config.adv, run.config.mix) for run in runs}
-    shared = Counter(key for key, _ in {(keys[path], of) for path, of in trainings.items()})
+    keys = {run.path: row_of(run.config.adv, run.config.mix) for run in runs}
+    trainings = {run.path: _without_seed(run) for run in runs}
+    of_row = Counter(key for key, _ in {(keys[path], of) for path, of in trainings.items()})
     seeds = Counter(trainings.values())
     labels = {}
     for number, run in enumerate(runs):
-        key, path = keys[run.path], run.path
-        if key is None or shared[key] > 1:
-            labels[path] = Label(path.name, number + len(paper.TRAINED) * (key is None), path.name)
-            continue
-        title = paper.ROWS[key].title
-        seeded = f", seed {run.config.seed}" if seeds[trainings[path]] > 1 else ""
-        labels[path] = Label(title + seeded, paper.TRAINED.index(key), title)
+        path, key, directory = run.path, keys[run.path], run.path.name
+        if key is None:  # these colours follow the rows'
+            labels[path] = Label(directory, number + len(TRAINED), directory, directory)
+        elif of_row[key] > 1:
+            labels[path] = Label(directory, number, directory, directory)
+        else:
+            title = ROWS[key].title
+            seed = f", seed {run.config.seed}" if seeds[trainings[path]] > 1 else ""
+            labels[path] = Label(title + seed, TRAINED.index(key), title, directory)
     return labels
 
 
-def _training(run: Run) -> str:
+def _without_seed(run: Run) -> str:
     """Return what runs that differ in their seed alone share."""
     return repr(replace(run.config, seed=0, out=None, data_dir=None, resume=False))
 
 
-def _plain(row: dict[str, Any], attack: str | None = None) -> bool:
+def _is_plain(row: dict[str, Any]) -> bool:
     """Whether a row is of the attack that figures show: white-box, L-infinity, on test images."""
     return (
         row["split"] == "test"
@@ -63,20 +67,21 @@ def _plain(row: dict[str, Any], attack: str | None = None) -> bool:
         and row["norm"] in ("linf", None)
         and row["loss"] in ("ce", None)
         and row["restarts"] in (1, None)
-        and attack in (None, row["attack"])
     )
+
+
+def _is_pgd(row: dict[str, Any]) -> bool:
+    return _is_plain(row) and row["attack"].startswith("pgd-") and bool(row["eps"])
 
 
 def _same_images(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two rows are of the same images: a draw depends on the seed, too."""
     names = ("dataset", "data", "split", "n")
-    seeds = one.get("seed"), other.get("seed")
-    return all(one.get(name) == other.get(name) for name in names) and (
-        None in seeds or seeds[0] == seeds[1]
-    )
+    seeds = {one.get("seed"), other.get("seed")} - {None}
+    return all(one.get(name) == other.get(name) for name in names) and len(seeds) < 2
 
 
-def _named(label: Label, more: str) -> str:
+def _titled(label: Label, more: str) -> str:
     """Name a line of a figure: its run, and in what its measurement differs from the others."""
     return f"{label.name}, {more}" if more else label.name
 
@@ -85,37 +90,37 @@ def tradeoff(
     runs: Sequence[Run],
     measured: Measured,
     labels: dict[Path, Label],
-    comparisons: Sequence[tables.Comparison],
+    comparisons: Sequence[Comparison],
 ) -> list[Picture]:
     """Draw clean against robust error, under the strongest attack that most runs share."""
-    # A point for every measurement: the newest of a run takes only the place of the same one.
+    # A point for every measurement: the newest of a run replaces only the same one.
     points: dict[tuple[Path, Measurement], tuple[dict[str, Any], dict[str, Any]]] = {}
     for run in runs:
-        rows = measured[run.path]
-        for robust in filter(_plain, rows):
-            same = [row for row in rows if _plain(row, "none") and _same_images(row, robust)]
-            if same and robust["attack"].startswith("pgd-") and robust["eps"]:
+        plain = list(filter(_is_plain, measured[run.path]))
+        for robust in filter(_is_pgd, plain):
+            same = [of for of in plain if of["attack"] == "none" and _same_images(of, robust)]
+            if same:
                 points[run.path, measurement(robust)] = same[-1], robust
-    shared = {(path, row["attack"], row["eps"]) for (path, _), (_, row) in points.items()}
+    shared = {(path, of["attack"], of["eps"]) for (path, _), (_, of) in points.items()}
     attacks = Counter((attack, eps) for _, attack, eps in shared)
     if not attacks:
         return []
     attack, eps = max(attacks, key=lambda key: (attacks[key], steps_of(key[0])))
     points = {
-        key: pair
-        for key, pair in points.items()
-        if (pair[1]["attack"], pair[1]["eps"]) == (attack, eps)
+        key: (clean, robust)
+        for key, (clean, robust) in points.items()
+        if (robust["attack"], robust["eps"]) == (attack, eps)
     }
     more = differences(one for _, one in points)
     series = []
     for (path, one), (clean, robust) in points.items():
-        shown, span = labels[path], robust["interval_95_percent"]
         point = clean["error_percent"], robust["error_percent"]
-        series.append(Series(_named(shown, more[one]), [point], shown.colour, [span]))
+        name, span = _titled(labels[path], more[one]), robust["interval_95_percent"]
+        series.append(Series(name, [point], labels[path].colour, [span]))
     for of in comparisons:
         found = {(line.row, line.measure): line.paper for line in of.lines}
-        for number, key in enumerate(paper.TRAINED):
-            row = paper.ROWS[key].title
+        for number, key in enumerate(TRAINED):
+            row = ROWS[key].title
             at = (row, "No attack, test"), (row, f"{attack.upper()} eps {eps:g}, test")
             if all(place in found for place in at):
                 name = f"paper, Table {of.name[-1]}: {row}"
@@ -128,88 +133,74 @@ def sweeps(
     runs: Sequence[Run],
     measured: Measured,
     labels: dict[Path, Label],
-    comparisons: Sequence[tables.Comparison],
+    comparisons: Sequence[Comparison],
 ) -> list[Picture]:
     """Draw the error over eps at one number of steps, and over steps at one eps."""
     pictures = []
-    tabled = {of.name for of in comparisons}
-    kinds: tuple[tuple[str, str, str, str, str], ...] = (
-        ("by-eps", "eps", "attack", "table6", "eps (L-infinity, pixels of 0 to 1)"),
-        ("by-steps", "attack", "eps", "table7", "PGD steps"),
-    )
-    for file, along, fixed, name, xlabel in kinds:
-        curves = _best_curves(runs, measured, along, fixed)
-        if curves is None:
+    for along, name in (("eps", "table6"), ("steps", "table7")):
+        best = _best_curves(runs, measured, along)
+        if best is None:
             continue
-        at, points = curves
-        more = differences(one for _, one in points)
-        series = [
-            Series(
-                _named(labels[path], more[one]), list(of), labels[path].colour, list(of.values())
-            )
-            for (path, one), of in points.items()
-        ]
-        if name in tabled:
-            for key in paper.table(name).rows:
-                title, colour = f"paper: {paper.ROWS[key].title}", paper.TRAINED.index(key)
-                series.append(Series(title, paper.curve(name, key), colour, paper=True))
-        what = f"{at}, by eps" if along == "eps" else f"eps {at:.4g}, by PGD steps"
+        at, curves = best
+        more = differences(one for _, one in curves)
+        series = []
+        for (path, one), rows in curves.items():
+            points = [(x, row["error_percent"]) for x, row in rows.items()]
+            spans = [row["interval_95_percent"] for row in rows.values()]
+            title = _titled(labels[path], more[one])
+            series.append(Series(title, points, labels[path].colour, spans))
+        if any(of.name == name for of in comparisons):
+            for key in table(name).rows:
+                title, colour = f"paper: {ROWS[key].title}", TRAINED.index(key)
+                series.append(Series(title, curve(name, key), colour, paper=True))
+        if along == "eps":
+            what, xlabel = f"{at}, by eps", "eps (L-infinity, pixels of 0 to 1)"
+        else:
+            what, xlabel = f"eps {at:.4g}, by PGD steps", "PGD steps"
         title = f"Error under attack: {what}"
-        log = along == "attack"
-        pictures.append(figures.lines(file, title, series, xlabel, log=log))
+        pictures.append(figures.lines(f"by-{along}", title, series, xlabel, log=along == "steps"))
     return pictures
 
 
-Curve = dict[tuple[float, float], tuple[float, float]]
-"""{(x, error in %): interval}, in the order of x."""
-
-
 def _best_curves(
-    runs: Sequence[Run], measured: Measured, along: str, fixed: str
-) -> tuple[Any, dict[tuple[Path, Measurement], Curve]] | None:
-    """Return the fixed setting under which most points of three or more lie, and its curves.
+    runs: Sequence[Run], measured: Measured, along: str
+) -> tuple[Any, dict[tuple[Path, Measurement], dict[float, dict[str, Any]]]] | None:
+    """Return the attack (along "eps") or eps (along "steps") of most points, and its curves.
 
-    A curve is of one run, and of measurements that differ in what it goes along alone: these have
-    None there in the curve's key.
+    A curve, {x: result} in the order of x, has three points or more, of one run and of measurements
+    that differ in nothing else: what varies along the curve is None in its key.
     """
+    fixed, varying = ("attack", ["eps"]) if along == "eps" else ("eps", ["attack", "steps"])
     curves: dict[Any, dict[tuple[Path, Measurement], dict[float, dict[str, Any]]]] = {}
-    varying = dict.fromkeys(("attack", "steps") if along == "attack" else (along,))
     for run in runs:
-        for row in measured[run.path]:
-            if _plain(row) and row["attack"].startswith("pgd-") and row["eps"]:
-                x = row["eps"] if along == "eps" else float(steps_of(row["attack"]))
-                key = run.path, measurement(row | varying)
-                curves.setdefault(row[fixed], {}).setdefault(key, {})[x] = row
+        for row in filter(_is_pgd, measured[run.path]):
+            x = row["eps"] if along == "eps" else float(steps_of(row["attack"]))
+            key = run.path, measurement(row | dict.fromkeys(varying))
+            curves.setdefault(row[fixed], {}).setdefault(key, {})[x] = row
     full = {
-        at: {key: points for key, points in of.items() if len(points) >= 3}
+        at: {key: dict(sorted(rows.items())) for key, rows in of.items() if len(rows) >= 3}
         for at, of in curves.items()
     }
-    counts = {at: sum(map(len, of.values())) for at, of in full.items()}
-    if not any(counts.values()):
+    points = {at: sum(map(len, of.values())) for at, of in full.items() if of}
+    if not points:
         return None
-    best = max(counts, key=lambda at: counts[at])
-    return best, {
-        key: {
-            (x, points[x]["error_percent"]): points[x]["interval_95_percent"]
-            for x in sorted(points)
-        }
-        for key, points in full[best].items()
-    }
+    best = max(points, key=lambda at: points[at])
+    return best, full[best]
 
 
 def norm_pictures(runs: Sequence[Run], labels: dict[Path, Label]) -> list[Picture]:
     """Draw both norms of every weight; runs with the same layers share a figure."""
     groups: dict[Any, dict[str, list[list[WeightNorms]]]] = {}
-    colours = {of.training: of.colour for of in labels.values()}
     for run in runs:
         layers = read_norms(run.path)
         if layers:
             layout = tuple((layer.name, layer.shape) for layer in layers)
-            of = groups.setdefault(layout, {})
-            of.setdefault(labels[run.path].training, []).append(layers)
-    pictures = []
-    for number, trainings in enumerate(groups.values(), 1):
-        norms = {title: figure1.over_seeds(found) for title, found in trainings.items()}
-        name = "norms" if len(groups) == 1 else f"norms-{number}"
-        pictures += figure1.pictures(norms, colours, name)
-    return pictures
+            training = labels[run.path].training
+            groups.setdefault(layout, {}).setdefault(training, []).append(layers)
+    colours = {of.training: of.colour for of in labels.values()}
+    names = ["norms"] if len(groups) == 1 else [f"norms-{n}" for n, _ in enumerate(groups, 1)]
+    return [
+        figure1.draw_norms(f"{name}-{kind}", trainings, colours=colours, kinds=[kind])
+        for name, trainings in zip(names, groups.values(), strict=True)
+        for kind in figure1.KINDS
+    ]

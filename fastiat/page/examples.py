@@ -1,10 +1,9 @@
-"""Examples for the eye: images of a run's test set, attacked, and what the attack added to them."""
+"""Examples: images of a run's test set, the same attacked, and the difference."""
 
 import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -13,53 +12,43 @@ from torch import Tensor
 
 from fastiat import data
 from fastiat.attack import pgd
-from fastiat.config import TrainConfig
 from fastiat.models import to_pixels
 from fastiat.page import figures
 from fastiat.runs.directory import MODEL, Run, load_with_card
 from fastiat.system.errors import InputError
-from fastiat.system.settings import is_beton
 
 COUNT = 8
 STEPS = 20
-# A file that is there once torchvision has fetched the data set.
-_FETCHED = {
-    "cifar10": "cifar-10-batches-py/test_batch",
-    "svhn": "test_32x32.mat",
-    "fashion-mnist": "FashionMNIST/raw/t10k-images-idx3-ubyte",
-}
+TITLES = ("image", "attacked image", "difference")
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image before and after the attack; the pictures are (H, W, C) uint8."""
+    """An image before and after the attack, with the names of three classes."""
 
     truth: str
+    """The true class."""
     clean: str
+    """The network's prediction for the image."""
     attacked: str
-    """The classes: the true one, and those that the network says without and with the attack."""
-    image: Tensor
-    adversarial: Tensor
-    change: Tensor
-    """Their difference, from -eps to eps drawn as from black to white."""
+    """The network's prediction for the attacked image."""
+    pictures: tuple[Tensor, ...]
+    """In the order of `TITLES`, each (H, W, C) uint8; the difference from -eps, black, to eps."""
 
     @property
-    def pictures(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three in the order of `TITLES`."""
-        return self.image, self.adversarial, self.change
-
-
-TITLES = ("image", "attacked", "difference")
+    def sources(self) -> list[tuple[str, str]]:
+        """Title and data URI of every picture, for a page."""
+        return list(zip(TITLES, map(_data_uri, self.pictures), strict=True))
 
 
 def examples(run: Run, load: Callable[..., data.Dataset] = data.load) -> list[Example]:
     """Attack an image of each of a run's first classes with PGD-20 at the run's eps.
 
     Returns [] where there is no network yet, or where its images are not on this machine: nothing
-    is downloaded.
+    is downloaded, as a stranger's config.json must not choose what is.
     """
     config = run.config
-    if not (run.path / MODEL).exists() or not config.eps or not at_hand(config):
+    if not (run.path / MODEL).exists() or not config.eps:
         return []
     model, card = load_with_card(run.path)
     try:
@@ -75,28 +64,14 @@ def examples(run: Run, load: Callable[..., data.Dataset] = data.load) -> list[Ex
     generator = torch.Generator().manual_seed(0)
     x_adv = pgd(model, x, y, eps=config.eps, alpha=config.alpha, steps=STEPS, generator=generator)
     with torch.no_grad():
-        said, fooled = model(x).argmax(1), model(x_adv).argmax(1)
+        clean, attacked = model(x).argmax(1), model(x_adv).argmax(1)
     change = 0.5 + (x_adv - x) / (2 * config.eps)
     names = card.classes
     pictures = zip(*map(_bytes, (x, x_adv, change)), strict=True)
     return [
-        Example(names[y[i]], names[said[i]], names[fooled[i]], *three)
+        Example(names[y[i]], names[clean[i]], names[attacked[i]], three)
         for i, three in enumerate(pictures)
     ]
-
-
-def at_hand(config: TrainConfig) -> bool:
-    """Whether the images of a run are on this machine."""
-    if config.dataset == "digits":
-        return True
-    for place in (config.dataset, config.data_dir):
-        if is_beton(place):
-            return Path(str(place)).exists()
-    try:
-        folder = Path(config.data_dir) if config.data_dir else data.default_dir()
-    except InputError:  # no home folder
-        return False
-    return (folder / _FETCHED.get(config.dataset, "test")).exists()
 
 
 def grid(found: Sequence[Example], title: str) -> figures.Picture:
@@ -121,7 +96,7 @@ def grid(found: Sequence[Example], title: str) -> figures.Picture:
     return figures.draw("examples", title, figure)
 
 
-def data_uri(picture: Tensor) -> str:
+def _data_uri(picture: Tensor) -> str:
     """Return a picture, (H, W, C) uint8, as a PNG in a data URI."""
     pixels = picture.squeeze(2) if picture.shape[2] == 1 else picture
     buffer = io.BytesIO()

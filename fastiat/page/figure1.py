@@ -1,17 +1,17 @@
-"""The paper's Figure 1: the norms of every weight matrix, training against training."""
+"""The paper's Figure 1: the norms of every weight matrix, training beside training."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple, Protocol
 
-from fastiat.analyse import WeightNorms
+from matplotlib.figure import Figure
+
 from fastiat.page import figures
 from fastiat.page.figures import Picture, Series
-from fastiat.paper import published as paper
-from fastiat.paper.compare import markdown
+from fastiat.paper.published import ROWS
 from fastiat.system.files import write
+from fastiat.system.tables import csv_text, markdown
 
 KINDS = ("frobenius", "spectral")
 PAPER = (
@@ -20,96 +20,122 @@ PAPER = (
 )
 
 
-@dataclass(frozen=True)
-class Layer:
+class Norms(Protocol):
+    """The norms of one weight: `fastiat.analyse.WeightNorms`, which is above this file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def frobenius(self) -> float: ...
+    @property
+    def spectral(self) -> float: ...
+
+
+Trainings = Mapping[str, Sequence[Sequence[Norms]]]
+"""{title: for every seed, the norms of every weight}; all have the same weights in one order."""
+
+
+class Spread(NamedTuple):
     """One norm of one weight over the seeds of a training."""
 
-    name: str
     mean: float
-    low: float
-    high: float
-    """The smallest and the largest of the seeds."""
+    lowest: float
+    highest: float
 
 
-Norms = dict[str, list[Layer]]
-"""{"frobenius": one for every weight, "spectral": the same}."""
-
-
-def over_seeds(runs: Sequence[Sequence[WeightNorms]]) -> Norms:
-    """Return mean and range over runs whose weights have the same names and shapes."""
-    norms: Norms = {kind: [] for kind in KINDS}
+def over_seeds(runs: Sequence[Sequence[Norms]], kind: str) -> dict[str, Spread]:
+    """Return {weight: its norm over the seeds}; `kind` is one of `KINDS`."""
+    found = {}
     for same in zip(*runs, strict=True):
+        values = [getattr(norms, kind) for norms in same]
         name = same[0].name.removesuffix(".weight").replace("groups.", "")
-        for kind in KINDS:
-            values = [getattr(layer, kind) for layer in same]
-            mean = sum(values) / len(values)
-            norms[kind].append(Layer(name, mean, min(values), max(values)))
-    return norms
+        found[name] = Spread(fmean(values), min(values), max(values))
+    return found
 
 
-def pictures(
-    trainings: Mapping[str, Norms], colours: Mapping[str, int], name: str
-) -> list[Picture]:
-    """Draw both norms as bars, a group for every weight and a bar for every training."""
-    drawn = []
-    for kind in KINDS:
-        series = []
-        for title, norms in trainings.items():
-            points = [(float(at), layer.mean) for at, layer in enumerate(norms[kind])]
-            spans = [(layer.low, layer.high) for layer in norms[kind]]
-            several = any(low < high for low, high in spans)
-            series.append(Series(title, points, colours[title], spans if several else None))
-        layers = [layer.name for layer in next(iter(trainings.values()))[kind]]
-        title = f"{kind.capitalize()} norm of every weight matrix"
-        drawn.append(figures.bars(f"{name}-{kind}", title, layers, series, f"{kind} norm"))
-    return drawn
+def draw_norms(
+    name: str,
+    trainings: Trainings,
+    *,
+    colours: Mapping[str, int] | None = None,
+    kinds: Sequence[str] = KINDS,
+) -> Picture:
+    """Draw norms as bars: a panel for each kind, a group for each weight, a bar for each training.
+
+    A bar is the mean over the seeds; a line on it reaches from the lowest to the highest seed.
+    `colours` maps titles to c0 ... c7 of `figures.COLOURS`, by default in the order of `trainings`.
+    `name` is the name of the files that `Picture.save` writes, without their endings.
+    """
+    width, height = figures.SIZE
+    thick = 0.8 / len(trainings)
+    titles = [f"{kind.capitalize()} norm of every weight matrix" for kind in kinds]
+    layers = list(over_seeds(next(iter(trainings.values())), kinds[0]))
+    with figures.style():
+        # Every bar needs its width; a page scrolls sideways where that is too much.
+        width = max(width, 0.075 * len(layers) * (len(trainings) + 2))
+        legend = 0.17 * ((len(trainings) + 1) // 2)
+        figure = Figure(figsize=(width, height * len(kinds) + legend), layout="constrained")
+        axes = figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0]
+        for axis, kind, title in zip(axes, kinds, titles, strict=True):
+            for number, (training, runs) in enumerate(trainings.items()):
+                at = [group - 0.4 + (number + 0.5) * thick for group in range(len(layers))]
+                norms = list(over_seeds(runs, kind).values())
+                heights = [of.mean for of in norms]
+                colour = number if colours is None else colours[training]
+                look = Series(training, (), colour).style["color"]
+                axis.bar(at, heights, thick, label=figures.drawable(training), color=look)
+                if len(runs) > 1:
+                    spans = [(of.lowest, of.highest) for of in norms]
+                    figures.draw_spans(
+                        axis, Series("", [*zip(at, heights, strict=True)], -1, spans)
+                    )
+            axis.set_title(title, loc="left")
+            axis.set_ylabel(f"{kind} norm")
+            axis.grid(axis="x", visible=False)
+        turned = 60 if len(layers) > 8 else 0
+        axes[-1].set_xticks(range(len(layers)), map(figures.drawable, layers), rotation=turned)
+        figures.add_legend(figure, axes[0])
+    return figures.draw(name, ", ".join(titles), figure)
 
 
-def findings(trainings: Mapping[str, Norms]) -> str:
-    """Say in how many layers training adversarially raised the norms, and IAT lowered them."""
-    plain, adversarial = paper.ROWS["baseline"].title, paper.ROWS["pgd7"].title
+def findings(trainings: Trainings) -> str:
+    """Say in how many weights adversarial training raised the norms, and IAT lowered them."""
+    plain, adversarial = ROWS["baseline"].title, ROWS["pgd7"].title
     pairs = [(adversarial, plain)]
-    pairs += [(adversarial, paper.ROWS[key].title) for key in ("iat_mixup", "iat_manifold_mixup")]
+    pairs += [(adversarial, ROWS[key].title) for key in ("iat_mixup", "iat_manifold_mixup")]
     said = []
     for upper, lower in pairs:
         if upper in trainings and lower in trainings:
             counts = []
             for kind in KINDS:
-                both = list(zip(trainings[upper][kind], trainings[lower][kind], strict=True))
-                higher = sum(one.mean > other.mean for one, other in both)
-                counts.append(f"the {kind} norms of {higher} of {len(both)} matrices")
+                one, other = (over_seeds(trainings[of], kind) for of in (upper, lower))
+                higher = sum(one[layer].mean > other[layer].mean for layer in one)
+                counts.append(f"the {kind} norms of {higher} of {len(one)} matrices")
             said.append(f"{upper} is above {lower} in {' and '.join(counts)}")
     return f"{PAPER}. Here {'; '.join(said)}." if said else f"{PAPER}."
 
 
-def save(
-    folder: Path, trainings: Mapping[str, Norms], drawn: Sequence[Picture], caption: str
-) -> str:
-    """Write figure1.md, figure1.csv and the pictures into a folder; return the Markdown."""
-    rows = [
-        (title, layer.name, kind, layer.mean, layer.low, layer.high)
-        for title, norms in trainings.items()
+def save(folder: Path, trainings: Trainings, colours: Mapping[str, int], caption: str) -> str:
+    """Write figure1.md, figure1.csv and a picture for each kind of norm; return the Markdown."""
+    found = {
+        (title, layer, kind): spread
+        for title, runs in trainings.items()
         for kind in KINDS
-        for layer in norms[kind]
-    ]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("row", "layer", "norm", "mean", "lowest", "highest"))
-    writer.writerows([*row[:3], *(f"{value:.6g}" for value in row[3:])] for row in rows)
-    cells = {row[:3]: _cell(*row[3:]) for row in rows}
-    lines = dict.fromkeys((layer, kind) for _, layer, kind, *_ in rows)
-    text = markdown(
-        ("matrix", "norm", *trainings),
-        [[*line, *(cells[title, *line] for title in trainings)] for line in lines],
-        left=2,
-    )
-    page = f"**Figure 1: norms of the weight matrices.** {caption} {findings(trainings)}\n\n{text}"
-    write(folder / "figure1.csv", out.getvalue().encode())
-    write(folder / "figure1.md", page.encode())
-    for picture in drawn:
-        picture.save(folder)
-    return page
+        for layer, spread in over_seeds(runs, kind).items()
+    }
+    head = ("row", "layer", "norm", *Spread._fields)
+    rows = [[*key, *(f"{value:.6g}" for value in spread)] for key, spread in found.items()]
+    lines = dict.fromkeys((layer, kind) for _, layer, kind in found)
+    cells = [[*line, *(_cell(found[title, *line]) for title in trainings)] for line in lines]
+    table = markdown(("matrix", "norm", *trainings), cells, left=2)
+    text = f"**Figure 1: norms of the weight matrices.** {caption} {findings(trainings)}\n\n{table}"
+    write(folder / "figure1.csv", csv_text(head, rows).encode())
+    write(folder / "figure1.md", text.encode())
+    for kind in KINDS:
+        draw_norms(f"figure1-{kind}", trainings, colours=colours, kinds=[kind]).save(folder)
+    return text
 
 
-def _cell(mean: float, low: float, high: float) -> str:
-    return f"{mean:.4g}" if low == high else f"{mean:.4g} ({low:.4g} to {high:.4g})"
+def _cell(of: Spread) -> str:
+    spread = "" if of.lowest == of.highest else f" ({of.lowest:.4g} to {of.highest:.4g})"
+    return f"{of.mean:.4g}{spread}"

@@ -171,7 +171,7 @@ def lines(
         figure, axis = _panel(title, len(series))
         for one in series:
             axis.plot(*zip(*one.points, strict=True), label=one.label, **one.style)
-            _bars(axis, one)
+            draw_spans(axis, one)
         axis.set(xlabel=xlabel, ylabel="error in %", ylim=(0, 102))
         if log:
             axis.set_xscale("log")
@@ -180,7 +180,7 @@ def lines(
             axis.set_xticks([], minor=True)
         else:
             axis.set_xlim(left=0)
-        _legend(figure, axis)
+        add_legend(figure, axis)
     return draw(name, title, figure)
 
 
@@ -192,10 +192,10 @@ def tradeoff(name: str, title: str, series: Sequence[Series], ylabel: str) -> Pi
             axis.plot(
                 *zip(*one.points, strict=True), label=one.label, **one.style | {"linestyle": ""}
             )
-            _bars(axis, one)
+            draw_spans(axis, one)
         axis.set(xlabel="error on clean images in %", ylabel=ylabel)
         axis.margins(0.12)
-        _legend(figure, axis)
+        add_legend(figure, axis)
     return draw(name, title, figure)
 
 
@@ -207,7 +207,8 @@ def _panel(title: str, entries: int) -> tuple[Figure, Axes]:
     return figure, axis
 
 
-def _bars(axis: Axes, one: Series) -> None:
+def draw_spans(axis: Axes, one: Series) -> None:
+    """Draw a line over the interval of every point of a series."""
     if one.spans:
         x, y = zip(*one.points, strict=True)
         reach = [[v - low for v, (low, _) in zip(y, one.spans, strict=True)]]
@@ -217,7 +218,8 @@ def _bars(axis: Axes, one: Series) -> None:
         axis.errorbar(x, y, clipped, fmt="none", ecolor=one.style["color"], elinewidth=1)
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
+def add_legend(figure: Figure, axis: Axes) -> None:
+    """Put the names of an axis' series below the figure."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
@@ -293,29 +295,3 @@ def _curve(
     else:
         axis.set_ylim(0, 100 if "%" in unit else None)
         axis.legend()
-
-
-def bars(
-    name: str, title: str, groups: Sequence[str], series: Sequence[Series], ylabel: str
-) -> Picture:
-    """Draw grouped bars: `points` of a series are (group number, height)."""
-    with style():
-        width, height = SIZE
-        wide = max(width, 0.075 * len(groups) * (len(series) + 2))
-        figure = Figure(
-            figsize=(wide, height + 0.17 * ((len(series) + 1) // 2)), layout="constrained"
-        )
-        axis = figure.subplots()
-        axis.set_title(title, loc="left")
-        thick = 0.8 / len(series)
-        for number, one in enumerate(series):
-            at = [group - 0.4 + (number + 0.5) * thick for group, _ in one.points]
-            heights = [value for _, value in one.points]
-            axis.bar(at, heights, thick, label=one.label, color=one.style["color"])
-            _bars(axis, Series("", list(zip(at, heights, strict=True)), -1, one.spans))
-        turned = 60 if len(groups) > 8 else 0
-        axis.set_xticks(range(len(groups)), list(map(drawable, groups)), rotation=turned)
-        axis.set_ylabel(ylabel)
-        axis.grid(axis="x", visible=False)
-        _legend(figure, axis)
-    return draw(name, title, figure)

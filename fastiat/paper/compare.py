@@ -1,57 +1,53 @@
-"""One's own figures beside the paper's: found among the runs' results, written as a table.
+"""Our error rates beside the paper's: found among the runs' results, and written as a table.
 
 A `Comparison` is kept as NAME.json, which the report reads, and shown as NAME.md and NAME.csv.
 """
 
-import csv
-import io
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from statistics import fmean, stdev
+from typing import Any
 
 from scipy import stats
 
 from fastiat.paper.published import ROWS, SOURCE, Cell
-from fastiat.runs.directory import METRICS, MODEL, Run
-from fastiat.runs.results import (
-    IDENTITY,
-    fingerprint,
-    is_figure,
-    measures,
-    read_results,
-    wilson,
-)
-from fastiat.system.errors import InputError, printable
+from fastiat.runs.directory import MODEL
+from fastiat.runs.results import fingerprint, measures, wilson
+from fastiat.system.errors import InputError
 from fastiat.system.files import finite_json, write
-from fastiat.system.settings import fits, flag_of
+from fastiat.system.settings import flag_of, from_json
+from fastiat.system.tables import csv_text, markdown
 from fastiat.system.untrusted import read_json_text
-
-HEAD = ("row", "measure", "paper", "ours", "difference", "95 % interval")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A figure of the paper and ours; errors in %, the difference in points."""
+    """An error rate of the paper and ours, in %; their difference in percentage points."""
 
     row: str
     measure: str
     paper: float
     ours: float | None = None
-    """None where it is not measured: cited from elsewhere by the paper, or left out."""
+    """None where it is not measured: the paper cites it from elsewhere, or it is left out."""
     low: float | None = None
     high: float | None = None
     """The 95 % interval of `ours`."""
     errors: int | None = None
     n: int | None = None
-    """Misclassified images, and all; of all seeds together."""
+    """Misclassified images, and all images, summed over the seeds."""
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` for a figure without its interval, which a damaged file may hold."""
+        if len({value is None for value in (self.ours, self.low, self.high)}) > 1:
+            raise InputError("it has a figure without its 95 % interval")
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the paper's."""
+        """Ours minus the paper's, None where ours is not measured."""
         return None if self.ours is None else self.ours - self.paper
 
 
@@ -64,115 +60,51 @@ class Comparison:
     caption: str
     command: str
     lines: tuple[Line, ...]
+    source: str = SOURCE
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write NAME.md, NAME.csv and NAME.json into a folder and return their paths."""
-        kept = json.dumps({"format": 1, "source": SOURCE, **asdict(self)}, indent=1) + "\n"
-        texts = {"md": self.markdown(), "csv": self.csv(), "json": kept}
-        files = {folder / f"{self.name}.{kind}": text for kind, text in texts.items()}
-        for file, text in files.items():
-            write(file, text.encode())
-        return list(files)
+    def write(self, folder: Path) -> None:
+        """Write NAME.md, NAME.csv and NAME.json into a folder."""
+        kept = json.dumps(asdict(self), indent=1) + "\n"
+        for kind, text in {"md": self.markdown(), "csv": self.csv(), "json": kept}.items():
+            write(folder / f"{self.name}.{kind}", text.encode())
 
     def markdown(self) -> str:
         """Return the table as Markdown, its caption above."""
-        rows = [_texts(line) for line in self.lines]
+        head = ("row", "measure", "paper", "ours", "difference", "95 % interval")
+        rows = []
+        for of in self.lines:
+            ours = ("", "", "")
+            if of.difference is not None:
+                ours = (f"{of.ours:.2f}", f"{of.difference:+.2f}", f"{of.low:.2f} to {of.high:.2f}")
+            rows.append((of.row, of.measure, f"{of.paper:.2f}", *ours))
         return (
-            f"**{self.title}.** {self.caption}\n\n{markdown(HEAD, rows, left=2)}\n"
-            f"Paper: {SOURCE}.\n\n    {self.command}\n"
+            f"**{self.title}.** {self.caption}\n\n{markdown(head, rows, left=2)}\n"
+            f"Paper: {self.source}.\n\n    {self.command}\n"
         )
 
     def csv(self) -> str:
         """Return the table as CSV with a line of names, unknown figures empty."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
         names = ("row", "measure", "paper", "ours", "difference", "low", "high", "errors", "n")
-        writer.writerow(names)
-        for line in self.lines:
-            values = [getattr(line, name) for name in names]
-            writer.writerow([round(v, 4) if isinstance(v, float) else v for v in values])
-        return out.getvalue()
+        values = ([getattr(line, name) for name in names] for line in self.lines)
+        rows = [[round(v, 4) if isinstance(v, float) else v for v in row] for row in values]
+        return csv_text(names, rows)
 
 
 def read(file: Path) -> Comparison:
     """Read what `Comparison.write` wrote as JSON; raise `InputError` for anything else."""
     try:
         values = finite_json(read_json_text(file))
-        lines = tuple(_build(Line, line) for line in values["lines"])
-        return _build(Comparison, {**values, "lines": lines})
-    except (ValueError, TypeError, KeyError, RecursionError):
+        lines = tuple(from_json(Line, line) for line in values["lines"])
+        return from_json(Comparison, values | {"lines": lines})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(
             f"{file} is not a table of fastiat: remove it, or run fastiat reproduce again"
         ) from None
 
 
-def _build(kind: type[Any], values: dict[str, Any]) -> Any:
-    hints = get_type_hints(kind)
-    taken = {field.name: values[field.name] for field in fields(kind)}
-    for name, value in taken.items():
-        # The lines are built already.
-        if name != "lines" and not fits(value, hints[name]):
-            raise ValueError(name)
-    if kind is Line and len({taken[name] is None for name in ("ours", "low", "high")}) > 1:
-        raise ValueError("ours")
-    return kind(**taken)
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Return a Markdown table, its columns padded, the first `left` of them aligned left."""
-    # A bar would end its cell.
-    rows = [[printable(cell).replace("|", r"\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if number < left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |\n"
-
-    rules = [
-        "-" * width if number < left else "-" * (width - 1) + ":"
-        for number, width in enumerate(widths)
-    ]
-    return line(head) + line(rules) + "".join(map(line, rows))
-
-
-def _texts(line: Line) -> tuple[str, ...]:
-    """Write a line's cells, the columns of `HEAD`."""
-    cells = (line.row, line.measure, f"{line.paper:.2f}")
-    if line.ours is None or line.low is None or line.high is None:
-        return (*cells, "", "", "")
-    span = f"{line.low:.2f} to {line.high:.2f}"
-    return (*cells, f"{line.ours:.2f}", f"{line.ours - line.paper:+.2f}", span)
-
-
-def results(run: Run) -> list[dict[str, Any]]:
-    """Return the measurements of the weights that a run has now, oldest first.
-
-    Those of evaluation.json, and before them what earlier versions wrote to metrics.jsonl alone,
-    after the last epoch: what stands before it belongs to weights that are no more. All have every
-    field of `results.IDENTITY`. Raises `InputError` for rows that fastiat did not write.
-    """
-    # Earlier versions did not say which images, and measured on the run's own.
-    unsaid = dict.fromkeys(IDENTITY) | {"dataset": run.config.dataset, "model": ""}
-    rows: list[dict[str, Any]] = []
-    for row in run.rows():
-        if row.get("kind") == "epoch":
-            rows.clear()
-        elif row.get("kind") == "evaluation" and "model" not in row:
-            rows.append(unsaid | row)
-    if not all(map(is_figure, rows)):
-        raise InputError(
-            f"{run.path / METRICS} has a row that fastiat did not write, of kind evaluation but "
-            f"without its figures: remove it"
-        )
-    return rows + read_results(run.path)
-
-
 def find(
     cell: Cell,
-    found: list[dict[str, Any]],
+    found: Sequence[dict[str, Any]],
     *,
     n: int,
     alpha: float,
@@ -185,9 +117,12 @@ def find(
     """Return the newest of the results of `run` that measures a cell on `n` images, or None.
 
     data: fingerprint of the images, None where it is not known.
-    precision: arithmetic that crafts; "auto" takes any, so that machines can share the work.
+    precision: arithmetic of the attack; "auto" accepts any, so that machines can share the work.
     source: the run that the examples are crafted on: `run` itself in a white-box attack.
     """
+    model = source / MODEL
+    if not model.exists():
+        return None
     wanted: dict[str, Any] = {
         "dataset": dataset, "split": cell.split, "attack": cell.attack, "attacks": None, "n": n,
     }  # fmt: skip
@@ -198,38 +133,37 @@ def find(
         wanted |= {} if precision == "auto" else {"precision": precision}
     if cell.attack.startswith("pgd"):
         wanted |= {"alpha": alpha, "random_start": True, "restarts": 1}
-    model = source / MODEL
-    if not model.exists():
-        return None
-    origins = {(source.name, fingerprint(model)), *([(None, None)] if source == run else [])}
-
-    def fitting(row: dict[str, Any]) -> bool:
-        origin = row.get("source"), row.get("source_model")
-        # A draw of images with another seed is of other images.
-        return origin in origins and row.get("seed") in (None, 0) and measures(row, wanted)
-
-    return next(filter(fitting, reversed(found)), None)
+    # `fastiat transfer` names the source of a white-box attack too, `fastiat evaluate` does not.
+    origins = [(source.name, fingerprint(model)), *[(None, None)] * (source == run)]
+    # Another seed would draw other images.
+    alternatives = [
+        wanted | {"source": name, "source_model": weights, "seed": seed}
+        for name, weights in origins
+        for seed in (None, 0)
+    ]
+    return next(
+        (row for row in reversed(found) if any(measures(row, one) for one in alternatives)), None
+    )
 
 
 def line(cell: Cell, found: Sequence[dict[str, Any] | None]) -> Line:
     """Put the results of a cell, one for each seed, beside the paper's figure.
 
-    One seed has the interval of its counts (Wilson 1927), which is about the choice of images.
-    Several see the same images, so that this stays as it is for one; independent of it is the
-    spread of trainings, with the mean's interval from Student's t over the seeds, and the reaches
-    of both add up in squares. The line stays without figures of ours until all seeds are measured.
+    The line has no figure of ours until all seeds are measured. The interval has two parts. The
+    choice of images: Wilson's (1927), of one seed's number of images, as all seeds see the same
+    ones. With several seeds, the spread of trainings: the mean's interval from Student's t. The
+    two are independent, so that their half-widths add in quadrature.
     """
     title, measured = ROWS[cell.row].title, [row for row in found if row is not None]
-    if not measured or len(measured) < len(found):
+    seeds = len(measured)
+    if not measured or seeds < len(found):
         return Line(title, cell.measure, cell.error_percent)
     errors, n = (sum(int(row[name]) for row in measured) for name in ("errors", "n"))
     rates = [100 * row["errors"] / row["n"] for row in measured]
-    mean = sum(rates) / len(rates)
-    seeds = len(rates)
+    mean = fmean(rates)
     low, high = wilson(mean / 100, n // seeds)
     if seeds > 1:
-        spread = math.sqrt(sum((rate - mean) ** 2 for rate in rates) / (seeds - 1))
-        half = float(stats.t.ppf(0.975, seeds - 1)) * spread / math.sqrt(seeds)
+        half = float(stats.t.ppf(0.975, seeds - 1)) * stdev(rates) / math.sqrt(seeds)
         low = max(mean - math.hypot(mean - low, half), 0.0)
         high = min(mean + math.hypot(high - mean, half), 100.0)
     return Line(title, cell.measure, cell.error_percent, mean, low, high, errors, n)
@@ -239,19 +173,17 @@ def command_of(name: str, config: Any, default: Any) -> str:
     """Return the command line whose settings are `config`, those of `default` left out."""
     words = ["fastiat", name]
     for field in fields(config):
-        value = getattr(config, field.name)
+        value, flag = getattr(config, field.name), flag_of(field.name)
+        values = value if isinstance(value, tuple) else (value,)
         if field.name in config.positional:
-            words += map(str, value if isinstance(value, tuple) else (value,))
-        elif value != getattr(default, field.name) and value is not None:
-            words += _flag(field.name, value)
+            words += map(str, values)
+        elif value == getattr(default, field.name) or value is None:
+            continue
+        elif isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, *(shlex.quote(_word(one)) for one in values)]
     return " ".join(words)
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [flag_of(name) if value else "--no-" + flag_of(name)[2:]]
-    values = value if isinstance(value, tuple) else (value,)
-    return [flag_of(name), *(shlex.quote(_word(one)) for one in values)]
 
 
 def _word(value: Any) -> str:

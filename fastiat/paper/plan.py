@@ -1,27 +1,28 @@
 """What a table of the paper needs: its trainings, each a run directory, and its measurements."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastiat.config import ReproduceConfig, TrainConfig, paper
 from fastiat.models import DEFAULT_WIDTH
-from fastiat.paper import compare as tables
+from fastiat.paper.compare import Comparison, command_of, find, line
 from fastiat.paper.estimate import images_of
-from fastiat.paper.published import ROWS, Cell, table
+from fastiat.paper.published import ROWS, TRAINED, Cell, table
 from fastiat.runs.directory import CONFIG, MODEL, STATE, Run, check_free, default_out
+from fastiat.runs.results import read_results
 from fastiat.system.errors import Damaged, InputError
 from fastiat.system.settings import flag_of
 
-# What a finished run may have otherwise and still be the row: where it is and what computed it.
+# A finished run may differ in these and still be the row: where it is, and what computed it.
 FREE = {
     *("preset", "out", "data_dir", "resume", "eval_limit"),
     *("device", "engine", "precision", "loader", "checkpoint_every", "on_nan"),
 }
 
 # The paper says of Figure 1's networks: six layers of 512 units, Fashion-MNIST. The rest is ours.
-FIGURE_ROWS = ("baseline", "pgd7", "iat_mixup", "iat_manifold_mixup")
+FIGURE_ROWS: tuple[str, ...] = ("baseline", "pgd7", "iat_mixup", "iat_manifold_mixup")
 FIGURE = replace(
     paper(),
     arch="mlp6",
@@ -33,6 +34,7 @@ FIGURE = replace(
     alpha=0.025,
     pad=0,
 )
+IMAGES = {"test": "test images", "train": "training images"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Job:
     """Updates that are done."""
     finished: bool
     data: str | None = None
-    """Fingerprint of the images that it was trained on, None before it is begun."""
+    """Fingerprint of the images that it was trained on, None before training has begun."""
 
     @property
     def path(self) -> Path:
@@ -56,10 +58,6 @@ class Job:
     def title(self) -> str:
         """The row and the seed, for a line of text."""
         return f"{ROWS[self.row].title}, seed {self.config.seed}"
-
-    def results(self) -> list[dict[str, Any]]:
-        """Return what is measured of the run, [] where there is none."""
-        return tables.results(Run.open(self.path)) if (self.path / CONFIG).exists() else []
 
 
 class Plan:
@@ -73,12 +71,16 @@ class Plan:
         self.config = config
         self.out = Path(config.out)
         self.figure = config.target == "figure1"
-        self.recipe = FIGURE
-        if not self.figure:
-            self.table = table(config.target)
+        self.table = None if self.figure else table(config.target)
+        self.recipe, rows = FIGURE, FIGURE_ROWS
+        if self.table:
             self.recipe = replace(paper(), arch=self.table.arch, dataset=self.table.dataset)
+            rows = tuple(row for row in self.table.rows if row in TRAINED)
         self.seeds = config.seeds or ((0, 1, 2) if self.figure else (0,))
-        self.used = self._used()
+        names = ("epochs", "width", "arch", "dataset", "lr", "data_dir", "device", "precision")
+        asked: Any = {name: getattr(config, name) for name in names}
+        given = {name: value for name, value in asked.items() if value is not None}
+        self.used = replace(self.recipe, **given, eval_limit=config.limit)
         self.used.check()
         self.images = images_of(self.used.dataset, config.data_dir)
         if self.images.train < self.used.batch_size:
@@ -86,58 +88,62 @@ class Plan:
                 f"{self.used.dataset} has {self.images.train} training images, and the paper's "
                 f"recipe takes {self.used.batch_size} at a time: give it more images"
             )
-        if not self.figure and not self.splits:
+        of_table = self.table.cells if self.table else ()
+        all_splits = dict.fromkeys(cell.split for cell in of_table)
+        # Of the images that the paper's table is measured on, the ones that were asked for.
+        self.splits = [split for split in all_splits if split in config.splits]
+        self.left_out = [split for split in all_splits if split not in config.splits]
+        if self.table and not self.splits:
             raise InputError(
-                f"{config.target} is measured on the {' and '.join(self._all_splits)} images: "
+                f"{config.target} is measured on the {' and '.join(all_splits)} images: "
                 f"name these with --splits, or leave it out"
             )
-        self.jobs = self._jobs()
+        self._cells = [cell for cell in of_table if cell.split in self.splits]
+        self.jobs = [self._job(row, seed) for row in rows for seed in self.seeds]
 
-    def _used(self) -> TrainConfig:
-        """Return the recipe with what was asked for instead."""
-        names = ("epochs", "width", "arch", "dataset", "lr", "data_dir", "device", "precision")
-        asked = {name: getattr(self.config, name) for name in names}
-        given = {name: value for name, value in asked.items() if value is not None}
-        return replace(self.recipe, **given, eval_limit=self.config.limit)
-
-    def _jobs(self) -> list[Job]:
-        rows = FIGURE_ROWS if self.figure else self.table.rows
-        jobs = []
-        for row in (row for row in rows if ROWS[row].adv is not None):
-            for seed in self.seeds:
-                flags: Any = {"adv": ROWS[row].adv, "mix": ROWS[row].mix, "seed": seed}
-                wanted = replace(self.used, **flags)
-                out = self.out / default_out(wanted).name
-                jobs.append(_job(row, replace(wanted, out=str(out))))
-        return jobs
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The images that are measured: of those that the paper's table has, the ones asked for."""
-        return tuple(split for split in self._all_splits if split in self.config.splits)
-
-    @cached_property
-    def _all_splits(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(cell.split for cell in self.table.cells))
+    def _job(self, row: str, seed: int) -> Job:
+        """Look how far the run of a row is; raise `InputError` if it is another training."""
+        flags: Any = {"adv": ROWS[row].adv, "mix": ROWS[row].mix, "seed": seed}
+        wanted = replace(self.used, **flags)
+        path = self.out / default_out(wanted).name
+        wanted = replace(wanted, out=str(path))
+        if not (path / CONFIG).exists():
+            check_free(path)
+            return Job(row, wanted, 0, False)
+        run = Run.open(path)
+        for field in fields(TrainConfig):
+            mine, theirs = _setting(wanted, field.name), _setting(run.config, field.name)
+            if field.name not in FREE and mine != theirs:
+                raise InputError(
+                    f"{path} was trained with {flag_of(field.name)} {theirs}, not {mine}: "
+                    f"ask for that, move the run away, or choose another --out"
+                )
+        if run.has_state():
+            step, validated, mark = run.load_state(_position)
+            return Job(row, wanted, step, validated >= wanted.epochs, mark)
+        if not (path / MODEL).exists():
+            return Job(row, wanted, 0, False)
+        # Without the checkpoint metrics.jsonl still says how far the model was trained.
+        epochs = [of.get("epoch") for of in run.rows() if of.get("kind") == "epoch"]
+        last = max((epoch for epoch in epochs if isinstance(epoch, int)), default=0)
+        if last < wanted.epochs:
+            raise InputError(
+                f"{path} stopped after epoch {last} and has lost its {STATE}, so that it cannot "
+                f"go on: put that back, or move the run away"
+            )
+        return Job(row, wanted, 0, True)
 
     def count(self, split: str) -> int:
         """Return how many images of a split are measured."""
         there: int = getattr(self.images, split)
         return min(self.config.limit or there, there)
 
-    def cells(self, row: str) -> list[Cell]:
-        """Return the paper's figures of a row on the images that are measured."""
-        cells = () if self.figure else self.table.cells
-        return [cell for cell in cells if cell.row == row and cell.split in self.splits]
-
-    def source(self, cell: Cell, job: Job) -> Path:
-        """Return the run of a job's seed that a cell's examples are crafted on."""
-        wanted = cell.source, job.config.seed
-        return next(other.path for other in self.jobs if (other.row, other.config.seed) == wanted)
-
-    def result(self, cell: Cell, job: Job, found: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def _result(
+        self, cell: Cell, job: Job, found: Sequence[dict[str, Any]]
+    ) -> dict[str, Any] | None:
         """Return the measurement of a cell among those of a job's run, or None."""
-        return tables.find(
+        crafted_on = cell.source, job.config.seed
+        return find(
             cell,
             found,
             n=self.count(cell.split),
@@ -146,59 +152,44 @@ class Plan:
             data=job.data,
             precision=self.config.precision,
             run=job.path,
-            source=self.source(cell, job),
+            source=next(of.path for of in self.jobs if (of.row, of.config.seed) == crafted_on),
         )
 
     def missing(self, job: Job) -> list[Cell]:
         """Return the cells that a job's run is still to be measured for."""
-        found = job.results()
-        return [cell for cell in self.cells(job.row) if self.result(cell, job, found) is None]
+        found = read_results(job.path)
+        cells = [cell for cell in self._cells if cell.row == job.row]
+        return [cell for cell in cells if self._result(cell, job, found) is None]
 
-    def comparison(self) -> tables.Comparison:
+    def comparison(self) -> Comparison:
         """Put what is measured so far beside the paper's table."""
-        found = {job.path: job.results() for job in self.jobs}
+        assert self.table is not None
+        found = {job.path: read_results(job.path) for job in self.jobs}
         lines = []
-        for row in self.table.rows:
-            jobs = [job for job in self.jobs if job.row == row]
-            for cell in self.cells(row):
-                measured = [self.result(cell, job, found[job.path]) for job in jobs]
-                lines.append(tables.line(cell, measured))
-        limits = {split: (self.count(split), getattr(self.images, split)) for split in self.splits}
-        left_out = [split for split in self._all_splits if split not in self.splits]
-        return tables.Comparison(
-            self.table.name,
-            self.table.title,
-            f"Error in %, difference in points. {self.caption(limits, left_out)}",
-            self.command(),
-            tuple(lines),
-        )
+        for cell in self._cells:
+            jobs = [job for job in self.jobs if job.row == cell.row]
+            lines.append(line(cell, [self._result(cell, job, found[job.path]) for job in jobs]))
+        caption = f"Error in %, difference in points. {self.caption()}"
+        return Comparison(self.table.name, self.table.title, caption, self.command(), tuple(lines))
 
-    def caption(
-        self, limits: dict[str, tuple[int, int]] | None = None, left_out: list[str] | None = None
-    ) -> str:
-        """Say what was scaled down from the recipe, and with which seeds.
-
-        `limits` has for every split the images measured and all there are; `left_out` the splits
-        of the paper that are not measured.
-        """
+    def caption(self) -> str:
+        """Say what was scaled down from the recipe, and which seeds were used."""
         used, recipe, width = self.used, self.recipe, DEFAULT_WIDTH[self.used.arch]
+        titles = {
+            "dataset": "data set", "arch": "network", "epochs": "epochs", "lr": "learning rate",
+        }  # fmt: skip
         parts = []
-        for name, title in {
-            "dataset": "data set",
-            "arch": "network",
-            "epochs": "epochs",
-            "lr": "learning rate",
-        }.items():
+        for name, title in titles.items():
             mine, theirs = getattr(used, name), getattr(recipe, name)
             if mine != theirs:
                 parts.append(f"{title} {mine} instead of {theirs}")
         if used.width not in (None, width):
             parts.append(f"width {used.width} instead of {width}")
-        names = {"test": "test images", "train": "training images"}
-        for split, (n, of) in (limits or {}).items():
+        for split in self.splits:
+            n, of = self.count(split), getattr(self.images, split)
             if n < of:
-                parts.append(f"measured on {n} of the {of} {names[split]}")
-        parts += [f"not measured on the {names[split]}" for split in left_out or ()]
+                parts.append(f"measured on {n} of the {of} {IMAGES[split]}")
+        parts += [f"not measured on the {IMAGES[split]}" for split in self.left_out]
         seeds = ", ".join(map(str, self.seeds))
         seeded = f"One seed ({seeds})" if len(self.seeds) == 1 else f"Mean over seeds {seeds}"
         scaled = f"Scaled: {'; '.join(parts)}" if parts else "At the scale of the paper's recipe"
@@ -207,47 +198,14 @@ class Plan:
     def command(self) -> str:
         """Return the command line that makes, or completes, this table."""
         config = replace(self.config, dry_run=False)
-        return tables.command_of("reproduce", config, ReproduceConfig(target=self.config.target))
-
-
-def _job(row: str, wanted: TrainConfig) -> Job:
-    """Look how far the run of a row is; raise `InputError` if it is another training."""
-    path = Path(wanted.out or "")
-    if not (path / CONFIG).exists():
-        check_free(path)
-        return Job(row, wanted, 0, False)
-    run = Run.open(path)
-    for field in fields(TrainConfig):
-        mine, theirs = _setting(wanted, field.name), _setting(run.config, field.name)
-        if field.name not in FREE and mine != theirs:
-            raise InputError(
-                f"{path} was trained with {flag_of(field.name)} {theirs}, not {mine}: "
-                f"ask for that, move the run away, or choose another --out"
-            )
-    last = 0
-    for line in run.rows():
-        if line.get("kind") == "epoch" and isinstance(line.get("epoch"), int):
-            last = line["epoch"]
-    complete = last >= wanted.epochs and (path / MODEL).exists()
-    if run.has_state():
-        try:
-            step, epochs, mark = run.load_state(_position)
-        except InputError:
-            # Only a resume needs the checkpoint, and an earlier version wrote it otherwise.
-            if complete:
-                return Job(row, wanted, 0, True)
-            raise
-        return Job(row, wanted, step, epochs >= wanted.epochs, mark)
-    if (path / MODEL).exists() and not complete:
-        raise InputError(
-            f"{path} stopped after epoch {last} and has lost its {STATE}, so that it cannot go on: "
-            f"put that back, or move the run away"
-        )
-    return Job(row, wanted, 0, complete)
+        return command_of("reproduce", config, ReproduceConfig(target=self.config.target))
 
 
 def _position(state: dict[str, Any]) -> tuple[int, int, str]:
-    """Return the updates that are done, the epochs that are measured, and the images' mark."""
+    """Return the updates that are done, the epochs that are measured, and the images' fingerprint.
+
+    Raises `Damaged` for a checkpoint that lacks one of them.
+    """
     step, epochs, mark = state.get("step"), state.get("validated_epochs"), state.get("data")
     if not isinstance(step, int) or not isinstance(epochs, int) or not isinstance(mark, str):
         raise Damaged("it is not a checkpoint of fastiat")
