@@ -5,15 +5,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple, Protocol
 
-from matplotlib.figure import Figure
-
 from fastiat.page import figures
-from fastiat.page.figures import Picture, Series
+from fastiat.page.figures import Picture, colour_of
 from fastiat.paper.published import ROWS
 from fastiat.system.files import write
 from fastiat.system.tables import csv_text, markdown
 
 KINDS = ("frobenius", "spectral")
+SPAN = colour_of(7)
+"""Of the lines on the bars: a colour that no training of the paper has."""
 PAPER = (
     "In the paper's Figure 1, adversarial training raises the Frobenius norm of all layers and the "
     "spectral norm of most, which the authors read as a more complex classifier"
@@ -66,30 +66,24 @@ def draw_norms(
     `colours` maps titles to c0 ... c7 of `figures.COLOURS`, by default in the order of `trainings`.
     `name` is the name of the files that `Picture.save` writes, without their endings.
     """
-    width, height = figures.SIZE
-    thick = 0.8 / len(trainings)
     titles = [f"{kind.capitalize()} norm of every weight matrix" for kind in kinds]
     layers = list(over_seeds(next(iter(trainings.values())), kinds[0]))
+    # Every bar needs its width; a page scrolls sideways where that is too much.
+    width = max(figures.SIZE[0], 0.075 * len(layers) * (len(trainings) + 2))
+    thick = 0.8 / len(trainings)
     with figures.style():
-        # Every bar needs its width; a page scrolls sideways where that is too much.
-        width = max(width, 0.075 * len(layers) * (len(trainings) + 2))
-        legend = 0.17 * ((len(trainings) + 1) // 2)
-        figure = Figure(figsize=(width, height * len(kinds) + legend), layout="constrained")
-        axes = figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0]
-        for axis, kind, title in zip(axes, kinds, titles, strict=True):
-            for number, (training, runs) in enumerate(trainings.items()):
+        figure, axes = figures.panels(titles, len(trainings), width)
+        for axis, kind in zip(axes, kinds, strict=True):
+            for number, (title, runs) in enumerate(trainings.items()):
+                norms = over_seeds(runs, kind).values()
+                colour = colour_of(number if colours is None else colours[title])
                 at = [group - 0.4 + (number + 0.5) * thick for group in range(len(layers))]
-                norms = list(over_seeds(runs, kind).values())
                 heights = [of.mean for of in norms]
-                colour = number if colours is None else colours[training]
-                look = Series(training, (), colour).style["color"]
-                axis.bar(at, heights, thick, label=figures.drawable(training), color=look)
+                axis.bar(at, heights, thick, label=title, color=colour)
                 if len(runs) > 1:
+                    points = list(zip(at, heights, strict=True))
                     spans = [(of.lowest, of.highest) for of in norms]
-                    figures.draw_spans(
-                        axis, Series("", [*zip(at, heights, strict=True)], -1, spans)
-                    )
-            axis.set_title(title, loc="left")
+                    figures.draw_spans(axis, points, spans, SPAN)
             axis.set_ylabel(f"{kind} norm")
             axis.grid(axis="x", visible=False)
         turned = 60 if len(layers) > 8 else 0

@@ -1,7 +1,7 @@
-"""Figures: drawn once in the light theme's colours, saved as PNG and SVG, and set into a page.
+"""Figures: drawn once in the colours of the light theme, saved as PNG and SVG, and put on a page.
 
-On a page (`Picture.inline`) the same SVG has the page's CSS variables for colours, so that it
-follows the reader's light or dark theme, and text stays text.
+On a page (`Picture.inline`) the same SVG has CSS variables for colours, so that it follows the
+reader's light or dark theme. Text in it stays text, which can be searched and copied.
 """
 
 import io
@@ -40,7 +40,7 @@ COLOURS = {
 }
 MARKERS = "osD^vPX*"
 SIZE = (4.5, 3.5)
-"""Inches: what still can be read on a telephone."""
+"""Width and height in inches, small enough to be read on a telephone."""
 
 _RC: Any = {
     # Names of runs may hold dollar signs.
@@ -67,6 +67,11 @@ _RC: Any = {
 }
 
 
+def colour_of(number: int) -> str:
+    """Return the colour of a series in the light theme: c0 to c7, then from c0 again."""
+    return COLOURS[f"c{number % 8}"][0]
+
+
 @dataclass(frozen=True)
 class Series:
     """A line, or a set of points, of a figure."""
@@ -76,14 +81,14 @@ class Series:
     colour: int = 0
     """Which of c0 to c7, and which marker."""
     spans: Sequence[tuple[float, float]] | None = None
-    """The 95 % interval of every point."""
+    """The 95 % interval of every point, (low, high)."""
     paper: bool = False
-    """Whether it is the paper's: dashed and hollow."""
+    """Whether it is the paper's: drawn dashed, with hollow markers."""
 
     @property
     def style(self) -> dict[str, Any]:
-        """Matplotlib's keywords for its colour, marker and line."""
-        colour = COLOURS[f"c{self.colour % 8}"][0]
+        """Keyword arguments of matplotlib's `plot` for colour, marker and line."""
+        colour = colour_of(self.colour)
         face = COLOURS["page"][0] if self.paper else colour
         return {
             "color": colour,
@@ -111,7 +116,11 @@ class Picture:
         write(folder / f"{self.name}.svg", self.svg.encode())
 
     def inline(self, prefix: str) -> str:
-        """Return the SVG for a page: in the page's colours, its ids made unique by `prefix`."""
+        """Return the SVG as an HTML element: in the page's colours, its ids unique by `prefix`.
+
+        matplotlib writes a file of its own: what only a file needs is removed, and the style, which
+        would apply to the whole page.
+        """
         text = self.svg[self.svg.index("<svg") :]
         text = re.sub(
             r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S
@@ -120,7 +129,7 @@ class Picture:
         text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
         for name, (light, _) in COLOURS.items():
             text = text.replace(light, f"var(--{name})")
-        # The viewBox stays, so that it scales.
+        # Without width and height the viewBox scales the figure to its place on the page.
         _, width, _ = re.split(r'<svg[^>]*? width="([\d.]+)pt"', text, maxsplit=1)
         text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
         label = f'role="img" aria-label="{escape(self.title)}" style="max-width:{width}pt"'
@@ -128,7 +137,10 @@ class Picture:
 
 
 def draw(name: str, title: str, figure: Figure, *, png: bool = True) -> Picture:
-    """Render a figure that was made within `style()`, without `png` for a page alone."""
+    """Render a figure that was made within `style()`; without `png` for a page alone.
+
+    The same figure makes the same bytes: the SVG has no date, and ids from a fixed salt.
+    """
     files = {"png": b""}
     for kind in ("png", "svg") if png else ("svg",):
         buffer = io.BytesIO()
@@ -143,9 +155,9 @@ def draw(name: str, title: str, figure: Figure, *, png: bool = True) -> Picture:
 
 
 def drawable(text: str) -> str:
-    """Return a text as one line; characters without a glyph in the font as Python writes them.
+    """Return a text as one line, with escapes such as \\u732b for characters that the font lacks.
 
-    matplotlib would warn of each, and draw boxes.
+    matplotlib would warn of each of these, and draw a box.
     """
     glyphs = _glyphs()
     return "".join(c if ord(c) in glyphs else ascii(c).strip("'") for c in printable(text))
@@ -163,15 +175,46 @@ def style() -> Any:
     return rc_context(_RC)
 
 
+def panels(
+    titles: Sequence[str], entries: int, width: float = SIZE[0]
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels below each other, with room for a legend of `entries` series.
+
+    `width` is in inches. To be called within `style()`.
+    """
+    height = SIZE[1] * len(titles) + 0.17 * ((entries + 1) // 2)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(len(titles), sharex=True, squeeze=False)[:, 0])
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, loc="left")
+    return figure, axes
+
+
+def draw_spans(
+    axis: Axes,
+    points: Sequence[tuple[float, float]],
+    spans: Sequence[tuple[float, float]],
+    colour: str,
+) -> None:
+    """Draw a vertical line over the interval (low, high) of every point (x, y)."""
+    x, y = zip(*points, strict=True)
+    # Rounding can put an end on the wrong side of its middle, which errorbar refuses.
+    below = [max(at - low, 0.0) for at, (low, _) in zip(y, spans, strict=True)]
+    above = [max(high - at, 0.0) for at, (_, high) in zip(y, spans, strict=True)]
+    axis.errorbar(x, y, [below, above], fmt="none", ecolor=colour, elinewidth=1)
+
+
+def add_legend(figure: Figure, axis: Axes) -> None:
+    """Put the names of the series of an axis below the figure."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
 def lines(
     name: str, title: str, series: Sequence[Series], xlabel: str, *, log: bool = False
 ) -> Picture:
     """Draw errors in % over a setting of the attack, a line for each series."""
     with style():
-        figure, axis = _panel(title, len(series))
-        for one in series:
-            axis.plot(*zip(*one.points, strict=True), label=one.label, **one.style)
-            draw_spans(axis, one)
+        figure, axis = _plot(title, series)
         axis.set(xlabel=xlabel, ylabel="error in %", ylim=(0, 102))
         if log:
             axis.set_xscale("log")
@@ -180,47 +223,27 @@ def lines(
             axis.set_xticks([], minor=True)
         else:
             axis.set_xlim(left=0)
-        add_legend(figure, axis)
     return draw(name, title, figure)
 
 
 def tradeoff(name: str, title: str, series: Sequence[Series], ylabel: str) -> Picture:
     """Draw every run as a point: its error on clean images, and under attack, in %."""
     with style():
-        figure, axis = _panel(title, len(series))
-        for one in series:
-            axis.plot(
-                *zip(*one.points, strict=True), label=one.label, **one.style | {"linestyle": ""}
-            )
-            draw_spans(axis, one)
+        figure, axis = _plot(title, series, linestyle="")
         axis.set(xlabel="error on clean images in %", ylabel=ylabel)
         axis.margins(0.12)
-        add_legend(figure, axis)
     return draw(name, title, figure)
 
 
-def _panel(title: str, entries: int) -> tuple[Figure, Axes]:
-    width, height = SIZE
-    figure = Figure(figsize=(width, height + 0.17 * ((entries + 1) // 2)), layout="constrained")
-    axis = figure.subplots()
-    axis.set_title(title, loc="left")
+def _plot(title: str, series: Sequence[Series], **look: str) -> tuple[Figure, Axes]:
+    """Return a figure of one panel with the series and their intervals in it."""
+    figure, (axis,) = panels([title], len(series))
+    for one in series:
+        axis.plot(*zip(*one.points, strict=True), label=one.label, **one.style | look)
+        if one.spans:
+            draw_spans(axis, one.points, one.spans, one.style["color"])
+    add_legend(figure, axis)
     return figure, axis
-
-
-def draw_spans(axis: Axes, one: Series) -> None:
-    """Draw a line over the interval of every point of a series."""
-    if one.spans:
-        x, y = zip(*one.points, strict=True)
-        reach = [[v - low for v, (low, _) in zip(y, one.spans, strict=True)]]
-        reach += [[high - v for v, (_, high) in zip(y, one.spans, strict=True)]]
-        # Rounding can put an end on the wrong side of its middle.
-        clipped = [[max(value, 0.0) for value in side] for side in reach]
-        axis.errorbar(x, y, clipped, fmt="none", ecolor=one.style["color"], elinewidth=1)
-
-
-def add_legend(figure: Figure, axis: Axes) -> None:
-    """Put the names of an axis' series below the figure."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 PANELS = (
@@ -273,6 +296,7 @@ def curves(epochs: Sequence[dict[str, Any]], title: str) -> tuple[Picture, list[
 def _curve(
     axis: Axes, rows: Sequence[dict[str, Any]], panel: tuple[str, str, dict[str, str]]
 ) -> None:
+    """Draw one of `PANELS` without the series that the run has not, such as an attack's."""
     unit, title, series = panel
     attacked = any(row["adv_loss"] for row in rows)
     for number, (key, label) in enumerate(series.items()):

@@ -1,8 +1,9 @@
-"""How long trainings and measurements would take here, told from a few of their steps."""
+"""How long trainings and measurements would take on this machine, estimated from a few steps."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -16,7 +17,7 @@ from fastiat.train import Trainer
 LONG_ENOUGH = 0.5
 """Seconds that a measurement must take to be trusted."""
 
-# So that a dry run asks for no download.
+# Training and test images, size, channels: so that a dry run downloads nothing.
 _KNOWN = {
     "cifar10": (50_000, 10_000, 32, 3),
     "svhn": (73_257, 26_032, 32, 3),
@@ -26,11 +27,14 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Images:
-    """What a time depends on in a data set: how many images of what size, in how many classes."""
+    """What a duration depends on in a data set."""
 
     train: int
+    """Training images."""
     test: int
+    """Test images."""
     size: int
+    """Height and width of an image in pixels."""
     channels: int
     classes: int
 
@@ -46,7 +50,7 @@ class Images:
 
 
 def images_of(name: str, data_dir: str | None) -> Images:
-    """Return what a data set holds; only "digits" and "folder" are read for that.
+    """Return what a data set holds. Only "digits", "folder" and .beton files are read for that.
 
     Raises `InputError` as `fastiat.data.load` does.
     """
@@ -59,17 +63,17 @@ def images_of(name: str, data_dir: str | None) -> Images:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds for one image of a kind of training."""
+    """Seconds that one image takes in a kind of training."""
 
     update: float
-    """Of an update: the clean pass, the attack, the adversarial pass."""
+    """In an update: the clean pass, the attack, the adversarial pass."""
     forward: float
-    """Of a pass that judges."""
+    """In a forward pass that classifies it."""
     step: float
-    """Of a PGD step that measures."""
+    """In a PGD step of a measurement."""
 
     def training(self, config: TrainConfig, images: Images, done: int) -> float:
-        """Return the seconds of the updates after the first `done`, and of the tests between."""
+        """Return the seconds of the updates after the first `done`, with the validation between."""
         per_epoch = images.train // config.batch_size
         tested = min(images.test, config.eval_limit or images.test)
         updates = max(config.epochs * per_epoch - done, 0)
@@ -77,43 +81,36 @@ class Speed:
         return updates * config.batch_size * self.update + tests * tested * self.forward
 
     def measuring(self, measurements: Iterable[tuple[str, int]]) -> float:
-        """Return the seconds of measurements (attack, images)."""
+        """Return the seconds of measurements, each an attack and a number of images."""
         return sum(n * (self.forward + steps_of(attack) * self.step) for attack, n in measurements)
 
 
 def speed(config: TrainConfig, images: Images) -> Speed:
-    """Measure a kind of training on a batch, or on as much of one as takes long enough."""
-    for n in _sizes(config.batch_size):
+    """Measure a kind of training on a batch, or on as few images of one as take long enough."""
+    n, update = min(4, config.batch_size), 0.0
+    while True:
         trainer = Trainer(replace(config, batch_size=n, holdout=0), images.noise(n))
         ((pixels, y),) = trainer.loader
-        update = _seconds(lambda t=trainer, x=pixels, y=y: t.update(x, y), trainer.device)  # type: ignore[misc]
-        if update > LONG_ENOUGH:
+        update = _seconds(partial(trainer.update, pixels, y), trainer.device)
+        if update > LONG_ENOUGH or n == config.batch_size:
             break
+        n = min(4 * n, config.batch_size)
     model, x = trainer.model.eval(), to_pixels(pixels)
 
     def validate() -> None:
         with torch.no_grad(), trainer.precision():
             model(x)
 
-    def step() -> None:
+    def two_steps() -> None:
         with trainer.precision():
             pgd(model, x, y, eps=config.eps, alpha=config.alpha, steps=2)
 
-    forward, steps = _seconds(validate, trainer.device), _seconds(step, trainer.device)
+    forward, steps = _seconds(validate, trainer.device), _seconds(two_steps, trainer.device)
     return Speed(update / n, forward / n, steps / 2 / n)
 
 
-def _sizes(batch: int) -> Iterator[int]:
-    """Yield batch sizes from a few images up to the whole batch."""
-    n = min(4, batch)
-    while n < batch:
-        yield n
-        n *= 4
-    yield batch
-
-
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of a call, the first one, which warms up, apart."""
+    """Return the mean seconds of up to three calls, after a first one that warms up."""
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
