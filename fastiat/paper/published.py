@@ -1,8 +1,9 @@
 """The paper's Tables 1 to 7 as data: arXiv 1906.06784, Lamb et al. 2019.
 
-`tables.csv` has a line for every figure: the table, the training of the row, the network that the
-examples are crafted on where it is another one's (Table 5), the images, the attack, its eps, and
-the error in %. In Tables 1 to 4 the split "train" is what the paper puts in parentheses.
+`tables.csv` has a line for every error rate: the table, the training of the row, the network that
+the examples are crafted on where that is another one (Table 5), the images, the attack, its eps,
+and the error in %. In Tables 1 to 4 the paper writes the errors on the split "train" in
+parentheses.
 """
 
 import csv
@@ -22,7 +23,7 @@ class Row:
 
     title: str
     adv: str | None
-    """None where the paper cites the figures from elsewhere, so that there is nothing to train."""
+    """None where the paper cites the errors from elsewhere, so that there is nothing to train."""
     mix: str
 
 
@@ -43,17 +44,18 @@ TRAINED = tuple(key for key, row in ROWS.items() if row.adv is not None)
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of the paper."""
+    """One error rate of the paper."""
 
     row: str
     """A key of `ROWS`: the network under attack."""
     source: str
     """A key of `ROWS`: the network that the examples are crafted on."""
     split: str
+    """"test" or "train"."""
     attack: str
     """none, fgsm or pgd-K."""
     eps: float
-    """Radius of the L-infinity ball in pixels of 0 to 1; 0 without an attack."""
+    """Radius of the L-infinity ball in pixels of [0, 1]; 0 without an attack."""
     error_percent: float
 
     @property
@@ -80,8 +82,8 @@ class Table:
         return tuple(dict.fromkeys(cell.row for cell in self.cells))
 
 
-# The captions of Tables 1 and 2 say WideResNet20-10, which no depth of 6n + 4 is; section 4 has
-# 28-10.
+# The captions of Tables 1 and 2 say WideResNet20-10. There is none: the depth of a wide ResNet is
+# 6n + 4. Section 4 says 28-10.
 _TITLES: dict[str, tuple[str, Arch, DatasetName]] = {
     "table1": ("white-box attacks, CIFAR-10, WideResNet28-10", "wrn28_10", "cifar10"),
     "table2": ("white-box attacks, SVHN, WideResNet28-10", "wrn28_10", "svhn"),
@@ -98,38 +100,34 @@ def table(name: str) -> Table:
     """Return a table by its name, "table1" to "table7"; raise `InputError` for another name."""
     if name not in _TITLES:
         raise InputError(f"the paper has no {name!r}: choose from {', '.join(_TITLES)}")
-    cells = tuple(cell for of, cell in _cells() if of == name)
     title, arch, dataset = _TITLES[name]
-    return Table(name, f"Table {name.removeprefix('table')}: {title}", arch, dataset, cells)
+    title = f"Table {name.removeprefix('table')}: {title}"
+    return Table(name, title, arch, dataset, tuple(_cells()[name]))
 
 
 @cache
-def _cells() -> tuple[tuple[str, Cell], ...]:
-    """Return every figure with the name of its table."""
+def _cells() -> dict[str, list[Cell]]:
+    """Read tables.csv: the cells of every table; raise `InputError` if the file is damaged."""
     file = importlib.resources.files("fastiat.paper").joinpath("tables.csv")
+    found: dict[str, list[Cell]] = {name: [] for name in _TITLES}
     try:
-        lines = csv.DictReader(file.read_text().splitlines(), strict=True)
-        cells = tuple((line["table"], _cell(line)) for line in lines)
-        if {of for of, _ in cells} != _TITLES.keys():
+        for line in csv.DictReader(file.read_text().splitlines(), strict=True):
+            row, source = line["row"], line["source"] or line["row"]
+            eps, percent = float(line["eps"] or 0), float(line["error_percent"])
+            steps_of(line["attack"])
+            if not {row, source} <= ROWS.keys() or line["split"] not in ("test", "train"):
+                raise ValueError(f"{row}, {source}, {line['split']}")
+            if not (0 <= eps <= 1 and 0 <= percent <= 100):
+                raise ValueError(f"{eps}, {percent}")
+            cell = Cell(row, source, line["split"], line["attack"], eps, percent)
+            found[line["table"]].append(cell)
+        if not all(found.values()):
             raise ValueError("it lacks a table")
-        return cells
     except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise InputError(
             f"{file} is damaged ({one_line(error)[:100]}): install fastiat again"
         ) from None
-
-
-def _cell(line: dict[str, str]) -> Cell:
-    eps, error = float(line["eps"] or 0), float(line["error_percent"])
-    cell = Cell(
-        line["row"], line["source"] or line["row"], line["split"], line["attack"], eps, error
-    )
-    steps_of(cell.attack)
-    if not {cell.row, cell.source} <= ROWS.keys() or cell.split not in ("test", "train"):
-        raise ValueError(f"{cell.row}, {cell.source}, {cell.split}")
-    if line["table"] not in _TITLES or not (0 <= eps <= 1 and 0 <= error <= 100):
-        raise ValueError(f"{line['table']}, {eps}, {error}")
-    return cell
+    return found
 
 
 def row_of(adv: str, mix: str) -> str | None:
@@ -140,5 +138,6 @@ def row_of(adv: str, mix: str) -> str | None:
 def curve(name: str, row: str) -> list[tuple[float, float]]:
     """Return Table 6 or 7's curve of a row: (eps, error in %), or (steps, error in %)."""
     cells = [cell for cell in table(name).cells if cell.row == row]
-    at = (lambda c: c.eps) if name == "table6" else (lambda c: float(steps_of(c.attack)))
-    return [(at(cell), cell.error_percent) for cell in cells]
+    if name == "table6":
+        return [(cell.eps, cell.error_percent) for cell in cells]
+    return [(float(steps_of(cell.attack)), cell.error_percent) for cell in cells]
