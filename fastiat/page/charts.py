@@ -200,7 +200,7 @@ def norm_pictures(runs: Sequence[Run], labels: dict[Path, Label]) -> list[Pictur
     colours = {of.training: of.colour for of in labels.values()}
     names = ["norms"] if len(groups) == 1 else [f"norms-{n}" for n, _ in enumerate(groups, 1)]
     return [
-        figure1.draw_norms(f"{name}-{kind}", trainings, colours=colours, kinds=[kind])
+        picture
         for name, trainings in zip(names, groups.values(), strict=True)
-        for kind in figure1.KINDS
+        for picture in figure1.draw_norms(name, trainings, colours)
     ]

@@ -54,42 +54,39 @@ def over_seeds(runs: Sequence[Sequence[Norms]], kind: str) -> dict[str, Spread]:
 
 
 def draw_norms(
-    name: str,
-    trainings: Trainings,
-    *,
-    colours: Mapping[str, int] | None = None,
-    kinds: Sequence[str] = KINDS,
-) -> Picture:
-    """Draw norms as bars: a panel for each kind, a group for each weight, a bar for each training.
+    name: str, trainings: Trainings, colours: Mapping[str, int] | None = None
+) -> list[Picture]:
+    """Draw NAME-frobenius and NAME-spectral: a group of bars for each weight, a bar each training.
 
     A bar is the mean over the seeds; a line on it reaches from the lowest to the highest seed.
     `colours` maps titles to c0 ... c7 of `figures.COLOURS`, by default in the order of `trainings`.
-    `name` is the name of the files that `Picture.save` writes, without their endings.
     """
-    titles = [f"{kind.capitalize()} norm of every weight matrix" for kind in kinds]
-    layers = list(over_seeds(next(iter(trainings.values())), kinds[0]))
-    # Every bar needs its width; a page scrolls sideways where that is too much.
-    width = max(figures.SIZE[0], 0.075 * len(layers) * (len(trainings) + 2))
+    pictures = []
     thick = 0.8 / len(trainings)
-    with figures.style():
-        figure, axes = figures.panels(titles, len(trainings), width)
-        for axis, kind in zip(axes, kinds, strict=True):
-            for number, (title, runs) in enumerate(trainings.items()):
-                norms = over_seeds(runs, kind).values()
-                colour = colour_of(number if colours is None else colours[title])
+    for kind in KINDS:
+        norms = {title: over_seeds(runs, kind) for title, runs in trainings.items()}
+        layers = list(next(iter(norms.values())))
+        # Every bar needs its width; a page scrolls sideways where that is too much.
+        width = max(figures.SIZE[0], 0.075 * len(layers) * (len(norms) + 2))
+        title = f"{kind.capitalize()} norm of every weight matrix"
+        with figures.style():
+            figure, axis = figures.panel(title, len(norms), width)
+            for number, (training, spreads) in enumerate(norms.items()):
+                colour = colour_of(number if colours is None else colours[training])
                 at = [group - 0.4 + (number + 0.5) * thick for group in range(len(layers))]
-                heights = [of.mean for of in norms]
-                axis.bar(at, heights, thick, label=title, color=colour)
-                if len(runs) > 1:
+                heights = [of.mean for of in spreads.values()]
+                axis.bar(at, heights, thick, label=training, color=colour)
+                if len(trainings[training]) > 1:
                     points = list(zip(at, heights, strict=True))
-                    spans = [(of.lowest, of.highest) for of in norms]
+                    spans = [(of.lowest, of.highest) for of in spreads.values()]
                     figures.draw_spans(axis, points, spans, SPAN)
+            turned = 60 if len(layers) > 8 else 0
+            axis.set_xticks(range(len(layers)), map(figures.drawable, layers), rotation=turned)
             axis.set_ylabel(f"{kind} norm")
             axis.grid(axis="x", visible=False)
-        turned = 60 if len(layers) > 8 else 0
-        axes[-1].set_xticks(range(len(layers)), map(figures.drawable, layers), rotation=turned)
-        figures.add_legend(figure, axes[0])
-    return figures.draw(name, ", ".join(titles), figure)
+            figures.add_legend(figure, axis)
+        pictures.append(figures.draw(f"{name}-{kind}", title, figure))
+    return pictures
 
 
 def findings(trainings: Trainings) -> str:
@@ -125,8 +122,8 @@ def save(folder: Path, trainings: Trainings, colours: Mapping[str, int], caption
     text = f"**Figure 1: norms of the weight matrices.** {caption} {findings(trainings)}\n\n{table}"
     write(folder / "figure1.csv", csv_text(head, rows).encode())
     write(folder / "figure1.md", text.encode())
-    for kind in KINDS:
-        draw_norms(f"figure1-{kind}", trainings, colours=colours, kinds=[kind]).save(folder)
+    for picture in draw_norms("figure1", trainings, colours):
+        picture.save(folder)
     return text
 
 

@@ -175,19 +175,16 @@ def style() -> Any:
     return rc_context(_RC)
 
 
-def panels(
-    titles: Sequence[str], entries: int, width: float = SIZE[0]
-) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels below each other, with room for a legend of `entries` series.
+def panel(title: str, entries: int, width: float = SIZE[0]) -> tuple[Figure, Axes]:
+    """Return a figure, `width` inches wide, with room for a legend of `entries` series; its axes.
 
-    `width` is in inches. To be called within `style()`.
+    To be called within `style()`.
     """
-    height = SIZE[1] * len(titles) + 0.17 * ((entries + 1) // 2)
+    height = SIZE[1] + 0.17 * ((entries + 1) // 2)
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(len(titles), sharex=True, squeeze=False)[:, 0])
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, loc="left")
-    return figure, axes
+    axis = figure.subplots()
+    axis.set_title(title, loc="left")
+    return figure, axis
 
 
 def draw_spans(
@@ -237,7 +234,7 @@ def tradeoff(name: str, title: str, series: Sequence[Series], ylabel: str) -> Pi
 
 def _plot(title: str, series: Sequence[Series], **look: str) -> tuple[Figure, Axes]:
     """Return a figure of one panel with the series and their intervals in it."""
-    figure, (axis,) = panels([title], len(series))
+    figure, axis = panel(title, len(series))
     for one in series:
         axis.plot(*zip(*one.points, strict=True), label=one.label, **one.style | look)
         if one.spans:
