@@ -123,7 +123,7 @@ def tradeoff(
             row = ROWS[key].title
             at = (row, "No attack, test"), (row, f"{attack.upper()} eps {eps:g}, test")
             if all(place in found for place in at):
-                name = f"paper, Table {of.name[-1]}: {row}"
+                name = f"paper, Table {of.name[-1:]}: {row}"
                 series.append(Series(name, [(found[at[0]], found[at[1]])], number, paper=True))
     title = "Clean and robust error"
     return [figures.tradeoff("tradeoff", title, series, f"error in %, {attack} eps {eps:.4g}")]

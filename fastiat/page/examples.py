@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -32,8 +33,11 @@ class Example:
     """The network's prediction for the image."""
     attacked: str
     """The network's prediction for the attacked image."""
-    pictures: tuple[Tensor, ...]
-    """In the order of `TITLES`, each (H, W, C) uint8; the difference from -eps, black, to eps."""
+    pictures: tuple[Any, ...]
+    """In the order of `TITLES`: arrays (H, W, 3), or (H, W) in grey, uint8.
+
+    The difference is drawn from -eps, black, to eps, white.
+    """
 
     @property
     def sources(self) -> list[tuple[str, str]]:
@@ -42,7 +46,7 @@ class Example:
 
 
 def examples(run: Run, load: Callable[..., data.Dataset] = data.load) -> list[Example]:
-    """Attack an image of each of a run's first classes with PGD-20 at the run's eps.
+    """Attack one test image of each of a run's first 8 classes with PGD-20 at the run's eps.
 
     Returns [] where there is no network yet, or where its images are not on this machine: nothing
     is downloaded, as a stranger's config.json must not choose what is.
@@ -67,7 +71,7 @@ def examples(run: Run, load: Callable[..., data.Dataset] = data.load) -> list[Ex
         clean, attacked = model(x).argmax(1), model(x_adv).argmax(1)
     change = 0.5 + (x_adv - x) / (2 * config.eps)
     names = card.classes
-    pictures = zip(*map(_bytes, (x, x_adv, change)), strict=True)
+    pictures = zip(*map(_arrays, (x, x_adv, change)), strict=True)
     return [
         Example(names[y[i]], names[clean[i]], names[attacked[i]], three)
         for i, three in enumerate(pictures)
@@ -82,9 +86,7 @@ def grid(found: Sequence[Example], title: str) -> figures.Picture:
         for column, example in enumerate(found):
             for row, picture in enumerate(example.pictures):
                 axis = axes[row, column]
-                grey = picture.shape[2] == 1
-                pixels = (picture.squeeze(2) if grey else picture).numpy()
-                axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+                axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
                 axis.grid(visible=False)
@@ -96,14 +98,14 @@ def grid(found: Sequence[Example], title: str) -> figures.Picture:
     return figures.draw("examples", title, figure)
 
 
-def _data_uri(picture: Tensor) -> str:
-    """Return a picture, (H, W, C) uint8, as a PNG in a data URI."""
-    pixels = picture.squeeze(2) if picture.shape[2] == 1 else picture
+def _data_uri(picture: Any) -> str:
+    """Return a picture, an array as in `Example`, as a PNG in a data URI."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, format="PNG")
+    Image.fromarray(picture).save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _bytes(x: Tensor) -> Tensor:
-    """Turn pixels (B, C, H, W) in [0, 1] into (B, H, W, C) uint8."""
-    return (255 * x).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+def _arrays(x: Tensor) -> list[Any]:
+    """Turn pixels (B, C, H, W) in [0, 1] into B arrays (H, W, 3), or (H, W) in grey, uint8."""
+    pixels = (255 * x).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return list(pixels.squeeze(3).numpy())

@@ -125,7 +125,9 @@ class Picture:
         text = re.sub(
             r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S
         )
+        # HTML has no namespaces.
         text = re.sub(r' xmlns(:xlink)?="[^"]*"| version="[^"]*"', "", text).replace("xlink:", "")
+        # An id must be unique among all figures of the page.
         text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
         for name, (light, _) in COLOURS.items():
             text = text.replace(light, f"var(--{name})")
