@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from fastiat.system import errors
-from fastiat.system.errors import InputError, Lost, out_of_memory
+from fastiat.system.errors import InputError, RankLostError, out_of_memory
 
 TIMEOUT = timedelta(minutes=20)
 """How long a rank waits for one that is silent; one whose process ended is noticed at once."""
@@ -168,13 +168,13 @@ class Ranks:
         store, done = self._notes, f"done/{self._turns}/{self.node}"
         while self.local_rank and not store.check([done]):
             if store.check(["speaker"]):
-                raise Lost("another process ended")
+                raise RankLostError("another process ended")
             time.sleep(0.1)
         yield
         if not self.local_rank:
             store.set(done, "")
 
-    def may_speak(self) -> bool:
+    def may_report(self) -> bool:
         """Whether this rank is the one to say why all end: the first that asks is.
 
         From then on SIGTERM, which torchrun sends the others when one ends, is ignored.
@@ -261,15 +261,17 @@ class Ranks:
             raise self._lost(error) from None
         return tensor
 
-    def _lost(self, error: RuntimeError) -> Lost:
+    def _lost(self, error: RuntimeError) -> RankLostError:
         """Say who no longer answers, which takes a moment where that is not plain."""
-        if not self.may_speak():
-            return Lost("another process ended")
+        if not self.may_report():
+            return RankLostError("another process ended")
         missing = self.missing(1)
         who = f"rank {missing.pop()} of" if len(missing) == 1 else "one or more of"
         # gloo starts with the place in its source.
         reason = re.sub(r"^\[\S*\] ", "", (str(error).splitlines() or [""])[0]).partition(". ")[0]
-        return Lost(f"{who} {self.count} processes was lost ({reason[:100]}){self.context()}")
+        return RankLostError(
+            f"{who} {self.count} processes was lost ({reason[:100]}){self.context()}"
+        )
 
 
 _ranks = Ranks()
@@ -288,7 +290,7 @@ def run_distributed(work: Callable[[], int]) -> int:
     """
     global _ranks
     _ranks = _join()
-    errors.may_speak = _ranks.may_speak
+    errors.may_report = _ranks.may_report
     signal.signal(signal.SIGTERM, _terminate)
     if not _ranks.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -302,7 +304,7 @@ def run_distributed(work: Callable[[], int]) -> int:
         )
         status = 128 + signal.SIGTERM
     except BaseException:
-        _ranks.may_speak()
+        _ranks.may_report()
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
