@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -31,30 +32,25 @@ TIMEOUT = timedelta(minutes=20)
 """How long a collective waits for a rank whose connection is open but silent."""
 
 
+@dataclass(eq=False)
 class Ranks:
     """This process's place among the ranks of a job, and the collectives that they share.
 
     rank, count: its number, from 0, and the number of ranks (`RANK`, `WORLD_SIZE`).
     local_rank, local_count: the same among the ranks of this machine, which has the number `node`.
     store: torchrun's key-value store; None for a single process.
+    context: ends the message of a `RankLostError`: the step, and the command that resumes.
     """
 
-    def __init__(
-        self,
-        rank: int = 0,
-        count: int = 1,
-        local_rank: int = 0,
-        local_count: int = 1,
-        node: int = 0,
-        store: dist.Store | None = None,
-    ) -> None:
-        self.rank, self.count = rank, count
-        self.local_rank, self.local_count, self.node = local_rank, local_count, node
-        self.store = store
-        self.context: Callable[[], str] = lambda: ""
-        """Ends the message of a `RankLostError`: the step, and the command that resumes."""
-        self._flat: tuple[Tensor, list[Tensor]] | None = None
-        self._turns = 0  # numbers the keys in the store; all ranks count alike
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+    node: int = 0
+    store: dist.Store | None = None
+    context: Callable[[], str] = lambda: ""
+    _flat: tuple[Tensor, list[Tensor]] | None = None
+    _turns: int = 0  # numbers the keys in the store; all ranks count alike
 
     @property
     def alone(self) -> bool:
@@ -129,14 +125,9 @@ class Ranks:
             return
         digest = hashlib.sha256()
         for content in contents:
-            if isinstance(content, Tensor):
-                content = content.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            else:
-                content = repr(content).encode()
-            digest.update(content)
-        number = int.from_bytes(digest.digest()[:7])
-        largest, smallest = self.all_reduce_max(number, -number)
-        if largest != -smallest:
+            is_tensor = isinstance(content, Tensor)
+            digest.update(content.cpu().numpy().tobytes() if is_tensor else repr(content).encode())
+        if len(set(self.gather(digest.hexdigest()))) > 1:
             raise InputError(f"the {self.count} processes do not have the same {what}")
 
     @contextmanager
@@ -220,7 +211,7 @@ def run_distributed(work: Callable[[], int]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
-        # At a normal exit torch would close the process group, and may wait there for lost ranks.
+        # A normal exit may wait for a collective on the GPU that never ends.
         os._exit(status)
     dist.destroy_process_group()
     return status
