@@ -187,7 +187,7 @@ def test_a_signal_to_either_rank_ends_both_after_one_checkpoint_that_resumes(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_without_torchrun_too_a_killed_rank_ends_the_other_with_one_line(flags, tmp_path, rank):
+def test_a_rank_whose_collective_fails_says_in_one_line_how_to_resume(flags, tmp_path, rank):
     out = tmp_path / "run"
     argv = ("train", *flags, "--out", str(out))
     ended = together(2, tmp_path / "log", command_signalled, signal.SIGKILL, rank, 6, *argv)
