@@ -1,4 +1,4 @@
-"""Two and three processes on the CPU: equal bits, one process's numbers, and how they end."""
+"""Two and three ranks on the CPU: equal bits, the numbers of a single process, and how they end."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from fastiat.config import TrainConfig
 from fastiat.data import Shard
 from fastiat.engine.device import pick_device
 from fastiat.runs.directory import METRICS, STATE
-from fastiat.system import ranks as distributed
+from fastiat.system import ranks
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer
 
@@ -111,8 +111,8 @@ def test_means_sums_and_agreements_are_those_of_the_ranks_numbers(found, count):
         assert result["texts"] == [f"of {rank}" for rank in range(count)]
 
 
-def test_judging_in_parts_counts_the_errors_that_one_process_counts(found):
-    """Held-out images come in two batches, each attacked from the points of its own number."""
+def test_two_ranks_validate_to_the_errors_that_one_process_counts(found):
+    """The held-out images are two batches; the random start depends on the batch, not the rank."""
     parts = found[2][0]["eager"]
     whole = Trainer(TRAINING, data.load("digits"))
     state = parts["state"] | {"ranks": 1}
@@ -129,14 +129,14 @@ def test_one_rank_of_a_machine_is_through_before_the_others_begin(found):
 
 
 def test_gaps_lead_every_shard_to_its_own_batches():
-    for ranks in (1, 2, 5):
-        for rank in range(ranks):
+    for count in (1, 2, 5):
+        for rank in range(count):
             place, own = 0, []
-            for gap, _ in zip(Shard(rank, ranks).gaps(), range(4), strict=False):
+            for gap, _ in zip(Shard(rank, count).gaps(), range(4), strict=False):
                 place += gap
                 own.append(place)
                 place += 1
-            assert own == [rank + ranks * turn for turn in range(4)]
+            assert own == [rank + count * turn for turn in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def flags(small) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory) -> Path:
-    """A run of two ranks, never disturbed, and measured by both."""
+    """A run that two ranks have trained without interruption, and evaluated."""
     folder = tmp_path_factory.mktemp("ranks")
     ended = together(2, folder / "log", command, "train", *flags, "--out", str(folder / "run"))
     assert ended.statuses == [0, 0] and ended.complaints == []
@@ -159,7 +159,7 @@ def whole(flags, tmp_path_factory) -> Path:
 
 
 def one_line(ended: Ended, status: int) -> str:
-    """All ranks have ended with a status, and one of them with a line that says why."""
+    """Check that all ranks ended with `status` and one line in all; return the line."""
     assert ended.statuses == [status] * len(ended.statuses), ended.complaints
     (line,) = ended.complaints
     assert line.startswith("fastiat")
@@ -310,10 +310,10 @@ def test_two_ranks_measure_a_run_as_one_process_does(run, whole, tmp_path):
 
 def test_the_batch_of_each_rank_is_part_of_the_one_that_a_single_process_sees(monkeypatch):
     config = TrainConfig(dataset="digits", arch="mlp6", width=4, batch_size=6, device="cpu")
-    monkeypatch.setattr(distributed.Ranks, "all_reduce_max", lambda self, *values: values)
+    monkeypatch.setattr(ranks.Ranks, "all_reduce_max", lambda self, *values: values)
     batches = []
     for place in ((0, 1), (0, 2), (1, 2)):
-        monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(*place))
+        monkeypatch.setattr(ranks, "_ranks", ranks.Ranks(*place))
         batches.append(next(iter(Trainer(config, data.load("digits")).loader)))
     (x, y), *parts = batches
     assert torch.equal(torch.cat([part[0] for part in parts]), x)
@@ -321,8 +321,8 @@ def test_the_batch_of_each_rank_is_part_of_the_one_that_a_single_process_sees(mo
 
 
 def test_the_flat_buffer_has_the_tensors_own_memory_order(monkeypatch):
-    monkeypatch.setattr(distributed.Ranks, "all_reduce_sum_", lambda self, flat: flat.mul_(3))
-    job = distributed.Ranks(0, 2)
+    monkeypatch.setattr(ranks.Ranks, "all_reduce_sum_", lambda self, flat: flat.mul_(3))
+    job = ranks.Ranks(0, 2)
     image = torch.randn(4, 3, 2, 2)
     tensors = [image.contiguous(memory_format=torch.channels_last), torch.randn(3, 5).t()]
     tensors += [torch.randn(()), image[:1, :1], torch.randn(7)[::2]]
@@ -346,17 +346,17 @@ def test_half_of_torchruns_environment_gets_one_line(monkeypatch, capsys, compla
 def test_every_process_of_a_machine_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(6, 8, 2, 4))
+    monkeypatch.setattr(ranks, "_ranks", ranks.Ranks(6, 8, 2, 4))
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:2")
     assert pick_device("cpu") == torch.device("cpu")
-    assert distributed.ranks().launcher == "torchrun --nnodes 2 --nproc-per-node 4 -m fastiat"
+    assert ranks.ranks().launcher == "torchrun --nnodes 2 --nproc-per-node 4 -m fastiat"
     with pytest.raises(InputError, match="cuda:1 would be shared by the 4 processes"):
         pick_device("cuda:1")
-    monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(1, 2, 0, 1, 1))
+    monkeypatch.setattr(ranks, "_ranks", ranks.Ranks(1, 2, 0, 1, 1))
     assert pick_device("cuda") == torch.device("cuda:0")
     assert pick_device("cuda:3") == torch.device("cuda:3")
     with pytest.raises(InputError, match="cuda:4: this machine has 4 CUDA devices"):
         pick_device("cuda:4")
-    monkeypatch.setattr(distributed, "_ranks", distributed.Ranks(6, 8, 6, 8))
+    monkeypatch.setattr(ranks, "_ranks", ranks.Ranks(6, 8, 6, 8))
     with pytest.raises(InputError, match=r"8 processes on this machine need .* has 4"):
         pick_device("auto")
