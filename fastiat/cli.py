@@ -7,6 +7,7 @@ import io
 import os
 import platform
 import re
+import signal
 import stat
 import sys
 import tempfile
@@ -37,17 +38,15 @@ from fastiat.engine.graphs import pick_engine
 from fastiat.images.ffcv import obstacle
 from fastiat.system.errors import (
     InputError,
-    Lost,
-    check_interrupts,
+    RankLostError,
     complain,
     explain_os,
-    interrupted,
-    noting_interrupts,
     one_line,
     out_of_memory,
 )
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import Settings, did_you_mean, flag_of, is_beton, number
+from fastiat.system.signals import check_interrupts, remembering_interrupts
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def _find_caches() -> None:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        with noting_interrupts():
+        with remembering_interrupts():
             command, config = parse(argv)
             _check_shared(command)
             module, function = COMMANDS[command].target.split(":")
@@ -219,9 +218,10 @@ def _run(argv: Sequence[str]) -> int:
             raise
         complain(f"fastiat: {one_line(line)}")
         return status
-    except KeyboardInterrupt:
-        complain("fastiat: interrupted")
-        return 130
+    except KeyboardInterrupt as error:
+        signum = getattr(error, "signum", signal.SIGINT)
+        complain(f"fastiat: {'interrupted' if signum == signal.SIGINT else 'terminated'}")
+        return 128 + signum
     return 0
 
 
@@ -254,11 +254,9 @@ def explain(error: Exception) -> tuple[int | None, str]:
         return 2, explain_os(error)
     if out_of_memory(error):
         return 2, "this takes more memory than there is: lower --batch-size or --width"
-    if isinstance(error, Lost):
+    if isinstance(error, RankLostError):
         return 1, str(error)
     signum = getattr(error, "signum", None)
-    if signum is None and interrupted():  # in the midst of an import
-        return 130, "interrupted"
     return (None, "") if signum is None else (128 + signum, str(error))
 
 

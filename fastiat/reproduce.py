@@ -29,8 +29,9 @@ from fastiat.runs.directory import CONFIG, Run, load
 from fastiat.system.errors import InputError
 from fastiat.system.progress import duration
 from fastiat.system.settings import steps_of
+from fastiat.system.signals import TrainingInterrupt
 from fastiat.system.tables import aligned
-from fastiat.train import Interrupted, train
+from fastiat.train import train
 
 
 @own_defaults()
@@ -38,7 +39,7 @@ def reproduce(config: ReproduceConfig) -> None:
     """Train and measure what is missing, write the comparison and the report, and print the table.
 
     Raises `InputError` before anything is written for settings, data or runs that do not fit, and
-    `Interrupted` when a signal ends it; the same command goes on from there.
+    `TrainingInterrupt` when a signal ends it; the same command goes on from there.
     """
     plan = Plan(config)
     if config.dry_run:
@@ -46,9 +47,9 @@ def reproduce(config: ReproduceConfig) -> None:
         return
     try:
         _work(plan)
-    except (Interrupted, KeyboardInterrupt) as error:
+    except (TrainingInterrupt, KeyboardInterrupt) as error:
         number = getattr(error, "signum", int(signal.SIGINT))
-        raise Interrupted(number, f"stopped; go on with: {plan.command()}") from None
+        raise TrainingInterrupt(number, f"stopped; go on with: {plan.command()}") from None
     report(ReportConfig(dir=config.out))
 
 

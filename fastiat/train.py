@@ -38,7 +38,6 @@ from fastiat.runs.directory import (
 from fastiat.system.errors import (
     Damaged,
     InputError,
-    check_interrupts,
     explain_os,
     one_line,
     out_of_memory,
@@ -46,7 +45,12 @@ from fastiat.system.errors import (
 )
 from fastiat.system.progress import Events, Progress, duration
 from fastiat.system.ranks import ranks
-from fastiat.system.signals import Now, Signals
+from fastiat.system.signals import (
+    SignalInterrupt,
+    Signals,
+    TrainingInterrupt,
+    check_interrupts,
+)
 from fastiat.system.untrusted import alike
 from fastiat.training.optimise import learning_rate, make_sgd, move_average
 from fastiat.training.step import Attack, Step, Update, algorithm1, running_statistics
@@ -490,22 +494,14 @@ MOST_SKIPPED = 20
 """Updates in a row that may be left out by --on-nan skip before the training ends."""
 
 
-class Interrupted(Exception):
-    """A signal ended the training after a checkpoint; holds its number and the way on."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
-
-
 @own_defaults()
 def train(config: TrainConfig) -> Path:
     """Train as `config` says and return the run directory.
 
     The ranks of a job (`fastiat.system.ranks`) train together, and the first writes the directory.
     Raises `InputError` before anything is written if the settings or the data are wrong or another
-    process trains there, `Interrupted` after a checkpoint when SIGINT or SIGTERM ends it, and
-    `Lost` where another rank has ended.
+    process trains there, `TrainingInterrupt` after a checkpoint when SIGINT or SIGTERM ends it,
+    and `RankLostError` where another rank has ended.
     """
     config.check()
     path = Path(config.out) if config.out else default_out(config)
@@ -618,7 +614,7 @@ class _Session:
 
     def __init__(self, trainer: Trainer, run: Run) -> None:
         self.trainer, self.run = trainer, run
-        self.signals = Signals()
+        self.signals = Signals(second_ends=trainer.ranks.alone)
         self.saved_at, self.saved_step = time.monotonic(), 0
         self.warned = False
 
@@ -648,7 +644,7 @@ class _Session:
         """Write a checkpoint and say how to go on."""
         self.save()
         self.trainer.ranks.barrier()  # as torchrun ends all where one has ended
-        raise Interrupted(
+        raise TrainingInterrupt(
             self.signals.received,
             f"stopped at step {self.trainer.step}, checkpoint written; "
             f"go on with: {_resume_command(self.run.path)}",
@@ -767,7 +763,7 @@ def _loop(session: _Session) -> None:
                 # Ranks that count together must all come to the end of it.
                 with signals.at_once() if trainer.ranks.alone else nullcontext():
                     better = trainer.validate(row)
-            except Now:
+            except SignalInterrupt:
                 trainer.best = best
                 session.stop()
             row["seconds"] = round(trainer.seconds + time.monotonic() - judging, 3)
@@ -790,7 +786,7 @@ def _loop(session: _Session) -> None:
 
 @contextmanager
 def saying_how_to_measure(path: Path) -> Iterator[None]:
-    """Measure a run that is trained; a signal ends the block with `Interrupted` at once.
+    """Measure a run that is trained; a signal ends it at once with `TrainingInterrupt`.
 
     Several ranks, which torchrun ends, are left to it.
     """
@@ -801,8 +797,8 @@ def saying_how_to_measure(path: Path) -> Iterator[None]:
     try:
         with signals, signals.at_once():
             yield
-    except Now:
-        raise Interrupted(
+    except SignalInterrupt:
+        raise TrainingInterrupt(
             signals.received, f"{path} is trained; measure it with: {_resume_command(path)}"
         ) from None
 

@@ -13,14 +13,11 @@ import io
 import itertools
 import os
 import shlex
-import signal
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -34,17 +31,12 @@ from fastiat.images import beton, beton_writer, pixels
 from fastiat.images import tree as folder
 from fastiat.system.errors import InputError
 from fastiat.system.settings import DATASETS, expanded, is_beton
+from fastiat.system.signals import Signals
 
 USUAL_SIDE = 224
 """Side of the images of a tree of mixed sizes: what networks for photographs are trained on."""
 AHEAD = 64
 """Images, at most, that one task of a worker process decodes, resizes and compresses."""
-
-
-class Stopped(Exception):
-    """SIGTERM, whose number it holds, ended the conversion."""
-
-    signum = signal.SIGTERM
 
 
 class Source(ABC):
@@ -190,7 +182,7 @@ def convert(config: ConvertConfig) -> beton.Card:
         tree = Tree(data.tree_root(place))
         folder.warn_ignored(tree.listing)
         source = tree
-    with _stoppable():
+    with Signals() as signals, signals.at_once():  # so that nothing half-written stays
         card = _write(out, source, config.format, config.quality, config.max_side)
     print(
         f"{out}: {card.n_train} training and {len(source.labels) - card.n_train} test images of "
@@ -270,7 +262,7 @@ def _cached(source: Source, name: str) -> data.Dataset:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_of(file, source):
-            with _stoppable():
+            with Signals() as signals, signals.at_once():
                 _write(file, source, "raw", 0, None)
     return data.stored(file)
 
@@ -284,30 +276,6 @@ def _is_of(file: Path, source: Source) -> bool:
         folder.log.warning("%s; it is written again", error)
         return False
     return card.source == source.digest
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, so that nothing half-written stays."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    stopped = False
-
-    def stop(number: int, _: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-        raise KeyboardInterrupt  # which nothing on the way takes for a damaged image
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not stopped:
-            raise
-        raise Stopped("terminated, nothing was written") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _sizes_of(paths: list[str]) -> Sizes:

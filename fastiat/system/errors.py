@@ -1,16 +1,13 @@
-"""The one exception that means "your input is wrong, and here is what would mend it"."""
+"""Errors that a command answers with one line, and the lines themselves."""
 
 import errno
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 LONGEST_LINE = 2000
-"""Characters that a message may have."""
+"""Characters of a message, at most."""
 
-MENDS = {
+REMEDIES = {
     errno.ENOSPC: "free some space on that disk",
     errno.EDQUOT: "free some of your quota on that disk",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
@@ -23,69 +20,36 @@ MENDS = {
 
 
 class InputError(ValueError):
-    """What was asked for cannot be done; the message says what is wrong and how to mend it.
+    """The input is wrong; the message says what is wrong and how to correct it.
 
-    The command line prints it as one line and exits with status 2. It is a `ValueError`, so
-    library users need not know it.
+    The command line prints it as one line and exits with status 2. Python callers may catch it as
+    `ValueError`.
     """
 
 
-class Lost(Exception):
-    """Another process of the same job ended before its time, so that this one cannot go on."""
+class RankLostError(Exception):
+    """A collective failed because another rank of the job has ended, so this one cannot go on."""
 
 
-# Of several processes that end together, one says why.
-may_speak: Callable[[], bool] = lambda: True  # noqa: E731
+may_report: Callable[[], bool] = lambda: True  # noqa: E731
+"""Whether this process prints why the command ends: where several ranks do the job, one does."""
 
 
 def complain(line: str) -> None:
-    """Print the line that a command ends with."""
-    if may_speak():
+    """Print to stderr the one line that a command ends with."""
+    if may_report():
         print(line, file=sys.stderr, flush=True)
 
 
-_interrupts: list[int] = []
-
-
-@contextmanager
-def noting_interrupts() -> Iterator[None]:
-    """Note what SIGINT raises: `import numpy` from torch's C code swallows it, and is left half."""
-
-    def note(number: int, _: object) -> None:
-        _interrupts.append(number)
-        raise KeyboardInterrupt
-
-    _interrupts.clear()
-    # Where SIGINT is ignored, as under nohup, it stays so.
-    ours = threading.current_thread() is threading.main_thread() and (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if ours:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def interrupted() -> bool:
-    """Whether a `KeyboardInterrupt` was noted."""
-    return bool(_interrupts)
-
-
-def check_interrupts() -> None:
-    """Raise `KeyboardInterrupt` if one was noted."""
-    if interrupted():
-        raise KeyboardInterrupt
-
-
 class Damaged(InputError):
-    """A file that we wrote is not what it was; where there is an older one, that may do."""
+    """A file of our own is not what was written; an older copy of it may do instead."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the host or, which torch tells by a `RuntimeError`, elsewhere."""
+    """Whether memory ran out on the host or the GPU; torch raises a `RuntimeError` for the latter.
+
+    The texts are those of torch's CPU and CUDA allocators, cuBLAS, the system and the C++ library.
+    """
     signs = (
         "out of memory",
         "not enough memory",
@@ -100,14 +64,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def explain_os(error: OSError) -> str:
-    """Say in one line what the system refused, where, and what mends it."""
+    """Return one line for a system error: what was refused, for which file, and the remedy."""
     where = f": {error.filename}" if error.filename else ""
-    mend = MENDS.get(error.errno or 0)
-    return f"{error.strerror or error}{where}" + (f": {mend}" if mend else "")
+    remedy = REMEDIES.get(error.errno or 0)
+    return f"{error.strerror or error}{where}" + (f": {remedy}" if remedy else "")
 
 
 def printable(text: object) -> str:
-    """Return a text as one line; what a terminal would act on is written as Python writes it."""
+    """Return a text as one line, with control characters escaped as in Python source."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -117,7 +81,7 @@ def printable_lines(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return a text as a message: `printable`, and cut in its middle where it is very long."""
+    """Return a `printable` text, cut in its middle to `LONGEST_LINE` characters."""
     line = printable(text)
     if len(line) <= LONGEST_LINE:
         return line

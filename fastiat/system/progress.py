@@ -1,4 +1,4 @@
-"""How a long job shows itself: a bar on a terminal, plain lines now and then elsewhere."""
+"""Progress of a long job: a bar on a terminal, else a line every 30 seconds; TensorBoard events."""
 
 import io
 import os
@@ -13,22 +13,21 @@ from tqdm import tqdm
 from fastiat.system.ranks import ranks
 
 PLAIN_EVERY = 30.0
-"""Seconds between two plain lines."""
+"""Seconds between two lines of progress where stderr is no terminal."""
 
 
 class Progress:
-    """Progress over `total` images under a title, on stderr, of the first rank of a job.
+    """Progress over `total` images under a title, on stderr of rank 0; a context manager.
 
-    Use as a context manager; a bar disappears when done. Where several ranks share the images,
-    `share` is how many do: each image that is told of then stands for as many.
+    done: images that an earlier session has done; they do not count for the speed.
+    share: the number of ranks that share the images; every image that this rank reports counts as
+        so many.
     """
 
     def __init__(self, title: str, total: int, done: int = 0, share: int = 1) -> None:
-        self.title, self.share = title, share
-        self.total = total
-        self.done = done
-        self._skipped = done
-        self._text = ""
+        self.title, self.total, self.done, self.share = title, total, done, share
+        self._done_before = done
+        self._figures = ""
         self._start = self._last = time.monotonic()
         self._bar = None
         self._shown = ranks().first
@@ -53,7 +52,7 @@ class Progress:
             self._bar.close()
 
     def advance(self, images: int) -> None:
-        """Count `images` more as done."""
+        """Count `images` more of this rank as done."""
         images = min(images * self.share, self.total - self.done)
         self.done += images
         if self._bar is not None:
@@ -62,66 +61,65 @@ class Progress:
         now = time.monotonic()
         if self._shown and now - self._last >= PLAIN_EVERY and self.done < self.total:
             self._last = now
-            rate = (self.done - self._skipped) / (now - self._start)
-            left = (self.total - self.done) / rate
+            rate = (self.done - self._done_before) / (now - self._start)
+            left = duration((self.total - self.done) / rate)
             print(
                 f"{self.title}: {self.done}/{self.total} images, {rate:.0f} img/s, "
-                f"{duration(left)} left{self._text}",
+                f"{left} left{self._figures}",
                 file=sys.stderr,
                 flush=True,
             )
 
     def clear(self) -> None:
-        """Take the bar off the line, so that something can be printed; it comes back by itself."""
+        """Erase the bar so that a line can be printed; the next update draws it again."""
         if self._bar is not None:
             self._bar.clear()
 
-    def show(self, **values: str) -> None:
-        """Show these figures beside the progress from now on."""
-        self._text = "".join(f", {name} {value}" for name, value in values.items())
+    def show(self, **figures: str) -> None:
+        """Show these figures after the progress from now on."""
+        self._figures = "".join(f", {name} {value}" for name, value in figures.items())
         if self._bar is not None:
-            self._bar.set_postfix_str(self._text.removeprefix(", "), refresh=False)
+            self._bar.set_postfix_str(self._figures.removeprefix(", "), refresh=False)
 
 
 class Events:
-    """TensorBoard events of one session, handed to `append(name, record)` as they come.
+    """TensorBoard events of one session; `append(file_name, record)` gets each of them.
 
-    tensorboard's own writer has a thread, and an error in it, such as a full disk, ends in a
-    traceback. `step` is where the session starts: what earlier ones showed after it is hidden.
+    TensorBoard's own writer has a thread, where an error such as a full disk ends in a traceback.
+    step: where the session starts; TensorBoard hides what earlier sessions wrote after it.
     """
 
     def __init__(self, append: Callable[[str, bytes], None], step: int) -> None:
-        # Imported here, as it takes a second that a wrong flag should not have to wait for.
+        # Imported here because it takes a second, which a wrong flag should not wait for.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._append, self._event, self._summary = append, Event, Summary
+        self._append = append
+        self._event, self._summary, self._writer = Event, Summary, RecordWriter
         self._name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(file_version="brain.Event:2")
         if step:
-            start = SessionLog(status=SessionLog.START)
-            self._write(Event(wall_time=time.time(), step=step + 1, session_log=start))
+            self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
-        """Show the figures of a row at its "step", as kind/figure."""
+        """Write the figures of a row of metrics.jsonl at its "step", each under kind/name."""
         values = [
             self._summary.Value(tag=f"{kind}/{name}", simple_value=value)
             for name, value in row.items()
             if name not in ("step", "epoch")
         ]
-        summary = self._summary(value=values)
-        self._write(self._event(wall_time=time.time(), step=row["step"], summary=summary))
+        self._write(step=row["step"], summary=self._summary(value=values))
 
-    def _write(self, event: Any) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
+    def _write(self, **content: Any) -> None:
+        event = self._event(wall_time=time.time(), **content)
         record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
+        self._writer(record).write(event.SerializeToString())
         self._append(self._name, record.getvalue())
 
 
 def duration(seconds: float) -> str:
-    """Write a time span as h:mm:ss or m:ss."""
+    """Return a time span as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,9 +1,9 @@
-"""Several processes that do one job: which of them this is, and what they tell each other.
+"""Ranks: this process's place among those that torchrun has started, and their collectives.
 
-torchrun starts them, on one machine or on many. There is no wrapper around the network: an update
-adds up one flat buffer, an evaluation its counts, and everything else is the same on all ranks
-because it comes from the same seed. A process on its own goes through the same calls, which then
-cost nothing.
+torchrun starts the processes, on one machine or several, and ends the others when one is lost. The
+network needs no wrapper such as DistributedDataParallel: an update all-reduces one flat buffer, an
+evaluation its counts, and the rest is equal on all ranks because it comes from the same seed. In a
+single process every collective returns at once.
 """
 
 import hashlib
@@ -12,13 +12,12 @@ import re
 import resource
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,61 +26,40 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from fastiat.system import errors
-from fastiat.system.errors import InputError, Lost, out_of_memory
+from fastiat.system.errors import InputError, RankLostError, out_of_memory
 
 TIMEOUT = timedelta(minutes=20)
-"""How long a rank waits for one that is silent; one whose process ended is noticed at once."""
-PATIENCE = 5.0
-"""Seconds in which a process is to notice by itself that another was lost."""
-REPORTING = 2.0
-"""Seconds in which the ranks that are left report, so that the lost one can be named."""
+"""How long a collective waits for a rank whose connection is open but silent."""
 
 
-class Terminated(BaseException):
-    """SIGTERM came while no training was there to note it."""
-
-
+@dataclass(eq=False)
 class Ranks:
-    """This process's place among those that share a job, and what they exchange.
+    """This process's place among the ranks of a job, and the collectives that they share.
 
-    rank, count: its number, from 0, and how many there are.
-    local_rank, local_count: the same among those on this machine, which has number `node`.
-    store: where ranks leave each other short notes; None for a process on its own.
-    sentinel: a group for the watch that every rank keeps over the next one.
+    rank, count: its number, from 0, and the number of ranks (`RANK`, `WORLD_SIZE`).
+    local_rank, local_count: the same among the ranks of this machine, which has the number `node`.
+    store: torchrun's key-value store; None for a single process.
+    context: ends the message of a `RankLostError`: the step, and the command that resumes.
     """
 
-    def __init__(
-        self,
-        rank: int = 0,
-        count: int = 1,
-        local_rank: int = 0,
-        local_count: int = 1,
-        node: int = 0,
-        store: dist.Store | None = None,
-        sentinel: dist.ProcessGroup | None = None,
-    ) -> None:
-        self.rank, self.count = rank, count
-        self.local_rank, self.local_count, self.node = local_rank, local_count, node
-        self.store, self.sentinel = store, sentinel
-        self.context: Callable[[], str] = lambda: ""
-        """What to add to the line about a lost rank: where the job was, and how it goes on."""
-        self._watch = threading.Thread(target=self._look_after_the_next, daemon=True)
-        self._ear = threading.Thread(target=self._listen, daemon=True)
-        self._leaving = threading.Event()
-        if sentinel is not None:
-            self._watch.start()
-            self._ear.start()
-        self._flat: tuple[Tensor, list[Tensor]] | None = None
-        self._turns = 0
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+    node: int = 0
+    store: dist.Store | None = None
+    context: Callable[[], str] = lambda: ""
+    _flat: tuple[Tensor, list[Tensor]] | None = None
+    _turns: int = 0  # numbers the keys in the store; all ranks count alike
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other."""
+        """Whether this is the only process."""
         return self.count == 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     @property
@@ -94,16 +72,18 @@ class Ranks:
         return f"torchrun {several}--nproc-per-node {self.local_count} -m fastiat"
 
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace fp32 tensors, of one device and always the same shapes, by their means.
+        """Replace fp32 tensors by their means over the ranks, the same bits on each.
 
-        One all-reduce of one flat buffer; every rank gets the same bits.
+        All tensors are on one device, and their shapes are the same in every call. Copying them to
+        one flat buffer makes it one all-reduce instead of dozens.
         """
         if self.alone:
             return
         sizes = [tensor.numel() for tensor in tensors]
         if self._flat is None or len(self._flat[0]) != sum(sizes):
             flat = torch.empty(sum(sizes), device=tensors[0].device)
-            # In the tensors' own memory order, so that one kernel copies many of them.
+            # Each part has its tensor's strides: for equal strides `_foreach_copy_` copies many
+            # tensors in one kernel, for others one by one.
             parts = [
                 part.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
                 for part, tensor in zip(flat.split(sizes), tensors, strict=True)
@@ -117,140 +97,74 @@ class Ranks:
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over the ranks, and return it."""
-        return self._reduce(tensor, dist.ReduceOp.SUM)
+        return self._all_reduce(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, *values: int) -> tuple[int, ...]:
-        """Return, of each value, the largest that any rank has; all have to be here."""
+        """Return the maximum over the ranks of each value."""
         if self.alone:
             return values
-        return tuple(self._reduce(torch.tensor(values), dist.ReduceOp.MAX).tolist())
+        return tuple(self._all_reduce(torch.tensor(values), dist.ReduceOp.MAX).tolist())
 
     def gather(self, text: str) -> list[str]:
-        """Return the text of every rank, in order."""
-        if self.alone:
+        """Return the text of every rank, in the order of the ranks."""
+        if self.store is None:
             return [text]
         self._turns += 1
-        names = [f"text/{self._turns}/{rank}" for rank in range(self.count)]
-        self._notes.set(names[self.rank], text)
+        keys = [f"text/{self._turns}/{rank}" for rank in range(self.count)]
+        self.store.set(keys[self.rank], text)
         self.barrier()
-        return [self._notes.get(name).decode() for name in names]
+        return [self.store.get(key).decode() for key in keys]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.all_reduce_max(0)
 
     def check_same(self, what: str, *contents: Any) -> None:
-        """Raise `InputError` unless the tensors and texts of `contents` are equal on all ranks."""
+        """Raise `InputError` unless the tensors and values `contents` are equal on all ranks."""
         if self.alone:
             return
         digest = hashlib.sha256()
         for content in contents:
-            if isinstance(content, Tensor):
-                content = content.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            else:
-                content = repr(content).encode()
-            digest.update(content)
-        number = int.from_bytes(digest.digest()[:7])
-        largest, smallest = self.all_reduce_max(number, -number)
-        if largest != -smallest:
+            is_tensor = isinstance(content, Tensor)
+            digest.update(content.cpu().numpy().tobytes() if is_tensor else repr(content).encode())
+        if len(set(self.gather(digest.hexdigest()))) > 1:
             raise InputError(f"the {self.count} processes do not have the same {what}")
 
     @contextmanager
     def local_rank_first(self) -> Iterator[None]:
-        """Let one process of every machine through the block first.
+        """Let local rank 0 of every machine run the block before the machine's other ranks.
 
-        What it downloads and caches there, the others find.
+        The others find what it has downloaded and cached there.
         """
-        if self.alone:
+        if self.store is None:
             yield
             return
         self._turns += 1
-        store, done = self._notes, f"done/{self._turns}/{self.node}"
-        while self.local_rank and not store.check([done]):
-            if store.check(["speaker"]):
-                raise Lost("another process ended")
+        done = f"done/{self._turns}/{self.node}"
+        # `Store.wait` would block in C++, where Ctrl-C is not noticed.
+        while self.local_rank and not self.store.check([done]):
             time.sleep(0.1)
-        yield
-        if not self.local_rank:
-            store.set(done, "")
-
-    def may_speak(self) -> bool:
-        """Whether this rank is the one to say why all end: the first that asks is.
-
-        From then on SIGTERM, which torchrun sends the others when one ends, is ignored.
-        """
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return self._speaks
-
-    def leave(self) -> None:
-        """Part from the others when all is done."""
-        self._leaving.set()
-        self._ear.join()
-        before = (self.rank - 1) % self.count
-        with suppress(RuntimeError):  # it has left already
-            dist.send(torch.zeros(1), before, self.sentinel)
-        self._watch.join()
-        dist.destroy_process_group()
-
-    def _look_after_the_next(self) -> None:
-        """End this process if the next rank is lost and nothing here notices.
-
-        Whoever waits for the device does not: that waits for the lost rank's part for ever.
-        """
-        after = (self.rank + 1) % self.count
         try:
-            dist.recv(torch.zeros(1), after, self.sentinel)
-        except RuntimeError as error:
-            with suppress(RuntimeError):
-                if not self._notes.check([f"ended/{after}"]):
-                    self._notes.set("lost", str(after))
-            time.sleep(PATIENCE)
-            if "_speaks" not in vars(self):
-                errors.complain(f"fastiat: {self._lost(error)}")
-                os._exit(1)
+            yield
+        finally:
+            self.store.set(done, "")
 
-    def _listen(self) -> None:
-        """End this process if another has said why all end, and nothing here notices.
+    def may_report(self) -> bool:
+        """Whether this rank is the first that asks, so that of all that fail one prints why.
 
-        Each of those that wait for the device would otherwise end only after its next.
+        From then on SIGINT and SIGTERM are ignored: torchrun sends one of them to the others as
+        soon as a rank ends, which must not cut off the message.
         """
-        with suppress(RuntimeError):  # the notes went with the process that had them
-            while not self._notes.check(["speaker"]):
-                if self._leaving.wait(1):
-                    return
-        if not self._leaving.wait(PATIENCE) and "_speaks" not in vars(self):
-            os._exit(1)
+        if self.store is None:
+            return True
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            return self.store.add("reports", 1) == 1
+        except RuntimeError:  # the store was on a machine that is lost
+            return True
 
-    @cached_property
-    def _speaks(self) -> bool:
-        # Where the notes were another process's that has died, too much is better than nothing.
-        with suppress(RuntimeError):
-            self._notes.set(f"ended/{self.rank}", "")
-            return self._notes.add("speaker", 1) == 1
-        return True
-
-    def missing(self, enough: int) -> set[int]:
-        """Return the others that do not notice the end soon; wait until they are `enough`.
-
-        A single one is enough, too, whose process is known to be lost.
-        """
-        missing = set(range(self.count)) - {self.rank}
-        until = time.monotonic() + REPORTING
-        while len(missing) > enough and time.monotonic() < until:
-            with suppress(RuntimeError):
-                if enough and self._notes.check(["lost"]):
-                    return {int(self._notes.get("lost"))}
-                missing -= {rank for rank in missing if self._notes.check([f"ended/{rank}"])}
-            time.sleep(0.02)
-        return missing
-
-    @property
-    def _notes(self) -> dist.Store:
-        assert self.store is not None
-        return self.store
-
-    def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
+    def _all_reduce(self, tensor: Tensor, operation: Any) -> Tensor:
         if self.alone:
             return tensor
         try:
@@ -258,77 +172,59 @@ class Ranks:
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            raise self._lost(error) from None
+            # gloo's message starts with a place in its source and goes on after the cause.
+            first_line = (str(error).splitlines() or [""])[0]
+            cause = re.sub(r"^\[\S*\] ", "", first_line).partition(". ")[0]
+            raise RankLostError(
+                f"another of the {self.count} processes has ended ({cause[:100]}){self.context()}"
+            ) from None
         return tensor
-
-    def _lost(self, error: RuntimeError) -> Lost:
-        """Say who no longer answers, which takes a moment where that is not plain."""
-        if not self.may_speak():
-            return Lost("another process ended")
-        missing = self.missing(1)
-        who = f"rank {missing.pop()} of" if len(missing) == 1 else "one or more of"
-        # gloo starts with the place in its source.
-        reason = re.sub(r"^\[\S*\] ", "", (str(error).splitlines() or [""])[0]).partition(". ")[0]
-        return Lost(f"{who} {self.count} processes was lost ({reason[:100]}){self.context()}")
 
 
 _ranks = Ranks()
 
 
 def ranks() -> Ranks:
-    """Return this process's place: alone, unless it has joined others with `run_distributed`."""
+    """Return this process's place: a single process, except inside `run_distributed`."""
     return _ranks
 
 
 def run_distributed(work: Callable[[], int]) -> int:
-    """Join the processes that torchrun has started, do `work` with them and return its status.
+    """Join the ranks that torchrun has started, do `work` with them and return its exit status.
 
-    Rank 0 alone has a stdout, and only the first rank with a complaint prints it. A status other
-    than 0 ends the process here, as its peers may no longer be there to take leave of.
+    Only rank 0 has a stdout, and only the first rank that fails prints why. A rank that fails ends
+    here, with its status or, after a traceback, 1.
     """
     global _ranks
     _ranks = _join()
-    errors.may_speak = _ranks.may_speak
-    signal.signal(signal.SIGTERM, _terminate)
+    errors.may_report = _ranks.may_report
     if not _ranks.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         status = work()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
-    except Terminated:
-        errors.complain(
-            "fastiat: ended by SIGTERM, which torchrun sends when it is ended or a process is lost"
-        )
-        status = 128 + signal.SIGTERM
     except BaseException:
-        _ranks.may_speak()
+        _ranks.may_report()  # the others, whose collectives fail now, are to print nothing
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
-        # Without torchrun the notes are rank 0's, and the others have to see who has spoken.
-        if _ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            _ranks.missing(0)
+        # A normal exit may wait for a collective on the GPU that never ends.
         os._exit(status)
-    _ranks.leave()
+    dist.destroy_process_group()
     return status
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
 def _join() -> Ranks:
-    """Find the others by torchrun's environment."""
+    """Make the process group that torchrun's environment variables describe."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            print(
+            errors.complain(
                 f"fastiat: RANK and WORLD_SIZE are set, but not {name}: start it with torchrun, or "
-                f"unset them",
-                file=sys.stderr,
+                f"unset them"
             )
             raise SystemExit(2)
     rank, count, local_rank, local_count = (int(os.environ[name]) for name in names)
@@ -339,11 +235,9 @@ def _join() -> Ranks:
         backend = "cpu:gloo,cuda:nccl"
         if local_rank < torch.cuda.device_count():
             torch.cuda.set_device(local_rank)
-    # Every pair of ranks has a connection or two.
+    # gloo opens a connection, so a file descriptor, to every other rank: 1,024 are often allowed.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
-    sentinel = dist.new_group(backend="gloo", timeout=timedelta(days=1000))
-    assert isinstance(sentinel, dist.ProcessGroup)
-    notes = dist.PrefixStore("fastiat", store)
-    return Ranks(rank, count, local_rank, local_count, node, notes, sentinel)
+    own_keys = dist.PrefixStore("fastiat", store)
+    return Ranks(rank, count, local_rank, local_count, node, own_keys)

@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM while something must not be cut off in its middle."""
+"""SIGINT and SIGTERM: recorded until an update is done, or raised at once as an exception.
+
+Nothing here imports torch, so that a wrong argument is answered at once.
+"""
 
 import signal
 import threading
@@ -6,51 +9,106 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastiat.system.ranks import ranks
+
+class SignalInterrupt(KeyboardInterrupt):
+    """The signal `signum` came in a block that is to end at once.
+
+    A `KeyboardInterrupt`, so that no `except Exception` on its way takes it for another error.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
 
 
-class Now(BaseException):
-    """A signal came in a block that it is to end."""
+class TrainingInterrupt(Exception):
+    """The signal `signum` ended a training after a checkpoint; the message says how to resume."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
 
 
 class Signals:
-    """SIGINT and SIGTERM, noted instead of dying of the first; the second of a kind kills.
+    """Handle SIGINT and SIGTERM in a `with` block; other threads than the main one cannot.
 
-    Not where several ranks train: what SLURM sends to all processes torchrun then sends once more,
-    and it kills by itself those that do not end within half a minute.
+    The first signal is recorded in `received` (0: none) so that the update can finish; a second one
+    of its kind ends the process. Under torchrun (`second_ends=False`) it does not, as every rank
+    gets the signal twice: from SLURM, and from torchrun, which passes on its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, second_ends: bool = True) -> None:
         self.received = 0
-        self._at_once = False
-        self._before: dict[int, Any] = {}
+        self._second_ends = second_ends
+        self._raising = False
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.received and not ranks().alone:
-            return  # the second may still be on its way
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # A rank that fails keeps the handlers: torchrun's SIGTERM must not cut off its message.
+        if self._second_ends or error is None:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
-    def _note(self, number: int, _: Any) -> None:
+    def _handle(self, number: int, _: object) -> None:
         self.received = number
-        if ranks().alone:
-            signal.signal(number, self._before[number])
-        if self._at_once:
-            raise Now
+        if self._second_ends:
+            signal.signal(number, self._previous[number])
+        if self._raising:
+            raise SignalInterrupt(number)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """End the block with `Now` as soon as a signal comes."""
-        self._at_once = True
+        """Raise `SignalInterrupt` in the block as soon as a signal comes, or if one has come."""
+        self._raising = True
         try:
             if self.received:
-                raise Now
+                raise SignalInterrupt(self.received)
             yield
         finally:
-            self._at_once = False
+            self._raising = False
+
+
+_interrupts: list[int] = []
+
+
+@contextmanager
+def remembering_interrupts() -> Iterator[None]:
+    """Remember every SIGINT of the block, so that a `KeyboardInterrupt` that is lost is raised.
+
+    torch imports NumPy from C, which swallows `KeyboardInterrupt` and leaves NumPy half imported:
+    remember the signal, and raise it in place of the error that follows, or where
+    `check_interrupts` is called.
+    """
+
+    def handle(number: int, _: object) -> None:
+        _interrupts.append(number)
+        raise KeyboardInterrupt
+
+    _interrupts.clear()
+    # Where SIGINT is ignored, as under nohup, it stays ignored.
+    handled = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if handled:
+        signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "signum"):
+            check_interrupts()
+        raise
+    finally:
+        if handled:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def check_interrupts() -> None:
+    """Raise `KeyboardInterrupt` if a SIGINT came in the block of `remembering_interrupts`."""
+    if _interrupts:
+        raise KeyboardInterrupt
