@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastiat import cli, data, evaluate
 from fastiat.config import EvaluateConfig, TrainConfig
-from fastiat.data import Shard, choose, make
+from fastiat.data import Shard, choose_loader, make_loader
 from fastiat.engine import device
 from fastiat.images import beton, convert
 from fastiat.images import ffcv as ffcv_package
@@ -66,7 +66,7 @@ def mixed_tree(root: Path) -> Path:
 def both(split: data.Split, memory: data.Split, size: int, **options: object):
     """The loader of each kind, with generators of the same seeds."""
     return [
-        make(
+        make_loader(
             images, size, kind=kind,
             order=torch.Generator().manual_seed(1), augment=torch.Generator().manual_seed(2),
             **options,
@@ -211,17 +211,17 @@ def test_jpegs_are_read_as_the_resident_loader_reads_them_and_damage_is_named(tm
 def test_the_choice_and_its_reason(digits: Path, monkeypatch, without_ffcv) -> None:
     stored = data.load(str(digits))
     cuda = torch.device("cuda")
-    assert choose("auto", stored, CPU) == ("resident", "FFCV is not installed")
+    assert choose_loader("auto", stored, CPU) == ("resident", "FFCV is not installed")
     with pytest.raises(InputError, match=r"--loader ffcv: FFCV is not installed: .*pip install"):
-        choose("ffcv", DIGITS, CPU)
+        choose_loader("ffcv", DIGITS, CPU)
     monkeypatch.setattr(data, "installed", lambda: True)
     monkeypatch.setattr(data, "free_memory", lambda _: 2 * DIGITS.nbytes)
-    assert choose("auto", DIGITS, cuda) == ("resident", "it fits")
-    assert choose("auto", stored, cuda) == ("ffcv", "it is a .beton")
-    assert choose("resident", stored, cuda)[0] == "resident"
+    assert choose_loader("auto", DIGITS, cuda) == ("resident", "it fits")
+    assert choose_loader("auto", stored, cuda) == ("ffcv", "it is a .beton")
+    assert choose_loader("resident", stored, cuda)[0] == "resident"
     monkeypatch.setattr(data, "free_memory", lambda _: 2 * DIGITS.nbytes - 1)
-    assert choose("auto", DIGITS, cuda)[0] == "ffcv"
-    assert choose("auto", DIGITS, CPU)[0] == "resident"  # it is there already
+    assert choose_loader("auto", DIGITS, cuda)[0] == "ffcv"
+    assert choose_loader("auto", DIGITS, CPU)[0] == "resident"  # it is there already
 
 
 def test_free_memory_is_some_of_what_there_is() -> None:
@@ -231,10 +231,10 @@ def test_free_memory_is_some_of_what_there_is() -> None:
 
 def test_commands_that_measure_read_small_files_into_memory(digits: Path, monkeypatch) -> None:
     split = data.load(str(digits)).test
-    assert isinstance(make(split, 9, train=False), data.ResidentLoader)
+    assert isinstance(make_loader(split, 9, train=False), data.ResidentLoader)
     monkeypatch.setattr(data, "free_memory", lambda _: 100)
-    assert same(make(split, 90, train=False), make(DIGITS.test, 90, train=False)) == 4
-    assert not isinstance(make(split, 9, train=False), data.ResidentLoader)
+    assert same(make_loader(split, 90, train=False), make_loader(DIGITS.test, 90, train=False)) == 4
+    assert not isinstance(make_loader(split, 9, train=False), data.ResidentLoader)
 
 
 CONFIG = TrainConfig(
@@ -380,7 +380,7 @@ def test_an_ffcv_that_cannot_be_imported_is_not_called_missing(
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loader")]
     assert "resident" in row and str(error) in row
-    assert choose("auto", DIGITS, CPU) == ("resident", "it fits")
+    assert choose_loader("auto", DIGITS, CPU) == ("resident", "it fits")
 
 
 def test_a_cache_that_cannot_be_written_is_named_and_used_for_what_it_has(

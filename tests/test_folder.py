@@ -772,7 +772,7 @@ def test_progress_is_shown_on_a_terminal_alone(
 def test_worker_processes_end_with_a_parent_that_is_killed() -> None:
     code = """
 import os, time
-from fastiat import folder
+from fastiat.images import tree as folder
 
 folder.PARALLEL_FROM, os.sched_getaffinity, parent = 1, lambda _: {0, 1}, os.getpid()
 
