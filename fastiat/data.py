@@ -2,22 +2,37 @@
 
 import importlib.resources
 import os
+import shlex
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fastiat.config import ConvertConfig
 from fastiat.engine.device import free_memory, own_defaults
-from fastiat.images import beton, downloads
-from fastiat.images import tree as folder
-from fastiat.images.dataset import Dataset, Split, StoredSplit, draw, holdout, limited
+from fastiat.images import beton, downloads, tree
+from fastiat.images.convert import (
+    cached_dataset,
+    cached_tree,
+    dataset_source,
+    tree_source,
+    write_beton,
+)
+from fastiat.images.dataset import (
+    Dataset,
+    Split,
+    StoredSplit,
+    draw,
+    holdout,
+    limited,
+    stored,
+)
 from fastiat.images.ffcv import installed, obstacle
+from fastiat.images.ffcv_batches import FFCVBatches
 from fastiat.kernels import crop_flip
 from fastiat.system.errors import InputError, one_line
 from fastiat.system.ranks import ranks
@@ -27,16 +42,17 @@ from fastiat.system.untrusted import read_npz
 __all__ = [
     "Dataset",
     "Loader",
-    "ResidentLoader",
     "Shard",
     "Split",
     "StoredSplit",
     "choose_loader",
+    "convert",
     "draw",
     "holdout",
     "limited",
     "load",
     "make_loader",
+    "stored",
 ]
 
 
@@ -46,7 +62,7 @@ def default_dir() -> Path:
     if given:
         return Path(expanded(given))
     try:
-        return folder.user_cache("data")
+        return tree.user_cache("data")
     except InputError as error:
         raise InputError(
             f"{error}: name one for data sets with --data-dir or FASTIAT_DATA"
@@ -101,63 +117,24 @@ def load(
 def _load(
     name: str, data_dir: str | os.PathLike[str] | None, loader: str, progress: bool, fetch: bool
 ) -> Dataset:
-    root = tree_root(data_dir) if name == "folder" or data_dir is not None else default_dir()
+    root = tree.root_of(data_dir) if name == "folder" or data_dir is not None else default_dir()
     if name == "folder":
         if downloads.held(root) and not os.path.isdir(root / "train"):
             raise InputError(f"{root} is no image tree: it {downloads.looks_like(root)}")
         if loader == "ffcv" or (loader == "auto" and _needs_converting(root)):
-            from fastiat.images import convert
-
-            return convert.cached_tree(root)
-        tree = folder.read(root, progress=progress)
-        train, test = (Split(*map(torch.from_numpy, part)) for part in (tree.train, tree.test))
-        return Dataset(name, tree.classes, train, test, flip=True)
-
-    def build(splits: list[tuple[Any, Any]], names: Sequence[str]) -> Dataset:
-        train, test = (
-            Split(torch.from_numpy(np.ascontiguousarray(images)), torch.as_tensor(labels).long())
-            for images, labels in splits
-        )
-        return Dataset(name, tuple(names), train, test, flip=name == "cifar10")
+            return cached_tree(root)
+        found = tree.read(root, progress=progress)
+        train, test = (Split(*map(torch.from_numpy, part)) for part in (found.train, found.test))
+        return Dataset(name, found.classes, train, test, flip=True)
 
     bars = progress and sys.stderr.isatty()
-    return downloads.read(name, root, build, progress=bars, fetch=fetch)
-
-
-def tree_root(data_dir: str | os.PathLike | None) -> Path:
-    """Return the folder that `data_dir` names; raise `InputError` unless it can be read."""
-    if data_dir is None:
-        raise InputError(
-            "the data set 'folder' needs a data folder (--data-dir) with "
-            "train/<class>/ and test/<class>/ in it"
-        )
-    root = Path(expanded(data_dir))
-    if not os.path.exists(root):  # Path.exists would raise for a path no system takes
-        raise InputError(f"the data folder {root} does not exist: create it or name another")
-    if not os.path.isdir(root):
-        raise InputError(f"the data folder {root} is a file: name the folder that holds it")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise InputError(f"the data folder {root} cannot be read: check its permissions")
-    return root
-
-
-def stored(path: str | os.PathLike) -> Dataset:
-    """Return the data set in a .beton; its splits are `StoredSplit`s.
-
-    Raises `InputError`, naming the file, unless it is a whole .beton of fastiat.
-    """
-    file = beton.open_beton(path)
-    card, everything = file.card, torch.arange(len(file))
-    train, test = (
-        StoredSplit(file, part) for part in (everything[: card.n_train], everything[card.n_train :])
-    )
-    return Dataset(card.name, card.classes, train, test, card.flip, card.fingerprint)
+    return downloads.read(name, root, progress=bars, fetch=fetch)
 
 
 def _moved(name: str, data_dir: str) -> str:
     """Return where the .beton that was `name` is now, in or at `data_dir`."""
     if not os.path.isdir(data_dir):
-        return data_dir if is_beton(data_dir) else str(tree_root(data_dir) / Path(name).name)
+        return data_dir if is_beton(data_dir) else str(tree.root_of(data_dir) / Path(name).name)
     place = os.path.join(data_dir, Path(name).name)
     if not os.path.exists(place):
         raise InputError(
@@ -185,15 +162,15 @@ def check_folder(name: str, data_dir: str | os.PathLike[str], *, chosen: bool = 
     root = Path(expanded(data_dir))
     if not os.path.isdir(root) or name in downloads.held(root) or name == "folder":
         return
-    tree = all(os.path.isdir(root / split) for split in folder.SPLITS)
-    looks = downloads.looks_like(root) if tree or not chosen else ""
+    is_tree = all(os.path.isdir(root / split) for split in tree.SPLITS)
+    looks = downloads.looks_like(root) if is_tree or not chosen else ""
     if looks:
         raise InputError(f"--data-dir {root} {looks} (the data set asked for is {name})")
 
 
 def _needs_converting(root: Path) -> bool:
     """Whether a tree of images of one size takes more memory than there is for it, with FFCV."""
-    too_large = folder.decoded_size(root) > free_memory(torch.device("cpu")) // 2
+    too_large = tree.decoded_size(root) > free_memory(torch.device("cpu")) // 2
     return too_large and installed()
 
 
@@ -216,6 +193,38 @@ def _digits() -> Dataset:
         ) from error
 
 
+@own_defaults()
+def convert(config: ConvertConfig) -> beton.Card:
+    """Write the .beton that `config` asks for, print what it holds, and return its card.
+
+    Raises `InputError` for images that cannot be read and where OUT cannot be written.
+    """
+    config.check()
+    out = Path(config.out).absolute()
+    if os.path.lexists(out) and not config.force:
+        raise InputError(f"{out} is there already: choose another name, or replace it with --force")
+    if not out.parent.is_dir():
+        raise InputError(f"the folder {out.parent} does not exist: create it, or choose another")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder: name a file in it")
+    named = config.dataset in DATASETS
+    if config.data_dir is not None and not named:
+        raise InputError(
+            f"--data-dir is where a data set of a name is: leave it out with {config.dataset}"
+        )
+    if (named and config.dataset != "folder") or is_beton(config.dataset):
+        source = dataset_source(load(config.dataset, config.data_dir))
+    else:
+        source = tree_source(tree.root_of(config.data_dir if named else config.dataset))
+    card = write_beton(out, source, config.format, config.quality, config.max_side)
+    print(
+        f"{out}: {card.n_train} training and {len(source.labels) - card.n_train} test images of "
+        f"{card.side}x{card.side} pixels in {len(card.classes)} classes, {card.format}, "
+        f"{out.stat().st_size / 2**20:,.1f} MiB; train on it with --dataset {shlex.quote(str(out))}"
+    )
+    return card
+
+
 Kind = Literal["resident", "ffcv"]
 
 
@@ -233,8 +242,25 @@ class Shard(NamedTuple):
 WHOLE = Shard(0, 1)
 
 
-class Loader(ABC):
-    """Passes over labelled uint8 images; a subclass says where the images come from.
+class ResidentBatches:
+    """Batches of a split that lies in the device's memory."""
+
+    def __init__(self, split: Split, device: torch.device) -> None:
+        self.images = split.images.to(device)
+
+    def slices(self, spans: list[slice]) -> Iterator[Tensor]:
+        """Yield views, (B, H, W, C), of the images at each span of positions."""
+        return (self.images[span] for span in spans)
+
+    def picked(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each row of `batches`, (batches, B), a store of images, (M, H, W, C), and the
+        positions of the row's images in that store, (B,).
+        """
+        return ((self.images, index) for index in batches.to(self.images.device))
+
+
+class Loader:
+    """Passes over labelled uint8 images, from memory of the device or, with FFCV, from a .beton.
 
     Iterating yields (x, y): x (B, C, H, W) uint8 and channels-last, y (B,) int64, both on
     `device`. With `train`, a pass is shuffled, its partial last batch dropped, and every image
@@ -251,6 +277,9 @@ class Loader(ABC):
     the ranks' slices, drawn from equal generators, put together are the batch that one process
     would see. Without `train` it takes every `ranks`-th batch from batch number `rank` on.
 
+    `kind` says where the images are: "resident" moves the split to the device (154 MB for
+    CIFAR-10); "ffcv" reads a `StoredSplit` from its .beton while the training runs.
+
     Raises `InputError` where no full training batch exists or the ranks cannot share one equally.
     """
 
@@ -259,6 +288,7 @@ class Loader(ABC):
         split: Split,
         batch_size: int,
         *,
+        kind: Kind = "resident",
         device: torch.device | str = "cpu",
         train: bool,
         pad: int = 2,
@@ -285,7 +315,9 @@ class Loader(ABC):
         self.device = self.labels.device
         self.batch_size, self.train, self.pad, self.flip = batch_size, train, pad, flip
         self.order, self.augment, self.shard = order, augment, shard
-        self._hold(split)
+        self.kind = kind
+        source = FFCVBatches if kind == "ffcv" else ResidentBatches
+        self.source: FFCVBatches | ResidentBatches = source(split, self.device)
 
     def __len__(self) -> int:
         """Batches in a pass; without `train`, in this shard's part of it."""
@@ -312,50 +344,28 @@ class Loader(ABC):
         batches = order[: len(self) * self.batch_size].view(len(self), self.batch_size)
         return self._augmented(batches[skip:, own], own)
 
-    @abstractmethod
-    def _hold(self, split: Split) -> None:
-        """Keep what batches are made of."""
-
-    @abstractmethod
     def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this shard's untouched batches from number `skip` on."""
-
-    @abstractmethod
-    def _shuffled(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield for every row of `batches`, (batches, B) positions in the split on the CPU: a store
-        of images (M, H, W, C), where in it the row's images are, (B,), and their labels, (B,).
-        """
+        size, (rank, ranks) = self.batch_size, self.shard
+        starts = range((rank + skip * ranks) * size, len(self.labels), ranks * size)
+        spans = [slice(start, start + size) for start in starts]
+        for span, images in zip(spans, self.source.slices(spans), strict=True):
+            yield images.permute(0, 3, 1, 2), self.labels[span]
 
     def _augmented(self, batches: Tensor, own: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches of the images at `batches`, (batches, B) positions in the split on the CPU.
+
+        Every rank draws shifts and flips for the whole batch, and takes those of its `own` part.
+        """
         size = self.batch_size
         none = torch.zeros(batches.shape[1], dtype=torch.bool, device=self.device)
-        for store, index, labels in self._shuffled(batches):
+        rows = self.labels[batches.to(self.device)]
+        for labels, (store, index) in zip(rows, self.source.picked(batches), strict=True):
             dy, dx = self._draw(2 * self.pad + 1, (2, size))[:, own]
             flip = self._draw(2, (size,))[own].bool() if self.flip else none
             yield crop_flip(store, index, dy, dx, flip, self.pad), labels
 
     def _draw(self, high: int, shape: tuple[int, ...]) -> Tensor:
         return torch.randint(high, shape, generator=self.augment, device=self.device)
-
-
-class ResidentLoader(Loader):
-    """Batches of a split that lives on the device as uint8: 154 MB for CIFAR-10.
-
-    Without `train`, x are views of the resident images.
-    """
-
-    def _hold(self, split: Split) -> None:
-        self.images = split.images.to(self.device)
-
-    def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        size, (rank, ranks) = self.batch_size, self.shard
-        for start in range((rank + skip * ranks) * size, len(self.labels), ranks * size):
-            span = slice(start, start + size)
-            yield self.images[span].permute(0, 3, 1, 2), self.labels[span]
-
-    def _shuffled(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for index in batches.to(self.device):
-            yield self.images, index, self.labels[index]
 
 
 def choose_loader(
@@ -380,6 +390,24 @@ def choose_loader(
     return "resident", "FFCV is not installed"
 
 
+def convert_if_needed(
+    dataset: Dataset, wanted: Literal["auto", "resident", "ffcv"], device: torch.device
+) -> tuple[Dataset, Kind, str]:
+    """Return the data set, in a .beton of the cache if FFCV is to read it, its loader, and why.
+
+    All ranks of a job must call this together. Raises `InputError` as `choose_loader` does, and
+    where the cache cannot be written.
+    """
+    kind, reason = choose_loader(wanted, dataset, device)
+    # If one rank streams from the .beton, all do: their free memory may differ.
+    if ranks().all_reduce_max(kind == "ffcv")[0]:
+        kind = "ffcv"
+    if kind == "ffcv" and not dataset.stored:
+        with ranks().local_rank_first():
+            dataset = cached_dataset(dataset)
+    return dataset, kind, reason
+
+
 def fits(nbytes: int, device: torch.device, *, in_memory: bool = False) -> bool:
     """Whether images take at most half of what is free on the device, or lie there already."""
     if in_memory and device.type == "cpu":
@@ -399,8 +427,4 @@ def make_loader(
         device = torch.device(options.get("device", "cpu"))
         small = not isinstance(split, StoredSplit) or fits(split.nbytes, device)
         kind = "resident" if small or not installed() else "ffcv"
-    if kind == "resident":
-        return ResidentLoader(split, batch_size, **options)
-    from fastiat.images.ffcv_batches import FFCVLoader
-
-    return FFCVLoader(split, batch_size, **options)
+    return Loader(split, batch_size, kind=kind, **options)

@@ -301,7 +301,7 @@ def test_server_that_never_answers_is_given_up(svhn: Path, monkeypatch: pytest.M
     ("name", "put"),
     [
         ("cifar10", "put cifar-10-python.tar.gz into {root}"),
-        ("svhn", "put train_32x32.mat and test_32x32.mat into {root}"),
+        ("svhn", "put train_32x32.mat, test_32x32.mat into {root}"),
         (
             "fashion-mnist",
             "put train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz,"

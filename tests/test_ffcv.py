@@ -18,9 +18,8 @@ from fastiat import cli, data, evaluate
 from fastiat.config import EvaluateConfig, TrainConfig
 from fastiat.data import Shard, choose_loader, make_loader
 from fastiat.engine import device
-from fastiat.images import beton, convert
+from fastiat.images import beton, convert, ffcv_batches
 from fastiat.images import ffcv as ffcv_package
-from fastiat.images import ffcv_batches as ffcv_loader
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer
 
@@ -109,8 +108,8 @@ def test_colour_batches_that_are_held_on_to_stay_as_they_were(tmp_path: Path) ->
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (300, 8, 8, 3), dtype=torch.uint8, generator=generator)
     memory = data.Split(pixels, torch.arange(300) % 3)
-    source = convert.Loaded(data.Dataset("colours", tuple("abc"), memory, memory, True))
-    convert._write(tmp_path / "x.beton", source, "raw", 0, None)
+    source = convert.dataset_source(data.Dataset("colours", tuple("abc"), memory, memory, True))
+    convert.write_beton(tmp_path / "x.beton", source, "raw", 0, None)
     stored = data.load(str(tmp_path / "x.beton"))
     for train in (False, True):
         mine, theirs = both(stored.train, memory, 8, train=train, flip=True)
@@ -124,7 +123,7 @@ def test_a_hold_out_is_read_from_its_places_in_the_file(digits: Path) -> None:
 
 
 def test_several_threads_decode_what_one_does(digits: Path, monkeypatch) -> None:
-    monkeypatch.setattr(ffcv_loader, "_threads", lambda _: 2)  # as with a CUDA device
+    monkeypatch.setattr(ffcv_batches, "_threads", lambda _: 2)  # as with a CUDA device
     mine, theirs = both(data.load(str(digits)).train, DIGITS.train, 64, train=True)
     for _ in range(2):
         assert same(mine, theirs) == 1437 // 64
@@ -155,7 +154,7 @@ def test_an_error_in_the_thread_that_decodes_is_raised(digits: Path, monkeypatch
     def fail(*_: object) -> None:
         raise MemoryError("no room")
 
-    first = loader.engine(np.arange(8, dtype=np.uint64), 8)
+    first = loader.source.engine(np.arange(8, dtype=np.uint64), 8)
     first.close()
     monkeypatch.setattr(type(first), "run_pipeline", fail)
     with pytest.raises(MemoryError, match="no room"):
@@ -231,10 +230,10 @@ def test_free_memory_is_some_of_what_there_is() -> None:
 
 def test_commands_that_measure_read_small_files_into_memory(digits: Path, monkeypatch) -> None:
     split = data.load(str(digits)).test
-    assert isinstance(make_loader(split, 9, train=False), data.ResidentLoader)
+    assert make_loader(split, 9, train=False).kind == "resident"
     monkeypatch.setattr(data, "free_memory", lambda _: 100)
     assert same(make_loader(split, 90, train=False), make_loader(DIGITS.test, 90, train=False)) == 4
-    assert not isinstance(make_loader(split, 9, train=False), data.ResidentLoader)
+    assert make_loader(split, 9, train=False).kind == "ffcv"
 
 
 CONFIG = TrainConfig(
@@ -348,7 +347,7 @@ def test_what_does_not_fit_is_converted_by_itself(tmp_path, monkeypatch, trained
     config = EvaluateConfig(runs=(str(trained),), device="cpu")
     (job,) = evaluate.prepare(evaluate.open_runs(config), config)
     assert job.dataset.stored and job.dataset.fingerprint() == DIGITS.fingerprint()
-    assert isinstance(Trainer(CONFIG, DIGITS).loader, ffcv_loader.FFCVLoader)
+    assert Trainer(CONFIG, DIGITS).loader.kind == "ffcv"
 
 
 def test_without_ffcv_one_line_says_what_to_install(

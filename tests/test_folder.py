@@ -261,7 +261,7 @@ def test_training_measuring_and_convert_warn_of_what_is_left_out(
 ) -> None:
     (tree / "train/cat/more").mkdir()
     random_image().save(tree / "train/cat/more/0.png")
-    convert.convert(ConvertConfig(dataset=str(tree), out=str(tmp_path / "tree.beton")))
+    data.convert(ConvertConfig(dataset=str(tree), out=str(tmp_path / "tree.beton")))
     convert.cached_tree(tree)
     convert.cached_tree(tree)
     data.load("folder", tree)

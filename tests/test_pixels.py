@@ -11,10 +11,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from fastiat.config import ConvertConfig
-from fastiat.data import stored
+from fastiat.data import convert, stored
 from fastiat.images import pixels
 from fastiat.images import tree as folder
-from fastiat.images.convert import convert
 from fastiat.system.errors import InputError
 
 VALUES = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -151,6 +152,18 @@ class Dataset:
             digest.update(split.labels.contiguous().numpy().data)
             digest.update(split.images.numpy().data)
         return digest.hexdigest()[:16]
+
+
+def stored(path: str | os.PathLike) -> Dataset:
+    """Return the data set in a .beton; both of its splits are a `StoredSplit`.
+
+    Raises `InputError`, naming the file, unless it is a whole .beton of fastiat.
+    """
+    file = beton.open_beton(path)
+    card, everything = file.card, torch.arange(len(file))
+    train = StoredSplit(file, everything[: card.n_train])
+    test = StoredSplit(file, everything[card.n_train :])
+    return Dataset(card.name, card.classes, train, test, card.flip, card.fingerprint)
 
 
 def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastiat.data import Loader, Split, StoredSplit
 from fastiat.images.beton import Beton
+from fastiat.images.dataset import Split, StoredSplit
 from fastiat.images.ffcv import import_ffcv
 from fastiat.system.errors import InputError
 
@@ -25,42 +25,41 @@ PATIENCE = 0.5
 _DECODING = threading.Lock()
 
 
-class FFCVLoader(Loader):
-    """Batches of a `StoredSplit`: FFCV reads and decodes, crops and flips are our own kernels.
+class FFCVBatches:
+    """Batches of a `StoredSplit`: FFCV reads and decodes the images; it does not augment them.
 
-    So the batches are those that `ResidentLoader` makes of the same images. Each is copied, to
-    the device or on the CPU, before it is handed out, as FFCV writes the next ones into the same
-    memory. On CUDA the copies have a stream of their own.
+    Each batch is copied before it is handed out, on the CPU too, because FFCV writes a later batch
+    into the same memory. On CUDA the copies run on a stream of their own.
     """
 
-    def _hold(self, split: Split) -> None:
+    def __init__(self, split: Split, device: torch.device) -> None:
         if not isinstance(split, StoredSplit):
             raise InputError("FFCV reads images out of a .beton: convert them first")
         self.file, self.positions = split.file, split.positions.numpy().astype(np.uint64)
-        self.engine = _engine(split.file, _threads(self.device))
-        cuda = self.device.type == "cuda"
-        self.copies = torch.cuda.Stream(self.device) if cuda else None
+        self.device = device
+        self.engine = _engine(split.file, _threads(device))
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        size, (rank, ranks) = self.batch_size, self.shard
-        starts = range((rank + skip * ranks) * size, len(self.labels), ranks * size)
-        spans = [slice(start, start + size) for start in starts]
-        if not spans:
-            return
-        order = np.concatenate([self.positions[span] for span in spans])
-        for span, images in zip(spans, self._decoded(order, size), strict=True):
-            own = images if self.copies else images.clone()
-            yield own.permute(0, 3, 1, 2), self.labels[span]
+    def slices(self, spans: list[slice]) -> Iterator[Tensor]:
+        """Yield the images, (B, H, W, C), at each span of positions in the split.
 
-    def _shuffled(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        All spans but the last have the same length.
+        """
+        if spans:
+            order = np.concatenate([self.positions[span] for span in spans])
+            for images in self._decoded(order, spans[0].stop - spans[0].start):
+                yield images if self.copies else images.clone()
+
+    def picked(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each row of `batches`, (batches, B) positions in the split, its images,
+        (B, H, W, C), and their positions in that tensor, (B,). On the CPU the images are valid
+        until the next ones are asked for.
+        """
         count, size = batches.shape
-        if not count:
-            return
         every = torch.arange(size, device=self.device)
-        order = self.positions[batches.reshape(-1).numpy()]
-        rows = self.labels[batches.to(self.device)]
-        for labels, images in zip(rows, self._decoded(order, size), strict=True):
-            yield images, every, labels
+        if count:
+            order = self.positions[batches.reshape(-1).numpy()]
+            yield from ((images, every) for images in self._decoded(order, size))
 
     def _decoded(self, order: NDArray[np.uint64], size: int) -> Iterator[Tensor]:
         """Yield (B, H, W, C) for `size` images of `order` at a time; on the CPU it is the ring

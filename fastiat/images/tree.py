@@ -105,6 +105,23 @@ def read(root: str | os.PathLike, *, progress: bool = True) -> Tree:
     return Tree(listing.classes, train, test)
 
 
+def root_of(data_dir: str | os.PathLike | None) -> Path:
+    """Return the folder that `data_dir` names; raise `InputError` unless it can be read."""
+    if data_dir is None:
+        raise InputError(
+            "the data set 'folder' needs a data folder (--data-dir) with "
+            "train/<class>/ and test/<class>/ in it"
+        )
+    root = Path(expanded(data_dir))
+    if not os.path.exists(root):  # Path.exists would raise for a path no system takes
+        raise InputError(f"the data folder {root} does not exist: create it or name another")
+    if not os.path.isdir(root):
+        raise InputError(f"the data folder {root} is a file: name the folder that holds it")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise InputError(f"the data folder {root} cannot be read: check its permissions")
+    return root
+
+
 def decoded_size(root: Path) -> int:
     """Return the bytes of a tree's images, if all are as large as the first."""
     paths = scan(root).paths
