@@ -1,6 +1,7 @@
 """Images: the data sets as a `Dataset` of two `Split`s, in memory or in a file, and a hold-out."""
 
 import importlib.resources
+import logging
 import os
 import shlex
 import sys
@@ -16,9 +17,10 @@ from fastiat.config import ConvertConfig
 from fastiat.engine.device import free_memory, own_defaults
 from fastiat.images import beton, downloads, tree
 from fastiat.images.convert import (
-    cached_dataset,
-    cached_tree,
+    NoCache,
+    cached,
     dataset_source,
+    decoded,
     tree_source,
     write_beton,
 )
@@ -28,6 +30,7 @@ from fastiat.images.dataset import (
     StoredSplit,
     draw,
     holdout,
+    in_memory,
     limited,
     stored,
 )
@@ -54,6 +57,9 @@ __all__ = [
     "make_loader",
     "stored",
 ]
+
+
+log = logging.getLogger(__name__)
 
 
 def default_dir() -> Path:
@@ -121,14 +127,36 @@ def _load(
     if name == "folder":
         if downloads.held(root) and not os.path.isdir(root / "train"):
             raise InputError(f"{root} is no image tree: it {downloads.looks_like(root)}")
-        if loader == "ffcv" or (loader == "auto" and _needs_converting(root)):
-            return cached_tree(root)
-        found = tree.read(root, progress=progress)
-        train, test = (Split(*map(torch.from_numpy, part)) for part in (found.train, found.test))
-        return Dataset(name, found.classes, train, test, flip=True)
-
+        return _load_tree(root, loader, progress)
     bars = progress and sys.stderr.isatty()
     return downloads.read(name, root, progress=bars, fetch=fetch)
+
+
+def _load_tree(root: Path, loader: str, progress: bool) -> Dataset:
+    """Return an image tree, decoded once into a .beton of the cache.
+
+    The images stay in that file for the `loader` "ffcv", and for "auto" where FFCV is installed
+    and they take more than half of the free memory.
+    """
+    source = tree_source(root)
+    options = {"resize": loader == "ffcv", "progress": progress}
+    try:
+        dataset = cached(source, **options)
+    except (NoCache, OSError) as error:  # `OSError`: the disk is full
+        if loader == "ffcv":
+            raise
+        log.warning("no cache of the images (%s): the next run decodes them again", error)
+        return decoded(source)
+    too_large = not fits(dataset.nbytes, torch.device("cpu"))
+    if loader == "ffcv" or (loader == "auto" and too_large and installed()):
+        return dataset
+    try:
+        return in_memory(dataset)
+    except InputError as error:
+        log.warning("the cache %s; it is written again", error)
+        assert isinstance(dataset.train, StoredSplit)
+        dataset.train.file.path.unlink(missing_ok=True)
+        return in_memory(cached(source, **options))
 
 
 def _moved(name: str, data_dir: str) -> str:
@@ -166,12 +194,6 @@ def check_folder(name: str, data_dir: str | os.PathLike[str], *, chosen: bool = 
     looks = downloads.looks_like(root) if is_tree or not chosen else ""
     if looks:
         raise InputError(f"--data-dir {root} {looks} (the data set asked for is {name})")
-
-
-def _needs_converting(root: Path) -> bool:
-    """Whether a tree of images of one size takes more memory than there is for it, with FFCV."""
-    too_large = tree.decoded_size(root) > free_memory(torch.device("cpu")) // 2
-    return too_large and installed()
 
 
 def _digits() -> Dataset:
@@ -404,7 +426,7 @@ def convert_if_needed(
         kind = "ffcv"
     if kind == "ffcv" and not dataset.stored:
         with ranks().local_rank_first():
-            dataset = cached_dataset(dataset)
+            dataset = cached(dataset_source(dataset))
     return dataset, kind, reason
 
 

@@ -7,7 +7,6 @@ reader of FFCV looks, lies the `Card`: JSON, its length in 8 bytes, and `MAGIC`.
 """
 
 import ctypes
-import hashlib
 import json
 import os
 import stat
@@ -142,29 +141,6 @@ def jpeg_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
         return ctypes_imdecode(source, len(blob), height, width, target, *whole) == 0
 
     return decode
-
-
-class Fingerprint:
-    """`Dataset.fingerprint`, taken as the images pass by; of JPEGs over their bytes."""
-
-    def __init__(self, labels: NDArray[np.int64], n_train: int, side: int, channels: int) -> None:
-        self._digest = hashlib.sha256()
-        self._splits = [labels[:n_train], labels[n_train:]]
-        self._shape = side, side, channels
-        self._left = 0
-
-    def add(self, image: bytes | NDArray[np.uint8]) -> None:
-        """Take the next image in, (H, W, C) or a JPEG."""
-        if not self._left:
-            labels = self._splits.pop(0)
-            self._digest.update(str((len(labels), *self._shape)).encode())
-            self._digest.update(np.ascontiguousarray(labels, np.int64).data)
-            self._left = len(labels)
-        self._digest.update(image if isinstance(image, bytes) else np.ascontiguousarray(image).data)
-        self._left -= 1
-
-    def __str__(self) -> str:
-        return self._digest.hexdigest()[:16]
 
 
 def open_beton(path: str | os.PathLike[str]) -> Beton:

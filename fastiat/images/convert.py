@@ -26,17 +26,23 @@ from PIL import Image, ImageOps
 
 from fastiat import __version__
 from fastiat.images import beton, beton_writer, pixels, tree
-from fastiat.images.dataset import Dataset, stored
+from fastiat.images.dataset import Dataset, Split, stored
 from fastiat.system.errors import InputError
 from fastiat.system.settings import SMALLEST_SIDE, expanded
 from fastiat.system.signals import Now, Signals
 
+RESIZED = "-resized"
+"""Added to the digest of a source whose images were resized because their sizes differ."""
 USUAL_SIDE = 224
 """Side of the images of a tree of mixed sizes: the usual input size for photographs."""
 AHEAD = 64
 """Largest number of images in one task of a worker process."""
 
 log = logging.getLogger(__name__)
+
+
+class NoCache(InputError):
+    """The cache of converted images cannot be written to."""
 
 
 class Stopped(Exception):
@@ -67,9 +73,9 @@ class Sizes:
 
     widest: int
     """The largest shorter side."""
-    uniform: bool
-    """Whether all images are squares of that side."""
     grey: bool
+    mixed: str = ""
+    """Why the images cannot stay as they are; "" if all are squares of one size."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,8 @@ class Source:
     n_train: int
     digest: str
     """Identifies the images: a digest of a tree's listing, or a data set's fingerprint."""
+    cache_name: str
+    """Name of its file in the cache, without the extension."""
     sizes: Callable[[], Sizes]
     """Reads the size of every image."""
     blobs: Callable[[Encoder], AbstractContextManager[Iterable[bytes]]]
@@ -123,13 +131,12 @@ def tree_source(root: Path) -> Source:
     tree.warn_ignored(listing)
 
     def sizes() -> Sizes:
-        with pixels.quiet(), tree.mapped(_sizes_of, listing.paths) as results:
+        with pixels.quiet(), pixels.opened(listing.paths[0], head_only=True) as image:
+            work = functools.partial(_sizes_of, first=listing.paths[0], size=image.size)
+        with pixels.quiet(), tree.mapped(work, listing.paths) as results:
             parts = list(results)
-        return Sizes(
-            max(part.widest for part in parts),
-            len({part.widest for part in parts}) == 1 and all(part.uniform for part in parts),
-            all(part.grey for part in parts),
-        )
+        mixed = next((part.mixed for part in parts if part.mixed), "")
+        return Sizes(max(p.widest for p in parts), all(p.grey for p in parts), mixed)
 
     @contextmanager
     def blobs(encoder: Encoder) -> Iterator[Iterable[bytes]]:
@@ -139,8 +146,8 @@ def tree_source(root: Path) -> Source:
             yield itertools.chain.from_iterable(results)
 
     return Source(
-        "folder", listing.classes, True, listing.labels, listing.n_train, listing.digest, sizes,
-        blobs,
+        "folder", listing.classes, True, listing.labels, listing.n_train, listing.digest,
+        hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16], sizes, blobs,
     )  # fmt: skip
 
 
@@ -158,99 +165,110 @@ def dataset_source(dataset: Dataset) -> Source:
         )
         return nullcontext(encoder(image) for images in parts for image in images)
 
+    sizes = Sizes(min(height, width), channels == 1, "not square" * (height != width))
+    labels = torch.cat([split.labels for split in splits]).numpy()
+    fingerprint = dataset.fingerprint()
     return Source(
-        dataset.name, dataset.classes, dataset.flip,
-        torch.cat([split.labels for split in splits]).numpy(), len(dataset.train),
-        dataset.fingerprint(), lambda: Sizes(min(height, width), height == width, channels == 1),
-        blobs,
+        dataset.name, dataset.classes, dataset.flip, labels, len(dataset.train), fingerprint,
+        f"{dataset.name}-{fingerprint}", lambda: sizes, blobs,
     )  # fmt: skip
 
 
 @stoppable()
 def write_beton(
-    out: Path, source: Source, form: beton.Format, quality: int, max_side: int | None
-) -> beton.Card:
+    out: Path, source: Source, form: beton.Format, quality: int, max_side: int | None,
+    *, resize: bool = True, progress: bool = True,
+) -> beton.Card:  # fmt: skip
     """Write a source to the .beton `out` and return its card.
 
-    Raises `InputError` for an image that cannot be read and for images that are too large.
+    Raises `InputError` for an image that cannot be read, for images that are too large and,
+    without `resize`, for images that are not all squares of one size.
     """
     sizes = source.sizes()
-    most = max_side or (sizes.widest if sizes.uniform else USUAL_SIDE)
-    side = min(most, sizes.widest)
-    if side > beton.LARGEST_SIDE:
-        raise InputError(
-            f"the images have {side}x{side} pixels: give a --max-side of "
-            f"{beton.LARGEST_SIDE} or less"
-        )
+    side = _side(sizes, max_side, resize)
     name = source.name
     if name != "folder":  # results must not pass for those of the original images
         name += f"-{side}" * (side != sizes.widest) + "-jpeg" * (form == "jpeg")
     with source.blobs(Encoder(side, quality if form == "jpeg" else None)) as blobs:
         return beton_writer.write(
-            out, source.labels, blobs,
+            out, source.labels, blobs, progress=progress,
             name=name, classes=source.classes, flip=source.flip, channels=1 if sizes.grey else 3,
             side=side, n_train=source.n_train, format=form, quality=quality,
-            source=source.digest, fastiat=__version__,
+            source=source.digest + RESIZED * bool(sizes.mixed), fastiat=__version__,
         )  # fmt: skip
 
 
-def cached_dataset(dataset: Dataset) -> Dataset:
-    """Return a data set as one in a raw .beton of the cache, with the same pixels."""
-    source = dataset_source(dataset)
-    return _cached(source, f"{source.name}-{source.digest}")
+def decoded(source: Source) -> Dataset:
+    """Return a source's images in memory, without a file; they must be squares of one size."""
+    sizes = source.sizes()
+    side, channels = _side(sizes, None, resize=False), 1 if sizes.grey else 3
+    images = np.empty((len(source.labels), side, side, channels), np.uint8)
+    with source.blobs(Encoder(side, None)) as blobs:
+        for image, blob in zip(images, blobs, strict=True):
+            image[:] = np.frombuffer(blob, np.uint8).reshape(side, side, 3)[..., :channels]
+    labels, n = torch.from_numpy(source.labels), source.n_train
+    train, test = (
+        Split(torch.from_numpy(images[part]), labels[part]) for part in (slice(n), slice(n, None))
+    )
+    return Dataset(source.name, source.classes, train, test, source.flip)
 
 
-def cached_tree(root: Path) -> Dataset:
-    """Return the tree at `root` as a raw .beton of the cache, written if the tree has changed."""
-    return _cached(tree_source(root), hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16])
+def _side(sizes: Sizes, max_side: int | None, resize: bool) -> int:
+    """Return the side that all images get."""
+    if sizes.mixed and not resize:
+        raise InputError(f"{sizes.mixed}, or let fastiat convert resize them")
+    side = min(max_side or (USUAL_SIDE if sizes.mixed else sizes.widest), sizes.widest)
+    if side > beton.LARGEST_SIDE:
+        raise InputError(
+            f"the images have {side}x{side} pixels: let fastiat convert resize them with "
+            f"--max-side {beton.LARGEST_SIDE} or less"
+        )
+    return side
 
 
 def cache_dir() -> Path:
     """Return the folder of converted data sets."""
     given = os.environ.get("FASTIAT_CACHE")
-    if given:
-        return Path(expanded(given))
     try:
-        return tree.user_cache("betons")
+        return Path(expanded(given)) if given else tree.user_cache("betons")
     except InputError as error:
-        raise InputError(
-            f"{error}: name a folder for converted images with FASTIAT_CACHE"
-        ) from None
+        raise NoCache(f"{error}: name a folder for converted images with FASTIAT_CACHE") from None
 
 
-def _cached(source: Source, name: str) -> Dataset:
-    """Return a source's file of the cache; of several processes one writes it.
+def cached(source: Source, *, resize: bool = True, progress: bool = True) -> Dataset:
+    """Return a source as a raw .beton of the cache, written if it is missing, old or damaged.
 
-    Raises `InputError` where the file is not there and cannot be written.
+    Of several processes one writes it. Raises `NoCache` where that is not possible, and what
+    `write_beton` raises.
     """
-    file = cache_dir() / f"{name}.beton"
+    file = cache_dir() / f"{source.cache_name}.beton"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115
     except OSError as error:
-        if _holds(file, source):  # a cache that is shared, and read-only
+        if _holds(file, source, resize):  # a cache that is shared, and read-only
             return stored(file)
-        raise InputError(
+        raise NoCache(
             f"{file.parent} cannot be written to ({error.strerror}): "
             "name another folder for converted images with FASTIAT_CACHE"
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _holds(file, source):
-            write_beton(file, source, "raw", 0, None)
+        if not _holds(file, source, resize):
+            write_beton(file, source, "raw", 0, None, resize=resize, progress=progress)
     return stored(file)
 
 
-def _holds(file: Path, source: Source) -> bool:
+def _holds(file: Path, source: Source, resize: bool) -> bool:
     """Whether a file of the cache is whole and was made from these images."""
     if not file.exists():
         return False
     try:
-        card = beton.open_beton(file).card
+        made_from = beton.open_beton(file).card.source
     except InputError as error:
-        log.warning("%s; it is written again", error)
+        log.warning("the cache %s; it is written again", error)
         return False
-    return card.source == source.digest
+    return made_from == source.digest or (resize and made_from == source.digest + RESIZED)
 
 
 def _images_per_task(side: int) -> int:
@@ -258,20 +276,24 @@ def _images_per_task(side: int) -> int:
     return max(1, min(AHEAD, beton.CHUNK // (3 * side**2)))
 
 
-def _sizes_of(paths: list[str]) -> Sizes:
-    shorter, longer, grey = [], [], True
+def _sizes_of(paths: list[str], first: str, size: tuple[int, int]) -> Sizes:
+    """Return the sizes of the images at `paths`; `size` is that of the tree's `first` image."""
+    widest, grey, mixed = 0, True, ""
     for path in paths:
         with pixels.opened(path, head_only=True) as image:
             width, height = image.size
+            is_size = f"{path} is {width}x{height} pixels"
             if min(width, height) < SMALLEST_SIDE:
-                raise InputError(
-                    f"{path} is {width}x{height} pixels: {SMALLEST_SIDE} is the smallest side"
+                raise InputError(f"{is_size}: {SMALLEST_SIDE}x{SMALLEST_SIDE} is the smallest size")
+            if width != height:
+                mixed = mixed or f"{is_size}: make every image square"
+            elif image.size != size:
+                mixed = mixed or (
+                    f"{is_size} but {first} is {size[0]}x{size[1]}: bring all images to one size"
                 )
-            shorter.append(min(width, height))
-            longer.append(max(width, height))
+            widest = max(widest, min(width, height))
             grey &= pixels.is_grey(image)
-    widest = max(shorter)
-    return Sizes(widest, min(shorter) == max(longer) == widest, grey)
+    return Sizes(widest, grey, mixed)
 
 
 def _blobs_of(paths: list[str], encoder: Encoder) -> list[bytes]:

@@ -166,6 +166,27 @@ def stored(path: str | os.PathLike) -> Dataset:
     return Dataset(card.name, card.classes, train, test, card.flip, card.fingerprint)
 
 
+def in_memory(dataset: Dataset) -> Dataset:
+    """Read a data set out of its raw .beton.
+
+    Raises `InputError` where the images are not those that were written or memory is too small.
+    """
+    split = dataset.train
+    assert isinstance(split, StoredSplit)
+    try:
+        train, test = (Split(part.images, part.labels) for part in (split, dataset.test))
+    except MemoryError:
+        _, height, width = split.shape
+        raise InputError(
+            f"{len(split) + len(dataset.test)} images of {height}x{width} pixels do not fit into "
+            f"memory: shrink them"
+        ) from None
+    read = Dataset(dataset.name, dataset.classes, train, test, dataset.flip)
+    if read.fingerprint() != dataset.fingerprint():
+        raise beton.refusal(split.file.path, "its images are damaged")
+    return read
+
+
 def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     """Return (`split` without `n` of its images, those `n`), each in the order of `split`.
 

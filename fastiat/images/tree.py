@@ -18,7 +18,6 @@ What a tree may hold:
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import itertools
 import logging
@@ -27,7 +26,6 @@ import os
 import signal
 import stat
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -39,15 +37,10 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from fastiat.images.beton import LARGEST_SIDE as LARGEST
-from fastiat.images.pixels import opened, pixels_of, quiet
-from fastiat.system.errors import InputError, one_line, printable
+from fastiat.system.errors import InputError, printable
 from fastiat.system.ranks import ranks
-from fastiat.system.settings import SMALLEST_SIDE as SMALLEST
 from fastiat.system.settings import expanded
-from fastiat.system.untrusted import read_npz
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = ("train", "test")
@@ -68,41 +61,8 @@ _HIDDEN = "hidden"
 _UNKNOWN = f"without an image's extension ({' '.join(EXTENSIONS)})"
 
 T = TypeVar("T")
-_CONVERT = "let fastiat convert resize them"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Tree:
-    """A decoded tree: (images (N, H, W, C) uint8, labels (N,) int64) of each split."""
-
-    classes: tuple[str, ...]
-    train: tuple[NDArray[np.uint8], NDArray[np.int64]]
-    test: tuple[NDArray[np.uint8], NDArray[np.int64]]
-
-
-def read(root: str | os.PathLike, *, progress: bool = True) -> Tree:
-    """Return the images of the tree at `root`, from the cache if nothing changed since.
-
-    The cache is a file in `$FASTIAT_CACHE`, else `~/.cache/fastiat/folders`, found by the tree's
-    absolute path and valid for one list of files with their sizes, inodes and times. A
-    cache that is damaged or cannot be written costs a warning and time. Raises `InputError`,
-    naming the file or folder, for a tree that breaks the rules at the head of `fastiat.images.tree`
-    and for a damaged image.
-    """
-    root = Path(expanded(root)).absolute()
-    listing = scan(root)
-    cache = _cache_file(root)
-    images = None if cache is None else _load_cache(cache, listing)
-    if images is None:
-        images = _decode_all(listing.paths, progress)
-        if cache is not None:
-            _save_cache(cache, listing, images)
-    warn_ignored(listing)
-    n = listing.n_train
-    train, test = (images[:n], listing.labels[:n]), (images[n:], listing.labels[n:])
-    return Tree(listing.classes, train, test)
 
 
 def root_of(data_dir: str | os.PathLike | None) -> Path:
@@ -120,14 +80,6 @@ def root_of(data_dir: str | os.PathLike | None) -> Path:
     if not os.access(root, os.R_OK | os.X_OK):
         raise InputError(f"the data folder {root} cannot be read: check its permissions")
     return root
-
-
-def decoded_size(root: Path) -> int:
-    """Return the bytes of a tree's images, if all are as large as the first."""
-    paths = scan(root).paths
-    with opened(paths[0], head_only=True) as image:
-        width, height = image.size
-    return len(paths) * width * height * 3
 
 
 def warn_ignored(listing: "Listing") -> None:
@@ -312,32 +264,6 @@ def _leave_out(entry: os.DirEntry[str], why: str, ignored: dict[str, list[str]])
                 add(os.path.join(place, name))
 
 
-def _decode_all(paths: list[str], progress: bool) -> NDArray[np.uint8]:
-    """Return the images at `paths` as one (N, H, W, C) array, C = 3 if one of them is colour."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet())
-        side = len(_decode(paths[0]))
-        try:
-            images = np.empty((len(paths), side, side, 3), np.uint8)
-        except MemoryError:
-            raise InputError(
-                f"{len(paths)} images of {side}x{side} pixels do not fit into memory: shrink them"
-            ) from None
-        work = functools.partial(_decode_chunk, first=paths[0], side=side)
-        results = stack.enter_context(mapped(work, paths))
-        bar = stack.enter_context(
-            # None: shown on a terminal alone.
-            tqdm(total=len(paths), desc="decoding", unit=" images", disable=not progress or None)
-        )
-        done, colour = 0, False
-        for pixels, coloured in results:
-            images[done : done + len(pixels)] = pixels
-            done += len(pixels)
-            colour |= coloured
-            bar.update(len(pixels))
-    return images if colour else images[..., :1].copy()
-
-
 @contextlib.contextmanager
 def mapped(
     work: Callable[[list[str]], T], paths: list[str], chunk: int = CHUNK
@@ -382,92 +308,3 @@ def _follow_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was killed before
         os._exit(1)
-
-
-def _decode_chunk(paths: list[str], first: str, side: int) -> tuple[NDArray[np.uint8], bool]:
-    """Return the images at `paths`, grey ones in three equal channels, and whether any is colour.
-
-    `first` names the image that set the `side`.
-    """
-    pixels = np.empty((len(paths), side, side, 3), np.uint8)
-    colour = False
-    for i, path in enumerate(paths):
-        image = _decode(path, first, side)
-        pixels[i] = image if image.ndim == 3 else image[..., None]
-        colour |= image.ndim == 3
-    return pixels, colour
-
-
-def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
-    """Return one image as (H, W) if it is grey, (H, W, 3) if not."""
-    with opened(path) as image:
-        width, height = image.size
-        if width != height:
-            raise InputError(
-                f"{path} is {width}x{height} pixels: make every image square, or {_CONVERT}"
-            )
-        if width < SMALLEST:
-            raise InputError(
-                f"{path} is {width}x{height} pixels: {SMALLEST}x{SMALLEST} is the smallest size"
-            )
-        if width > LARGEST:
-            raise InputError(
-                f"{path} is {width}x{height} pixels: {LARGEST}x{LARGEST} is the largest size"
-            )
-        if side and width != side:
-            raise InputError(
-                f"{path} is {width}x{height} pixels but {first} is {side}x{side}: "
-                f"bring all images to one size, or {_CONVERT}"
-            )
-        return pixels_of(image, path)
-
-
-def _cache_file(root: Path) -> Path | None:
-    """Return where the images of a tree are kept, or None without a home folder."""
-    given = os.environ.get("FASTIAT_CACHE")
-    try:
-        folder = Path(expanded(given)) if given else user_cache("folders")
-    except InputError as error:
-        log.warning("no cache of the images: %s; name a folder for it with FASTIAT_CACHE", error)
-        return None
-    return folder / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
-
-
-def _load_cache(cache: Path, listing: Listing) -> NDArray[np.uint8] | None:
-    try:
-        arrays = read_npz(cache, largest=cache.stat().st_size)
-        if str(arrays["digest"]) != listing.digest:
-            return None
-        images = arrays["images"]
-        n, height, width, channels = images.shape
-        square = height == width >= SMALLEST and channels in (1, 3)
-        if images.dtype != np.uint8 or n != len(listing.paths) or not square:
-            raise ValueError("not this tree's images")
-        return images
-    except (FileNotFoundError, PermissionError, NotADirectoryError):
-        return None  # what is wrong with the folder is said when it is to be written to
-    # NumPy and zipfile raise whatever a damaged file makes them stumble on.
-    except Exception as error:
-        log.warning("the cache %s cannot be used (%s): decoding again", cache, one_line(error))
-        return None
-
-
-def _save_cache(cache: Path, listing: Listing, images: NDArray[np.uint8]) -> None:
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part, name = tempfile.mkstemp(prefix=f"{cache.stem}.", suffix=".part", dir=cache.parent)
-        try:
-            with os.fdopen(part, "wb") as file:
-                np.savez(file, digest=np.array(listing.digest), images=images)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, cache)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        log.warning(
-            "no cache of the images (%s): the next run decodes them again; "
-            "FASTIAT_CACHE names another folder",
-            error,
-        )
