@@ -1,4 +1,4 @@
-"""Images: the data sets as a `Dataset` of two `Split`s, in memory or in a file, and a hold-out."""
+"""The data stage: load a data set, make batches of its images, convert it to a .beton."""
 
 import importlib.resources
 import logging
@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,6 @@ from fastiat.config import ConvertConfig
 from fastiat.engine.device import free_memory, own_defaults
 from fastiat.images import beton, downloads, tree
 from fastiat.images.convert import (
-    NoCache,
     cached,
     dataset_source,
     decoded,
@@ -64,15 +64,7 @@ log = logging.getLogger(__name__)
 
 def default_dir() -> Path:
     """Return where data sets are looked for and downloaded to when no folder is named."""
-    given = os.environ.get("FASTIAT_DATA")
-    if given:
-        return Path(expanded(given))
-    try:
-        return tree.user_cache("data")
-    except InputError as error:
-        raise InputError(
-            f"{error}: name one for data sets with --data-dir or FASTIAT_DATA"
-        ) from None
+    return tree.cache_folder("data", "FASTIAT_DATA", "data sets with --data-dir or FASTIAT_DATA")
 
 
 @own_defaults()
@@ -84,25 +76,26 @@ def load(
     loader: str = "resident",
     fetch: bool = True,
 ) -> Dataset:
-    """Return the data set `name`, one of `DATASETS` or the path of a .beton, which is not read yet.
+    """Return the data set `name`: one of `DATASETS`, or the path of a .beton.
 
     `cifar10`, `svhn` (73,257 training images, no extra ones) and `fashion-mnist` are downloaded
     by torchvision, which compares checksums, into `data_dir`, else `$FASTIAT_DATA`, else
     `~/.cache/fastiat/data` (`$XDG_CACHE_HOME/fastiat/data`). `folder` is the image tree at
     `data_dir` (`fastiat.images.tree` says what it may hold). `digits` ships with the package:
     scikit-learn's 1,797 scans of 8x8 pixels, 0..16 scaled to 0..255, 1,437 of them to train on.
-    Progress bars appear when `progress` is set and stderr is a terminal.
+    Progress bars are shown if `progress` is set and stderr is a terminal.
 
-    `data_dir` may be a .beton that was made of the data set. Of a .beton it is the folder that the
-    file lies in now, or the file itself, for one that was moved since it was named. With
-    the `loader` "ffcv" a tree is converted into the cache, images of any size, and stays in that
-    file; "auto" does so where FFCV is installed and the tree does not fit into memory.
+    `data_dir` may also be a .beton that was made of the data set. For a .beton that was moved,
+    `data_dir` is the folder that holds it now, or the file itself. The images of a .beton stay in
+    the file. A tree is decoded into a .beton of the cache. With the `loader` "ffcv" its images may
+    have any sizes, and stay in that file; with "auto" they stay there if FFCV is installed and they
+    take more than half of the free memory; else they are read into memory.
 
     Without `fetch` nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
-    config.json of a stranger's run, must not choose where something is written.
+    config.json of somebody else's run, must not choose where something is written.
 
-    Raises `InputError` in one line for an unknown name, a folder that is not there, files that
-    can neither be found nor downloaded (it says what to put where) and a damaged file (named).
+    Raises `InputError` in one line for an unknown name, a folder that does not exist, files that
+    can neither be found nor downloaded (it says where to put them) and a damaged file.
     """
     name = expanded(name)
     data_dir = None if data_dir is None else expanded(data_dir)
@@ -142,7 +135,7 @@ def _load_tree(root: Path, loader: str, progress: bool) -> Dataset:
     options = {"resize": loader == "ffcv", "progress": progress}
     try:
         dataset = cached(source, **options)
-    except (NoCache, OSError) as error:  # `OSError`: the disk is full
+    except (tree.NoFolder, OSError) as error:  # `OSError`: the disk is full
         if loader == "ffcv":
             raise
         log.warning("no cache of the images (%s): the next run decodes them again", error)
@@ -155,12 +148,13 @@ def _load_tree(root: Path, loader: str, progress: bool) -> Dataset:
     except InputError as error:
         log.warning("the cache %s; it is written again", error)
         assert isinstance(dataset.train, StoredSplit)
-        dataset.train.file.path.unlink(missing_ok=True)
+        with suppress(OSError):  # a cache that is shared, and read-only
+            dataset.train.file.path.unlink()
         return in_memory(cached(source, **options))
 
 
 def _moved(name: str, data_dir: str) -> str:
-    """Return where the .beton that was `name` is now, in or at `data_dir`."""
+    """Return where the .beton `name` is now: in the folder `data_dir`, or at that path."""
     if not os.path.isdir(data_dir):
         return data_dir if is_beton(data_dir) else str(tree.root_of(data_dir) / Path(name).name)
     place = os.path.join(data_dir, Path(name).name)
@@ -182,10 +176,10 @@ def _stored_as(name: str, path: str) -> Dataset:
 
 
 def check_folder(name: str, data_dir: str | os.PathLike[str], *, chosen: bool = True) -> None:
-    """Raise `InputError` for a data folder that holds other images than `name`'s, saying which.
+    """Raise `InputError`, saying what it holds, for a data folder with other images than `name`'s.
 
-    Of a data set that was `chosen`, only an image tree is refused: one folder may serve several
-    data sets, to be downloaded to it. One that nobody chose is not downloaded beside others.
+    If the data set was `chosen`, only an image tree is refused, because several data sets may be
+    downloaded to one folder. The default data set is not downloaded beside any other images.
     """
     root = Path(expanded(data_dir))
     if not os.path.isdir(root) or name in downloads.held(root) or name == "folder":
@@ -208,7 +202,7 @@ def _digits() -> Dataset:
         everything = Split(images, labels)
         train, test = everything.take(~in_test), everything.take(in_test)
         return Dataset("digits", tuple("0123456789"), train, test, flip=False)
-    # zipfile, NumPy and torch raise whatever a damaged file makes them stumble on.
+    # What zipfile, NumPy and torch raise for a damaged file is of any kind.
     except Exception as error:
         raise InputError(
             f"{source} is damaged ({one_line(error)[:100]}): install fastiat again"
@@ -251,13 +245,15 @@ Kind = Literal["resident", "ffcv"]
 
 
 class Shard(NamedTuple):
-    """Which part of every pass is this process's: number `rank` of `ranks` equal ones."""
+    """The part of every pass that this process takes: number `rank` of `ranks` equal parts."""
 
     rank: int
     ranks: int
 
     def gaps(self) -> Iterator[int]:
-        """Yield, for each of its whole batches, how many of others come since its last."""
+        """Yield, for each batch of this rank, the number of batches of other ranks since its
+        previous one.
+        """
         return chain((self.rank,), repeat(self.ranks - 1))
 
 
@@ -265,7 +261,7 @@ WHOLE = Shard(0, 1)
 
 
 class ResidentBatches:
-    """Batches of a split that lies in the device's memory."""
+    """Batches of a split that is copied to the device's memory."""
 
     def __init__(self, split: Split, device: torch.device) -> None:
         self.images = split.images.to(device)
@@ -285,19 +281,20 @@ class Loader:
     """Passes over labelled uint8 images, from memory of the device or, with FFCV, from a .beton.
 
     Iterating yields (x, y): x (B, C, H, W) uint8 and channels-last, y (B,) int64, both on
-    `device`. With `train`, a pass is shuffled, its partial last batch dropped, and every image
-    is shifted by up to `pad` pixels each way over zeros and, with `flip`, mirrored half the time
-    (section 4.1 of the IAT paper, after Madry et al. 2018). Without, images come in their order,
-    untouched, the last batch as short as it is; those x must not be written to.
+    `device`. With `train`, a pass is shuffled and its partial last batch is dropped. Every image is
+    shifted by up to `pad` pixels in each direction, filled with zeros, and with `flip` mirrored
+    with probability 0.5 (section 4.1 of the IAT paper, after Madry et al. 2018). Without `train`,
+    images come in their order and unchanged, and the last batch may be smaller; do not write to
+    those x.
 
-    `order`, a CPU generator, gives each pass its permutation; `augment`, a generator on
-    `device`, each batch its shifts and flips; None stands for torch's default generators. Every
-    loader draws the same numbers, so that the same seeds give the same batches. No batch waits
-    for the device.
+    `order`, a CPU generator, draws the permutation of each pass; `augment`, a generator on
+    `device`, draws the shifts and flips of each batch; None means torch's default generators. Both
+    kinds draw the same numbers, so the same seeds give the same batches. No batch waits for the
+    device.
 
-    With a `shard`, training takes the rank's slice out of every batch of `batch_size` images:
-    the ranks' slices, drawn from equal generators, put together are the batch that one process
-    would see. Without `train` it takes every `ranks`-th batch from batch number `rank` on.
+    With a `shard`, training takes the rank's slice of every batch of `batch_size` images. The
+    slices of all ranks, if their generators are equal, form the batch that one process would
+    see. Without `train`, the loader takes every `ranks`-th batch, beginning with number `rank`.
 
     `kind` says where the images are: "resident" moves the split to the device (154 MB for
     CIFAR-10); "ffcv" reads a `StoredSplit` from its .beton while the training runs.
@@ -342,7 +339,7 @@ class Loader:
         self.source: FFCVBatches | ResidentBatches = source(split, self.device)
 
     def __len__(self) -> int:
-        """Batches in a pass; without `train`, in this shard's part of it."""
+        """Number of batches in a pass; without `train`, in this shard's part of it."""
         full, rest = divmod(len(self.labels), self.batch_size)
         if self.train:
             return full
@@ -354,9 +351,9 @@ class Loader:
     def epoch(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Return one pass that starts at batch `skip`.
 
-        `order` is drawn from here and now, `augment` when a batch is made. So with `order` as it
-        was at the start of a pass and `augment` as it was after `skip` batches of it, the rest
-        of that pass repeats exactly.
+        This call draws from `order`; each batch draws from `augment` when it is made. To repeat
+        the rest of a pass exactly, set `order` to its state at the start of that pass and `augment`
+        to its state after `skip` batches.
         """
         if not self.train:
             return self._in_order(skip)
@@ -393,11 +390,10 @@ class Loader:
 def choose_loader(
     wanted: Literal["auto", "resident", "ffcv"], dataset: Dataset, device: torch.device
 ) -> tuple[Kind, str]:
-    """Return the loader that a training takes, and why.
+    """Return the kind of loader for a data set, and the reason.
 
-    "auto" takes "ffcv", where it is installed, for a .beton and for images that would fill more
-    than half of what is free of the device's memory. Raises `InputError` for "ffcv" where it is
-    not installed.
+    If FFCV is installed, "auto" chooses "ffcv" for a .beton and for images that take more than half
+    of the device's free memory. Raises `InputError` for "ffcv" if FFCV cannot be used.
     """
     if wanted == "ffcv" and (reason := obstacle()):
         raise InputError(f"--loader ffcv: {reason}")
@@ -415,7 +411,9 @@ def choose_loader(
 def convert_if_needed(
     dataset: Dataset, wanted: Literal["auto", "resident", "ffcv"], device: torch.device
 ) -> tuple[Dataset, Kind, str]:
-    """Return the data set, in a .beton of the cache if FFCV is to read it, its loader, and why.
+    """Return the data set, its kind of loader, and the reason for that kind.
+
+    For "ffcv" the data set is one in a .beton, of the cache if it was in memory.
 
     All ranks of a job must call this together. Raises `InputError` as `choose_loader` does, and
     where the cache cannot be written.
@@ -431,7 +429,7 @@ def convert_if_needed(
 
 
 def fits(nbytes: int, device: torch.device, *, in_memory: bool = False) -> bool:
-    """Whether images take at most half of what is free on the device, or lie there already."""
+    """Whether images take at most half of the device's free memory, or are in it already."""
     if in_memory and device.type == "cpu":
         return True
     return nbytes <= free_memory(device) // 2
@@ -440,10 +438,10 @@ def fits(nbytes: int, device: torch.device, *, in_memory: bool = False) -> bool:
 def make_loader(
     split: Split, batch_size: int, *, kind: Kind | None = None, **options: Any
 ) -> Loader:
-    """Return the loader of a kind, with `Loader`'s arguments; "ffcv" takes a `StoredSplit`.
+    """Return a `Loader`. If `kind` is None, it is "resident" for all that fits.
 
-    Without a kind the split is resident, unless it is stored and does not fit: the commands that
-    measure go over the images only a few times.
+    So commands that measure, which use every image only a few times, need FFCV only for a .beton
+    that takes more than half of the device's free memory.
     """
     if kind is None:
         device = torch.device(options.get("device", "cpu"))

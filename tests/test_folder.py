@@ -297,7 +297,7 @@ def test_links_are_followed_and_a_link_to_nothing_is_named(tree: Path, tmp_path:
     images, _ = read(tree).train
     assert np.array_equal(images[2], np.asarray(image))
     (tmp_path / "elsewhere.png").unlink()
-    assert refusal(tree).startswith(f"{tree / 'train/cat/2.png'} cannot be read")
+    assert refusal(tree).startswith(f"{tree / 'train/cat/2.png'} is a link to nothing")
 
 
 def test_a_pipe_named_like_an_image_is_refused_without_waiting_for_it(tree: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writing .beton files: streamed, read back and compared, then renamed into place."""
+"""Write .beton files: image by image, read back and compared, then renamed into place."""
 
 import glob
 import hashlib
@@ -126,7 +126,7 @@ def _shown(title: str, blobs: Iterable[bytes], total: int, shown: bool) -> Itera
 
 
 def _any_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
-    """Return FFCV's decoder, or Pillow's where FFCV is not installed."""
+    """Return FFCV's JPEG decoder, or Pillow's if FFCV is not installed."""
     with suppress(InputError):
         return beton.jpeg_decoder()
 
@@ -141,9 +141,9 @@ def _any_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """Give a file beside `path`, renamed onto it if the block ends well, else removed.
+    """Yield a file beside `path`: renamed onto `path` if the block succeeds, else removed.
 
-    What a process of this machine that was killed has left beside `path` is removed, too.
+    Files that killed processes of this machine left beside `path` are removed too.
     """
     host = socket.gethostname().replace(".", "-")
     for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}.*.part"):
@@ -156,7 +156,7 @@ def replacing(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
             yield part, file
         os.replace(part, path)
     except BaseException as error:
-        with suppress(OSError):  # where nothing can be written, nothing can be removed
+        with suppress(OSError):  # a read-only file system refuses this too
             part.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
@@ -165,7 +165,7 @@ def replacing(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
 
 
 def _page_size(image: int) -> int:
-    """Return a page of which images of so many bytes waste a tenth at the most."""
+    """Return a page size of which images of `image` bytes leave at most a tenth unused."""
     page = beton.SMALLEST_PAGE
     while page < 10 * image:
         page *= 2

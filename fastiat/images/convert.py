@@ -28,7 +28,7 @@ from fastiat import __version__
 from fastiat.images import beton, beton_writer, pixels, tree
 from fastiat.images.dataset import Dataset, Split, stored
 from fastiat.system.errors import InputError
-from fastiat.system.settings import SMALLEST_SIDE, expanded
+from fastiat.system.settings import SMALLEST_SIDE
 from fastiat.system.signals import Now, Signals
 
 RESIZED = "-resized"
@@ -39,10 +39,6 @@ AHEAD = 64
 """Largest number of images in one task of a worker process."""
 
 log = logging.getLogger(__name__)
-
-
-class NoCache(InputError):
-    """The cache of converted images cannot be written to."""
 
 
 class Stopped(Exception):
@@ -226,30 +222,22 @@ def _side(sizes: Sizes, max_side: int | None, resize: bool) -> int:
     return side
 
 
-def cache_dir() -> Path:
-    """Return the folder of converted data sets."""
-    given = os.environ.get("FASTIAT_CACHE")
-    try:
-        return Path(expanded(given)) if given else tree.user_cache("betons")
-    except InputError as error:
-        raise NoCache(f"{error}: name a folder for converted images with FASTIAT_CACHE") from None
-
-
 def cached(source: Source, *, resize: bool = True, progress: bool = True) -> Dataset:
     """Return a source as a raw .beton of the cache, written if it is missing, old or damaged.
 
-    Of several processes one writes it. Raises `NoCache` where that is not possible, and what
+    Of several processes one writes it. Raises `tree.NoFolder` where that is not possible, and what
     `write_beton` raises.
     """
-    file = cache_dir() / f"{source.cache_name}.beton"
+    folder = tree.cache_folder("betons", "FASTIAT_CACHE", "converted images with FASTIAT_CACHE")
+    file = folder / f"{source.cache_name}.beton"
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115
     except OSError as error:
         if _holds(file, source, resize):  # a cache that is shared, and read-only
             return stored(file)
-        raise NoCache(
-            f"{file.parent} cannot be written to ({error.strerror}): "
+        raise tree.NoFolder(
+            f"{folder} cannot be written to ({error.strerror}): "
             "name another folder for converted images with FASTIAT_CACHE"
         ) from None
     with lock:

@@ -152,7 +152,7 @@ def read(name: str, root: Path, *, progress: bool, fetch: bool) -> Dataset:
                 splits.append(Split(images, torch.as_tensor(labels).long()))
         train_split, test_split = splits
         return Dataset(name, tuple(names), train_split, test_split, download.flip)
-    # Networks, archives and parsers fail in too many ways to list; the cause stays chained.
+    # Networks, archives and parsers raise errors of too many types to list here.
     except Exception as error:
         if not fetch:
             raise InputError(
@@ -228,12 +228,12 @@ def _explain(
 
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """Silence torchvision, but for its bars where `progress`, and let no download hang."""
+    """Silence torchvision, except for its bars if `progress`, and set a timeout for downloads."""
     timeout = socket.getdefaulttimeout()
     with contextlib.ExitStack() as stack:
         if not progress:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        # CIFAR-10's pickles are older than a NumPy that warns about them.
+        # A newer NumPy warns about the pickles of CIFAR-10.
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.callback(socket.setdefaulttimeout, timeout)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)

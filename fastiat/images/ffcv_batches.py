@@ -1,4 +1,4 @@
-"""Batches out of a .beton, decoded by FFCV ahead of the training."""
+"""Batches of images from a .beton, which FFCV decodes before the training asks for them."""
 
 import os
 import threading
@@ -18,10 +18,10 @@ from fastiat.images.ffcv import import_ffcv
 from fastiat.system.errors import InputError
 
 AHEAD = 2
-"""Batches that are decoded ahead; FFCV's ring buffer has room for two more."""
+"""Batches that are decoded ahead; FFCV's ring buffer holds two more."""
 PATIENCE = 0.5
-"""Seconds between two looks at whether the thread that decodes is still alive."""
-# Two passes at a time may not be in numba's pool of threads, nor compile into one another.
+"""Seconds between two checks that the decoding thread is alive."""
+# numba allows only one pass at a time in its pool of threads, and only one compilation.
 _DECODING = threading.Lock()
 
 
@@ -62,8 +62,9 @@ class FFCVBatches:
             yield from ((images, every) for images in self._decoded(order, size))
 
     def _decoded(self, order: NDArray[np.uint64], size: int) -> Iterator[Tensor]:
-        """Yield (B, H, W, C) for `size` images of `order` at a time; on the CPU it is the ring
-        buffer itself, good until the next one is asked for.
+        """Yield (B, H, W, C) for `size` images of `order` at a time.
+
+        On the CPU these are in the ring buffer itself, valid until the next ones are asked for.
         """
         channels = self.file.card.channels
         decoded = self.engine(order, size)
@@ -82,7 +83,7 @@ class FFCVBatches:
     def _placed(self, images: Tensor) -> Tensor:
         if self.copies is None:
             return images
-        # The copy waits for its own stream only, and has left the ring buffer when it returns.
+        # `to` waits for this stream only. When it returns, the ring buffer may be overwritten.
         with torch.cuda.stream(self.copies):
             placed = images.to(self.device)
         current = torch.cuda.current_stream(self.device)
@@ -92,7 +93,7 @@ class FFCVBatches:
 
 
 def _threads(device: torch.device) -> int:
-    """Return how many threads decode: on the CPU one, as the network needs the others."""
+    """Return how many threads decode: one on the CPU, where the network needs the others."""
     if device.type == "cpu":
         return 1
     import_ffcv()
@@ -103,7 +104,7 @@ def _threads(device: torch.device) -> int:
 
 
 def _engine(file: Beton, threads: int) -> Any:
-    """Return what decodes images of a file, as long as that has not been replaced."""
+    """Return the decoder of a file, compiled anew only if the file was replaced."""
     status = os.stat(file.path)
     mark = status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
     return _compiled(file.path, mark, threads)
@@ -111,10 +112,10 @@ def _engine(file: Beton, threads: int) -> Any:
 
 @lru_cache(maxsize=4)
 def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
-    """Compile FFCV's pipeline for a file, which takes seconds, so that all passes share it.
+    """Compile FFCV's pipeline for a file, once for all passes, because it takes seconds.
 
-    Returns a function of (order, batch size) that gives a pass, an iterator of (images (B, H, W,
-    3) uint8, failed (B,) bool) in the ring buffer, which must be closed.
+    Returns a function of (order, batch size) that returns a pass: an iterator over (images
+    (B, H, W, 3) uint8, failed (B,) bool) in the ring buffer. The caller must close it.
     """
     import_ffcv()
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -125,7 +126,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
     from ffcv.pipeline.compiler import Compiler
 
     class Decoder(SimpleRGBImageDecoder):
-        """FFCV's decoder, which also tells of JPEGs that are damaged."""
+        """FFCV's decoder, which also reports damaged JPEGs."""
 
         def declare_state_and_memory(self, previous_state: Any) -> Any:
             state, pixels = super().declare_state_and_memory(previous_state)
@@ -135,7 +136,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
             read, images = self.memory_read, Compiler.get_iterator()
             decode_jpeg, copy = Compiler.compile(imdecode), Compiler.compile(memcpy)
 
-            # numba reads no annotations.
+            # numba ignores annotations; mypy wants them.
             def decode(
                 batch_indices: Any, destination: Any, metadata: Any, storage_state: Any
             ) -> Any:
@@ -158,7 +159,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
             return decode
 
     class Pass(EpochIterator):
-        """FFCV's pass, whose thread ends when it is closed and hands on what it raises."""
+        """FFCV's pass; closing it ends its thread, and errors of the thread reach the caller."""
 
         error: BaseException | None = None
 
@@ -184,7 +185,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
         def close(self) -> None:
             super().close()
             self.closed = True
-            while self.is_alive():  # it may wait for room
+            while self.is_alive():  # it may be waiting for room in the queue
                 while not self.output_queue.empty():
                     self.output_queue.get_nowait()
                 self.join(0.01)
@@ -202,7 +203,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
 
     def make_pass(order: NDArray[np.uint64], size: int) -> Pass:
         Compiler.set_num_threads(threads)
-        pipeline.batch_size = size  # looked at when a pass begins only
+        pipeline.batch_size = size  # FFCV reads it only when a pass begins
         return Pass(pipeline, order)
 
     return make_pass
