@@ -37,7 +37,7 @@ from fastiat.images.dataset import (
 from fastiat.images.ffcv import installed, obstacle
 from fastiat.images.ffcv_batches import FFCVBatches
 from fastiat.kernels import crop_flip
-from fastiat.system.errors import InputError, one_line
+from fastiat.system.errors import Damaged, InputError, one_line
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import DATASETS, expanded, is_beton
 from fastiat.system.untrusted import read_npz
@@ -145,8 +145,8 @@ def _load_tree(root: Path, loader: str, progress: bool) -> Dataset:
         return dataset
     try:
         return in_memory(dataset)
-    except InputError as error:
-        log.warning("the cache %s; it is written again", error)
+    except Damaged as error:
+        log.warning("the cache %s: it is written again", error)
         assert isinstance(dataset.train, StoredSplit)
         with suppress(OSError):  # a cache that is shared, and read-only
             dataset.train.file.path.unlink()

@@ -454,13 +454,14 @@ def test_a_folder_that_may_not_be_read_is_named(
 
 
 def test_a_tree_too_large_for_memory_is_refused(
-    tree: Path, monkeypatch: pytest.MonkeyPatch
+    tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(beton.Beton, "read", refuse)
     assert "8 images of 8x8 pixels do not fit into memory" in refusal(tree)
+    assert not caplog.records  # which would say that the cache is damaged
 
 
 def other_pixels_of_the_same_size(tree: Path) -> None:
@@ -655,7 +656,8 @@ def test_a_damaged_cache_is_made_again_with_a_warning(
     assert decodings.count == 2
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage().startswith(f"the cache {file} cannot be used")
+    assert record.getMessage().startswith(f"the cache {file} ")
+    assert record.getMessage().endswith("it is written again")
     assert "\n" not in record.getMessage()
     assert sorted(cache.iterdir()) == [file, file.with_suffix(".lock")]
     assert file.read_bytes() == good

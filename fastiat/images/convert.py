@@ -254,7 +254,7 @@ def _holds(file: Path, source: Source, resize: bool) -> bool:
     try:
         made_from = beton.open_beton(file).card.source
     except InputError as error:
-        log.warning("the cache %s; it is written again", error)
+        log.warning("the cache %s: it is written again", error)
         return False
     return made_from == source.digest or (resize and made_from == source.digest + RESIZED)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastiat.images import beton
-from fastiat.system.errors import InputError
+from fastiat.system.errors import Damaged, InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +169,8 @@ def stored(path: str | os.PathLike) -> Dataset:
 def in_memory(dataset: Dataset) -> Dataset:
     """Read a data set out of its raw .beton.
 
-    Raises `InputError` where the images are not those that were written or memory is too small.
+    Raises `Damaged` if the images are not those that were written, and `InputError` if they do not
+    fit into memory.
     """
     split = dataset.train
     assert isinstance(split, StoredSplit)
@@ -183,7 +184,7 @@ def in_memory(dataset: Dataset) -> Dataset:
         ) from None
     read = Dataset(dataset.name, dataset.classes, train, test, dataset.flip)
     if read.fingerprint() != dataset.fingerprint():
-        raise beton.refusal(split.file.path, "its images are damaged")
+        raise Damaged(f"{split.file.path} holds other images than were written to it")
     return read
 
 
