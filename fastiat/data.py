@@ -17,13 +17,7 @@ from torch import Tensor
 from fastiat.config import ConvertConfig
 from fastiat.engine.device import free_memory, own_defaults
 from fastiat.images import beton, downloads, tree
-from fastiat.images.convert import (
-    cached,
-    dataset_source,
-    decoded,
-    tree_source,
-    write_beton,
-)
+from fastiat.images.convert import cached, dataset_source, decoded, tree_source, write_beton
 from fastiat.images.dataset import (
     Dataset,
     Split,

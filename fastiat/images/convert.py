@@ -254,7 +254,8 @@ def _holds(file: Path, source: Source, resize: bool) -> bool:
     try:
         made_from = beton.open_beton(file).card.source
     except InputError as error:
-        log.warning("the cache %s: it is written again", error)
+        reason, _, _ = str(error).rpartition(": ")  # without the advice to convert it again
+        log.warning("the cache %s: it is written again", reason)
         return False
     return made_from == source.digest or (resize and made_from == source.digest + RESIZED)
 
