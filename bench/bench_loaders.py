@@ -75,7 +75,7 @@ def batches(name: str, dataset: data.Dataset, folder: Path) -> Iterable[Any]:
     train = dataset.train
     if kind == "ffcv":
         file = folder / f"{form}.beton"
-        convert._write(file, convert.Loaded(dataset), form, 95, None)  # type: ignore[arg-type]
+        convert.write_beton(file, convert.dataset_source(dataset), form, 95, None)  # type: ignore[arg-type]
         train = data.load(str(file)).train
     return data.make_loader(
         train, BATCH, kind=kind, device=DEVICE, train=True, pad=PAD, flip=True,

@@ -83,7 +83,7 @@ COMMANDS = {
     ),
     "convert": Command(
         ConvertConfig,
-        "fastiat.images.convert:convert",
+        "fastiat.data:convert",
         "write images to one file for FFCV, of any size",
     ),
     "report": Command(ReportConfig, "fastiat.report:report", "show runs on one HTML page"),

@@ -1,25 +1,37 @@
-"""Images: the data sets as a `Dataset` of two `Split`s, in memory or in a file, and a hold-out."""
+"""The data stage: load a data set, make batches of its images, convert it to a .beton."""
 
 import importlib.resources
+import logging
 import os
+import shlex
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fastiat.config import ConvertConfig
 from fastiat.engine.device import free_memory, own_defaults
-from fastiat.images import beton, downloads
-from fastiat.images import tree as folder
-from fastiat.images.dataset import Dataset, Split, StoredSplit, draw, holdout, limited
+from fastiat.images import beton, downloads, tree
+from fastiat.images.convert import cached, dataset_source, decoded, tree_source, write_beton
+from fastiat.images.dataset import (
+    Dataset,
+    Split,
+    StoredSplit,
+    draw,
+    holdout,
+    in_memory,
+    limited,
+    stored,
+)
 from fastiat.images.ffcv import installed, obstacle
+from fastiat.images.ffcv_batches import FFCVBatches
 from fastiat.kernels import crop_flip
-from fastiat.system.errors import InputError, one_line
+from fastiat.system.errors import Damaged, InputError, one_line
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import DATASETS, expanded, is_beton
 from fastiat.system.untrusted import read_npz
@@ -27,30 +39,26 @@ from fastiat.system.untrusted import read_npz
 __all__ = [
     "Dataset",
     "Loader",
-    "ResidentLoader",
     "Shard",
     "Split",
     "StoredSplit",
     "choose_loader",
+    "convert",
     "draw",
     "holdout",
     "limited",
     "load",
     "make_loader",
+    "stored",
 ]
+
+
+log = logging.getLogger(__name__)
 
 
 def default_dir() -> Path:
     """Return where data sets are looked for and downloaded to when no folder is named."""
-    given = os.environ.get("FASTIAT_DATA")
-    if given:
-        return Path(expanded(given))
-    try:
-        return folder.user_cache("data")
-    except InputError as error:
-        raise InputError(
-            f"{error}: name one for data sets with --data-dir or FASTIAT_DATA"
-        ) from None
+    return tree.cache_folder("data", "FASTIAT_DATA", "data sets with --data-dir or FASTIAT_DATA")
 
 
 @own_defaults()
@@ -62,25 +70,26 @@ def load(
     loader: str = "resident",
     fetch: bool = True,
 ) -> Dataset:
-    """Return the data set `name`, one of `DATASETS` or the path of a .beton, which is not read yet.
+    """Return the data set `name`: one of `DATASETS`, or the path of a .beton.
 
     `cifar10`, `svhn` (73,257 training images, no extra ones) and `fashion-mnist` are downloaded
     by torchvision, which compares checksums, into `data_dir`, else `$FASTIAT_DATA`, else
     `~/.cache/fastiat/data` (`$XDG_CACHE_HOME/fastiat/data`). `folder` is the image tree at
     `data_dir` (`fastiat.images.tree` says what it may hold). `digits` ships with the package:
     scikit-learn's 1,797 scans of 8x8 pixels, 0..16 scaled to 0..255, 1,437 of them to train on.
-    Progress bars appear when `progress` is set and stderr is a terminal.
+    Progress bars are shown if `progress` is set and stderr is a terminal.
 
-    `data_dir` may be a .beton that was made of the data set. Of a .beton it is the folder that the
-    file lies in now, or the file itself, for one that was moved since it was named. With
-    the `loader` "ffcv" a tree is converted into the cache, images of any size, and stays in that
-    file; "auto" does so where FFCV is installed and the tree does not fit into memory.
+    `data_dir` may also be a .beton that was made of the data set. For a .beton that was moved,
+    `data_dir` is the folder that holds it now, or the file itself. The images of a .beton stay in
+    the file. A tree is decoded into a .beton of the cache. With the `loader` "ffcv" its images may
+    have any sizes, and stay in that file; with "auto" they stay there if FFCV is installed and they
+    take more than half of the free memory; else they are read into memory.
 
     Without `fetch` nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
-    config.json of a stranger's run, must not choose where something is written.
+    config.json of somebody else's run, must not choose where something is written.
 
-    Raises `InputError` in one line for an unknown name, a folder that is not there, files that
-    can neither be found nor downloaded (it says what to put where) and a damaged file (named).
+    Raises `InputError` in one line for an unknown name, a folder that does not exist, files that
+    can neither be found nor downloaded (it says where to put them) and a damaged file.
     """
     name = expanded(name)
     data_dir = None if data_dir is None else expanded(data_dir)
@@ -101,63 +110,47 @@ def load(
 def _load(
     name: str, data_dir: str | os.PathLike[str] | None, loader: str, progress: bool, fetch: bool
 ) -> Dataset:
-    root = tree_root(data_dir) if name == "folder" or data_dir is not None else default_dir()
+    root = tree.root_of(data_dir) if name == "folder" or data_dir is not None else default_dir()
     if name == "folder":
         if downloads.held(root) and not os.path.isdir(root / "train"):
             raise InputError(f"{root} is no image tree: it {downloads.looks_like(root)}")
-        if loader == "ffcv" or (loader == "auto" and _needs_converting(root)):
-            from fastiat.images import convert
-
-            return convert.cached_tree(root)
-        tree = folder.read(root, progress=progress)
-        train, test = (Split(*map(torch.from_numpy, part)) for part in (tree.train, tree.test))
-        return Dataset(name, tree.classes, train, test, flip=True)
-
-    def build(splits: list[tuple[Any, Any]], names: Sequence[str]) -> Dataset:
-        train, test = (
-            Split(torch.from_numpy(np.ascontiguousarray(images)), torch.as_tensor(labels).long())
-            for images, labels in splits
-        )
-        return Dataset(name, tuple(names), train, test, flip=name == "cifar10")
-
+        return _load_tree(root, loader, progress)
     bars = progress and sys.stderr.isatty()
-    return downloads.read(name, root, build, progress=bars, fetch=fetch)
+    return downloads.read(name, root, progress=bars, fetch=fetch)
 
 
-def tree_root(data_dir: str | os.PathLike | None) -> Path:
-    """Return the folder that `data_dir` names; raise `InputError` unless it can be read."""
-    if data_dir is None:
-        raise InputError(
-            "the data set 'folder' needs a data folder (--data-dir) with "
-            "train/<class>/ and test/<class>/ in it"
-        )
-    root = Path(expanded(data_dir))
-    if not os.path.exists(root):  # Path.exists would raise for a path no system takes
-        raise InputError(f"the data folder {root} does not exist: create it or name another")
-    if not os.path.isdir(root):
-        raise InputError(f"the data folder {root} is a file: name the folder that holds it")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise InputError(f"the data folder {root} cannot be read: check its permissions")
-    return root
+def _load_tree(root: Path, loader: str, progress: bool) -> Dataset:
+    """Return an image tree, decoded once into a .beton of the cache.
 
-
-def stored(path: str | os.PathLike) -> Dataset:
-    """Return the data set in a .beton; its splits are `StoredSplit`s.
-
-    Raises `InputError`, naming the file, unless it is a whole .beton of fastiat.
+    The images stay in that file for the `loader` "ffcv", and for "auto" where FFCV is installed
+    and they take more than half of the free memory.
     """
-    file = beton.open_beton(path)
-    card, everything = file.card, torch.arange(len(file))
-    train, test = (
-        StoredSplit(file, part) for part in (everything[: card.n_train], everything[card.n_train :])
-    )
-    return Dataset(card.name, card.classes, train, test, card.flip, card.fingerprint)
+    source = tree_source(root)
+    options = {"resize": loader == "ffcv", "progress": progress}
+    try:
+        dataset = cached(source, **options)
+    except (tree.NoFolder, OSError) as error:  # `OSError`: the disk is full
+        if loader == "ffcv":
+            raise
+        log.warning("no cache of the images (%s): the next run decodes them again", error)
+        return decoded(source)
+    too_large = not fits(dataset.nbytes, torch.device("cpu"))
+    if loader == "ffcv" or (loader == "auto" and too_large and installed()):
+        return dataset
+    try:
+        return in_memory(dataset)
+    except Damaged as error:
+        log.warning("the cache %s: it is written again", error)
+        assert isinstance(dataset.train, StoredSplit)
+        with suppress(OSError):  # a cache that is shared, and read-only
+            dataset.train.file.path.unlink()
+        return in_memory(cached(source, **options))
 
 
 def _moved(name: str, data_dir: str) -> str:
-    """Return where the .beton that was `name` is now, in or at `data_dir`."""
+    """Return where the .beton `name` is now: in the folder `data_dir`, or at that path."""
     if not os.path.isdir(data_dir):
-        return data_dir if is_beton(data_dir) else str(tree_root(data_dir) / Path(name).name)
+        return data_dir if is_beton(data_dir) else str(tree.root_of(data_dir) / Path(name).name)
     place = os.path.join(data_dir, Path(name).name)
     if not os.path.exists(place):
         raise InputError(
@@ -177,24 +170,18 @@ def _stored_as(name: str, path: str) -> Dataset:
 
 
 def check_folder(name: str, data_dir: str | os.PathLike[str], *, chosen: bool = True) -> None:
-    """Raise `InputError` for a data folder that holds other images than `name`'s, saying which.
+    """Raise `InputError`, saying what it holds, for a data folder with other images than `name`'s.
 
-    Of a data set that was `chosen`, only an image tree is refused: one folder may serve several
-    data sets, to be downloaded to it. One that nobody chose is not downloaded beside others.
+    If the data set was `chosen`, only an image tree is refused, because several data sets may be
+    downloaded to one folder. The default data set is not downloaded beside any other images.
     """
     root = Path(expanded(data_dir))
     if not os.path.isdir(root) or name in downloads.held(root) or name == "folder":
         return
-    tree = all(os.path.isdir(root / split) for split in folder.SPLITS)
-    looks = downloads.looks_like(root) if tree or not chosen else ""
+    is_tree = all(os.path.isdir(root / split) for split in tree.SPLITS)
+    looks = downloads.looks_like(root) if is_tree or not chosen else ""
     if looks:
         raise InputError(f"--data-dir {root} {looks} (the data set asked for is {name})")
-
-
-def _needs_converting(root: Path) -> bool:
-    """Whether a tree of images of one size takes more memory than there is for it, with FFCV."""
-    too_large = folder.decoded_size(root) > free_memory(torch.device("cpu")) // 2
-    return too_large and installed()
 
 
 def _digits() -> Dataset:
@@ -209,47 +196,102 @@ def _digits() -> Dataset:
         everything = Split(images, labels)
         train, test = everything.take(~in_test), everything.take(in_test)
         return Dataset("digits", tuple("0123456789"), train, test, flip=False)
-    # zipfile, NumPy and torch raise whatever a damaged file makes them stumble on.
+    # What zipfile, NumPy and torch raise for a damaged file is of any kind.
     except Exception as error:
         raise InputError(
             f"{source} is damaged ({one_line(error)[:100]}): install fastiat again"
         ) from error
 
 
+@own_defaults()
+def convert(config: ConvertConfig) -> beton.Card:
+    """Write the .beton that `config` asks for, print what it holds, and return its card.
+
+    Raises `InputError` for images that cannot be read and where OUT cannot be written.
+    """
+    config.check()
+    out = Path(config.out).absolute()
+    if os.path.lexists(out) and not config.force:
+        raise InputError(f"{out} is there already: choose another name, or replace it with --force")
+    if not out.parent.is_dir():
+        raise InputError(f"the folder {out.parent} does not exist: create it, or choose another")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder: name a file in it")
+    named = config.dataset in DATASETS
+    if config.data_dir is not None and not named:
+        raise InputError(
+            f"--data-dir is where a data set of a name is: leave it out with {config.dataset}"
+        )
+    if (named and config.dataset != "folder") or is_beton(config.dataset):
+        source = dataset_source(load(config.dataset, config.data_dir))
+    else:
+        source = tree_source(tree.root_of(config.data_dir if named else config.dataset))
+    card = write_beton(out, source, config.format, config.quality, config.max_side)
+    print(
+        f"{out}: {card.n_train} training and {len(source.labels) - card.n_train} test images of "
+        f"{card.side}x{card.side} pixels in {len(card.classes)} classes, {card.format}, "
+        f"{out.stat().st_size / 2**20:,.1f} MiB; train on it with --dataset {shlex.quote(str(out))}"
+    )
+    return card
+
+
 Kind = Literal["resident", "ffcv"]
 
 
 class Shard(NamedTuple):
-    """Which part of every pass is this process's: number `rank` of `ranks` equal ones."""
+    """The part of every pass that this process takes: number `rank` of `ranks` equal parts."""
 
     rank: int
     ranks: int
 
     def gaps(self) -> Iterator[int]:
-        """Yield, for each of its whole batches, how many of others come since its last."""
+        """Yield, for each batch of this rank, the number of batches of other ranks since its
+        previous one.
+        """
         return chain((self.rank,), repeat(self.ranks - 1))
 
 
 WHOLE = Shard(0, 1)
 
 
-class Loader(ABC):
-    """Passes over labelled uint8 images; a subclass says where the images come from.
+class ResidentBatches:
+    """Batches of a split that is copied to the device's memory."""
+
+    def __init__(self, split: Split, device: torch.device) -> None:
+        self.images = split.images.to(device)
+
+    def slices(self, spans: list[slice]) -> Iterator[Tensor]:
+        """Yield views, (B, H, W, C), of the images at each span of positions."""
+        return (self.images[span] for span in spans)
+
+    def picked(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each row of `batches`, (batches, B), a store of images, (M, H, W, C), and the
+        positions of the row's images in that store, (B,).
+        """
+        return ((self.images, index) for index in batches.to(self.images.device))
+
+
+class Loader:
+    """Passes over labelled uint8 images, from memory of the device or, with FFCV, from a .beton.
 
     Iterating yields (x, y): x (B, C, H, W) uint8 and channels-last, y (B,) int64, both on
-    `device`. With `train`, a pass is shuffled, its partial last batch dropped, and every image
-    is shifted by up to `pad` pixels each way over zeros and, with `flip`, mirrored half the time
-    (section 4.1 of the IAT paper, after Madry et al. 2018). Without, images come in their order,
-    untouched, the last batch as short as it is; those x must not be written to.
+    `device`. With `train`, a pass is shuffled and its partial last batch is dropped. Every image is
+    shifted by up to `pad` pixels in each direction, filled with zeros, and with `flip` mirrored
+    with probability 0.5 (section 4.1 of the IAT paper, after Madry et al. 2018). Without `train`,
+    images come in their order and unchanged, and the last batch may be smaller; do not write to
+    those x.
 
-    `order`, a CPU generator, gives each pass its permutation; `augment`, a generator on
-    `device`, each batch its shifts and flips; None stands for torch's default generators. Every
-    loader draws the same numbers, so that the same seeds give the same batches. No batch waits
-    for the device.
+    `order`, a CPU generator, draws the permutation of each pass; `augment`, a generator on
+    `device`, draws the shifts and flips of each batch; None means torch's default generators. Both
+    kinds draw the same numbers, so the same seeds give the same batches. No batch waits for the
+    device.
 
-    With a `shard`, training takes the rank's slice out of every batch of `batch_size` images:
-    the ranks' slices, drawn from equal generators, put together are the batch that one process
-    would see. Without `train` it takes every `ranks`-th batch from batch number `rank` on.
+    With a `shard`, training takes the rank's slice of every batch of `batch_size` images. The
+    slices of all ranks, if their generators are equal, form the batch that one process would
+    see. Without `train`, the loader takes every `ranks`-th batch, beginning with number `rank`.
+
+    `kind` says where the images are: "resident" moves the split to the device (154 MB for
+    CIFAR-10); "ffcv" reads a `StoredSplit` from its .beton while the training runs.
 
     Raises `InputError` where no full training batch exists or the ranks cannot share one equally.
     """
@@ -259,6 +301,7 @@ class Loader(ABC):
         split: Split,
         batch_size: int,
         *,
+        kind: Kind = "resident",
         device: torch.device | str = "cpu",
         train: bool,
         pad: int = 2,
@@ -285,10 +328,12 @@ class Loader(ABC):
         self.device = self.labels.device
         self.batch_size, self.train, self.pad, self.flip = batch_size, train, pad, flip
         self.order, self.augment, self.shard = order, augment, shard
-        self._hold(split)
+        self.kind = kind
+        source = FFCVBatches if kind == "ffcv" else ResidentBatches
+        self.source: FFCVBatches | ResidentBatches = source(split, self.device)
 
     def __len__(self) -> int:
-        """Batches in a pass; without `train`, in this shard's part of it."""
+        """Number of batches in a pass; without `train`, in this shard's part of it."""
         full, rest = divmod(len(self.labels), self.batch_size)
         if self.train:
             return full
@@ -300,9 +345,9 @@ class Loader(ABC):
     def epoch(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Return one pass that starts at batch `skip`.
 
-        `order` is drawn from here and now, `augment` when a batch is made. So with `order` as it
-        was at the start of a pass and `augment` as it was after `skip` batches of it, the rest
-        of that pass repeats exactly.
+        This call draws from `order`; each batch draws from `augment` when it is made. To repeat
+        the rest of a pass exactly, set `order` to its state at the start of that pass and `augment`
+        to its state after `skip` batches.
         """
         if not self.train:
             return self._in_order(skip)
@@ -312,24 +357,22 @@ class Loader(ABC):
         batches = order[: len(self) * self.batch_size].view(len(self), self.batch_size)
         return self._augmented(batches[skip:, own], own)
 
-    @abstractmethod
-    def _hold(self, split: Split) -> None:
-        """Keep what batches are made of."""
-
-    @abstractmethod
     def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this shard's untouched batches from number `skip` on."""
-
-    @abstractmethod
-    def _shuffled(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield for every row of `batches`, (batches, B) positions in the split on the CPU: a store
-        of images (M, H, W, C), where in it the row's images are, (B,), and their labels, (B,).
-        """
+        size, (rank, ranks) = self.batch_size, self.shard
+        starts = range((rank + skip * ranks) * size, len(self.labels), ranks * size)
+        spans = [slice(start, start + size) for start in starts]
+        for span, images in zip(spans, self.source.slices(spans), strict=True):
+            yield images.permute(0, 3, 1, 2), self.labels[span]
 
     def _augmented(self, batches: Tensor, own: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches of the images at `batches`, (batches, B) positions in the split on the CPU.
+
+        Every rank draws shifts and flips for the whole batch, and takes those of its `own` part.
+        """
         size = self.batch_size
         none = torch.zeros(batches.shape[1], dtype=torch.bool, device=self.device)
-        for store, index, labels in self._shuffled(batches):
+        rows = self.labels[batches.to(self.device)]
+        for labels, (store, index) in zip(rows, self.source.picked(batches), strict=True):
             dy, dx = self._draw(2 * self.pad + 1, (2, size))[:, own]
             flip = self._draw(2, (size,))[own].bool() if self.flip else none
             yield crop_flip(store, index, dy, dx, flip, self.pad), labels
@@ -338,34 +381,13 @@ class Loader(ABC):
         return torch.randint(high, shape, generator=self.augment, device=self.device)
 
 
-class ResidentLoader(Loader):
-    """Batches of a split that lives on the device as uint8: 154 MB for CIFAR-10.
-
-    Without `train`, x are views of the resident images.
-    """
-
-    def _hold(self, split: Split) -> None:
-        self.images = split.images.to(self.device)
-
-    def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        size, (rank, ranks) = self.batch_size, self.shard
-        for start in range((rank + skip * ranks) * size, len(self.labels), ranks * size):
-            span = slice(start, start + size)
-            yield self.images[span].permute(0, 3, 1, 2), self.labels[span]
-
-    def _shuffled(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for index in batches.to(self.device):
-            yield self.images, index, self.labels[index]
-
-
 def choose_loader(
     wanted: Literal["auto", "resident", "ffcv"], dataset: Dataset, device: torch.device
 ) -> tuple[Kind, str]:
-    """Return the loader that a training takes, and why.
+    """Return the kind of loader for a data set, and the reason.
 
-    "auto" takes "ffcv", where it is installed, for a .beton and for images that would fill more
-    than half of what is free of the device's memory. Raises `InputError` for "ffcv" where it is
-    not installed.
+    If FFCV is installed, "auto" chooses "ffcv" for a .beton and for images that take more than half
+    of the device's free memory. Raises `InputError` for "ffcv" if FFCV cannot be used.
     """
     if wanted == "ffcv" and (reason := obstacle()):
         raise InputError(f"--loader ffcv: {reason}")
@@ -380,8 +402,28 @@ def choose_loader(
     return "resident", "FFCV is not installed"
 
 
+def convert_if_needed(
+    dataset: Dataset, wanted: Literal["auto", "resident", "ffcv"], device: torch.device
+) -> tuple[Dataset, Kind, str]:
+    """Return the data set, its kind of loader, and the reason for that kind.
+
+    For "ffcv" the data set is one in a .beton, of the cache if it was in memory.
+
+    All ranks of a job must call this together. Raises `InputError` as `choose_loader` does, and
+    where the cache cannot be written.
+    """
+    kind, reason = choose_loader(wanted, dataset, device)
+    # If one rank streams from the .beton, all do: their free memory may differ.
+    if ranks().all_reduce_max(kind == "ffcv")[0]:
+        kind = "ffcv"
+    if kind == "ffcv" and not dataset.stored:
+        with ranks().local_rank_first():
+            dataset = cached(dataset_source(dataset))
+    return dataset, kind, reason
+
+
 def fits(nbytes: int, device: torch.device, *, in_memory: bool = False) -> bool:
-    """Whether images take at most half of what is free on the device, or lie there already."""
+    """Whether images take at most half of the device's free memory, or are in it already."""
     if in_memory and device.type == "cpu":
         return True
     return nbytes <= free_memory(device) // 2
@@ -390,17 +432,13 @@ def fits(nbytes: int, device: torch.device, *, in_memory: bool = False) -> bool:
 def make_loader(
     split: Split, batch_size: int, *, kind: Kind | None = None, **options: Any
 ) -> Loader:
-    """Return the loader of a kind, with `Loader`'s arguments; "ffcv" takes a `StoredSplit`.
+    """Return a `Loader`. If `kind` is None, it is "resident" for all that fits.
 
-    Without a kind the split is resident, unless it is stored and does not fit: the commands that
-    measure go over the images only a few times.
+    So commands that measure, which use every image only a few times, need FFCV only for a .beton
+    that takes more than half of the device's free memory.
     """
     if kind is None:
         device = torch.device(options.get("device", "cpu"))
         small = not isinstance(split, StoredSplit) or fits(split.nbytes, device)
         kind = "resident" if small or not installed() else "ffcv"
-    if kind == "resident":
-        return ResidentLoader(split, batch_size, **options)
-    from fastiat.images.ffcv_batches import FFCVLoader
-
-    return FFCVLoader(split, batch_size, **options)
+    return Loader(split, batch_size, kind=kind, **options)

@@ -25,8 +25,7 @@ from fastiat.config import (
     TransferConfig,
 )
 from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
-from fastiat.images import convert
-from fastiat.images.downloads import SOURCES
+from fastiat.images.downloads import DOWNLOADS
 from fastiat.measuring.autoattack import ATTACKS, autoattack, check_classes, library_version
 from fastiat.measuring.one_pass import default_batch, error_rates, fooled, title, within_memory
 from fastiat.models import correct, to_pixels
@@ -227,9 +226,7 @@ def _data_for(
     data_dir = data_place(config, own)
     fetch = data_dir is None or config.data_dir is not None
     dataset = load(dataset_name, data_dir, loader=own.loader if own else "auto", fetch=fetch)
-    device = pick_device(config.device)
-    if not dataset.stored and data.choose_loader("auto", dataset, device)[0] == "ffcv":
-        dataset = convert.cached_dataset(dataset)
+    dataset, *_ = data.convert_if_needed(dataset, "auto", pick_device(config.device))
     wanted = (card.in_channels, card.image_size, card.image_size)
     if dataset.test.shape != wanted:
         raise InputError(
@@ -254,7 +251,7 @@ def data_place(config: MeasureConfig | DiagnoseConfig, own: TrainConfig | None) 
     if config.data_dir or own is None:
         return config.data_dir
     wanted = {config.dataset or own.dataset, own.dataset}
-    return own.data_dir if len(wanted) == 1 or wanted <= SOURCES.keys() else None
+    return own.data_dir if len(wanted) == 1 or wanted <= DOWNLOADS.keys() else None
 
 
 def some(classes: tuple[str, ...]) -> str:

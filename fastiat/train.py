@@ -22,7 +22,6 @@ from fastiat.attack import PGD, BatchNormMode, count_errors, draw_seed, pgd
 from fastiat.config import TrainConfig
 from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
 from fastiat.engine.graphs import Engine, pick_engine, prepare
-from fastiat.images import convert
 from fastiat.mix import Mix, chance_loss
 from fastiat.runs.directory import (
     METRICS,
@@ -76,13 +75,9 @@ class Trainer:
         self.arithmetic = pick_precision(config.precision, self.device)
         prepare(self.device, config.deterministic)
         self.precision = partial(autocast, self.device, self.arithmetic)
-        kind, self.loader_reason = data.choose_loader(config.loader, dataset, self.device)
-        # The memory that is free may differ; one that takes the file has all take it.
-        if self.ranks.all_reduce_max(kind == "ffcv")[0]:
-            kind = "ffcv"
-        if kind == "ffcv" and not dataset.stored:
-            with self.ranks.local_rank_first():
-                dataset = convert.cached_dataset(dataset)
+        dataset, kind, self.loader_reason = data.convert_if_needed(
+            dataset, config.loader, self.device
+        )
         evaluation_loader = partial(
             data.make_loader,
             # An update must fit into the memory anyway.

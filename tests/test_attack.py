@@ -265,7 +265,7 @@ def test_pgd_object_is_the_function_with_its_settings_fixed(model):
 
 def test_count_errors_counts_after_the_attack_and_restores_the_mode(model):
     split = data.load("digits").test
-    loader = data.ResidentLoader(split, 100, train=False)
+    loader = data.Loader(split, 100, train=False)
     model = _copy(model).train()
     clean = count_errors(model, loader)
     attacked = count_errors(model, loader, lambda x, y: fgsm(model, x, y, eps=0.2))

@@ -171,12 +171,12 @@ def test_resizing_takes_the_middle_and_averages_what_it_shrinks(tmp_path: Path) 
 
 
 def test_large_images_are_in_memory_one_at_a_time(tmp_path: Path, monkeypatch) -> None:
-    assert [convert._at_a_time(side) for side in (8, 224, 512, 4096)] == [64, 55, 10, 1]
+    assert [convert._images_per_task(side) for side in (8, 224, 512, 4096)] == [64, 55, 10, 1]
     asked = []
     take = data.Split.take
     monkeypatch.setattr(data.Split, "take", lambda s, i: asked.append(len(i)) or take(s, i))
     monkeypatch.setattr(beton, "CHUNK", 2 * 3 * 8 * 8)
-    convert._write(tmp_path / "x.beton", convert.Loaded(DIGITS), "raw", 0, None)
+    convert.write_beton(tmp_path / "x.beton", convert.dataset_source(DIGITS), "raw", 0, None)
     assert max(asked) == 2 and sum(asked) == 1797
     call("convert", make_tree(tmp_path / "tree", [(9, 9)] * 3), tmp_path / "tree.beton")
     assert len(images_of(tmp_path / "tree.beton")) == 12
@@ -187,7 +187,7 @@ def test_name_tells_a_resized_data_set_from_the_original(tmp_path: Path, digits:
     dataset = data.load("folder", tree)
     named = data.Dataset("svhn", dataset.classes, dataset.train, dataset.test, False)
     out = tmp_path / "x.beton"
-    convert._write(out, convert.Loaded(named), "raw", 0, 8)
+    convert.write_beton(out, convert.dataset_source(named), "raw", 0, 8)
     assert data.load(str(out)).name == "svhn-8"
     assert data.load("svhn", out).name == "svhn-8" and data.load("folder", out).name == "svhn-8"
     with pytest.raises(InputError, match="holds digits, not cifar10"):
@@ -235,7 +235,7 @@ def test_a_disk_that_keeps_other_bytes_is_noticed(tmp_path: Path, monkeypatch) -
 
     monkeypatch.setattr(beton.Beton, "blobs", flipped)
     with pytest.raises(InputError, match="does not hold what was written"):
-        convert._write(tmp_path / "x.beton", convert.Loaded(DIGITS), "raw", 0, None)
+        convert.write_beton(tmp_path / "x.beton", convert.dataset_source(DIGITS), "raw", 0, None)
     assert list(tmp_path.iterdir()) == []
 
 

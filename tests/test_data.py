@@ -24,6 +24,7 @@ from torchvision.datasets import CIFAR10, SVHN, FashionMNIST
 from fastiat import data
 from fastiat.images import downloads
 from fastiat.system.errors import InputError
+from fastiat.system.settings import DATASETS
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -301,7 +302,7 @@ def test_server_that_never_answers_is_given_up(svhn: Path, monkeypatch: pytest.M
     ("name", "put"),
     [
         ("cifar10", "put cifar-10-python.tar.gz into {root}"),
-        ("svhn", "put train_32x32.mat and test_32x32.mat into {root}"),
+        ("svhn", "put train_32x32.mat, test_32x32.mat into {root}"),
         (
             "fashion-mnist",
             "put train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz,"
@@ -406,6 +407,10 @@ def test_pickle_with_code_in_it_is_refused_and_never_run(cifar10: Path, file: st
         data.load("cifar10", cifar10)
     assert str(path) in one_line(error)
     assert not (cifar10 / "it-ran").exists()
+
+
+def test_every_name_of_a_data_set_has_its_facts_or_is_local() -> None:
+    assert {*downloads.DOWNLOADS, "digits", "folder"} == set(DATASETS)
 
 
 def test_unknown_data_set_names_the_known_ones() -> None:

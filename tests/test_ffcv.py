@@ -16,11 +16,10 @@ from PIL import Image
 
 from fastiat import cli, data, evaluate
 from fastiat.config import EvaluateConfig, TrainConfig
-from fastiat.data import Shard, choose, make
+from fastiat.data import Shard, choose_loader, make_loader
 from fastiat.engine import device
-from fastiat.images import beton, convert
+from fastiat.images import beton, convert, ffcv_batches
 from fastiat.images import ffcv as ffcv_package
-from fastiat.images import ffcv_batches as ffcv_loader
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer
 
@@ -66,7 +65,7 @@ def mixed_tree(root: Path) -> Path:
 def both(split: data.Split, memory: data.Split, size: int, **options: object):
     """The loader of each kind, with generators of the same seeds."""
     return [
-        make(
+        make_loader(
             images, size, kind=kind,
             order=torch.Generator().manual_seed(1), augment=torch.Generator().manual_seed(2),
             **options,
@@ -109,8 +108,8 @@ def test_colour_batches_that_are_held_on_to_stay_as_they_were(tmp_path: Path) ->
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (300, 8, 8, 3), dtype=torch.uint8, generator=generator)
     memory = data.Split(pixels, torch.arange(300) % 3)
-    source = convert.Loaded(data.Dataset("colours", tuple("abc"), memory, memory, True))
-    convert._write(tmp_path / "x.beton", source, "raw", 0, None)
+    source = convert.dataset_source(data.Dataset("colours", tuple("abc"), memory, memory, True))
+    convert.write_beton(tmp_path / "x.beton", source, "raw", 0, None)
     stored = data.load(str(tmp_path / "x.beton"))
     for train in (False, True):
         mine, theirs = both(stored.train, memory, 8, train=train, flip=True)
@@ -124,7 +123,7 @@ def test_a_hold_out_is_read_from_its_places_in_the_file(digits: Path) -> None:
 
 
 def test_several_threads_decode_what_one_does(digits: Path, monkeypatch) -> None:
-    monkeypatch.setattr(ffcv_loader, "_threads", lambda _: 2)  # as with a CUDA device
+    monkeypatch.setattr(ffcv_batches, "_threads", lambda _: 2)  # as with a CUDA device
     mine, theirs = both(data.load(str(digits)).train, DIGITS.train, 64, train=True)
     for _ in range(2):
         assert same(mine, theirs) == 1437 // 64
@@ -155,7 +154,7 @@ def test_an_error_in_the_thread_that_decodes_is_raised(digits: Path, monkeypatch
     def fail(*_: object) -> None:
         raise MemoryError("no room")
 
-    first = loader.engine(np.arange(8, dtype=np.uint64), 8)
+    first = loader.source.engine(np.arange(8, dtype=np.uint64), 8)
     first.close()
     monkeypatch.setattr(type(first), "run_pipeline", fail)
     with pytest.raises(MemoryError, match="no room"):
@@ -211,17 +210,17 @@ def test_jpegs_are_read_as_the_resident_loader_reads_them_and_damage_is_named(tm
 def test_the_choice_and_its_reason(digits: Path, monkeypatch, without_ffcv) -> None:
     stored = data.load(str(digits))
     cuda = torch.device("cuda")
-    assert choose("auto", stored, CPU) == ("resident", "FFCV is not installed")
+    assert choose_loader("auto", stored, CPU) == ("resident", "FFCV is not installed")
     with pytest.raises(InputError, match=r"--loader ffcv: FFCV is not installed: .*pip install"):
-        choose("ffcv", DIGITS, CPU)
+        choose_loader("ffcv", DIGITS, CPU)
     monkeypatch.setattr(data, "installed", lambda: True)
     monkeypatch.setattr(data, "free_memory", lambda _: 2 * DIGITS.nbytes)
-    assert choose("auto", DIGITS, cuda) == ("resident", "it fits")
-    assert choose("auto", stored, cuda) == ("ffcv", "it is a .beton")
-    assert choose("resident", stored, cuda)[0] == "resident"
+    assert choose_loader("auto", DIGITS, cuda) == ("resident", "it fits")
+    assert choose_loader("auto", stored, cuda) == ("ffcv", "it is a .beton")
+    assert choose_loader("resident", stored, cuda)[0] == "resident"
     monkeypatch.setattr(data, "free_memory", lambda _: 2 * DIGITS.nbytes - 1)
-    assert choose("auto", DIGITS, cuda)[0] == "ffcv"
-    assert choose("auto", DIGITS, CPU)[0] == "resident"  # it is there already
+    assert choose_loader("auto", DIGITS, cuda)[0] == "ffcv"
+    assert choose_loader("auto", DIGITS, CPU)[0] == "resident"  # it is there already
 
 
 def test_free_memory_is_some_of_what_there_is() -> None:
@@ -231,10 +230,10 @@ def test_free_memory_is_some_of_what_there_is() -> None:
 
 def test_commands_that_measure_read_small_files_into_memory(digits: Path, monkeypatch) -> None:
     split = data.load(str(digits)).test
-    assert isinstance(make(split, 9, train=False), data.ResidentLoader)
+    assert make_loader(split, 9, train=False).kind == "resident"
     monkeypatch.setattr(data, "free_memory", lambda _: 100)
-    assert same(make(split, 90, train=False), make(DIGITS.test, 90, train=False)) == 4
-    assert not isinstance(make(split, 9, train=False), data.ResidentLoader)
+    assert same(make_loader(split, 90, train=False), make_loader(DIGITS.test, 90, train=False)) == 4
+    assert make_loader(split, 9, train=False).kind == "ffcv"
 
 
 CONFIG = TrainConfig(
@@ -348,7 +347,7 @@ def test_what_does_not_fit_is_converted_by_itself(tmp_path, monkeypatch, trained
     config = EvaluateConfig(runs=(str(trained),), device="cpu")
     (job,) = evaluate.prepare(evaluate.open_runs(config), config)
     assert job.dataset.stored and job.dataset.fingerprint() == DIGITS.fingerprint()
-    assert isinstance(Trainer(CONFIG, DIGITS).loader, ffcv_loader.FFCVLoader)
+    assert Trainer(CONFIG, DIGITS).loader.kind == "ffcv"
 
 
 def test_without_ffcv_one_line_says_what_to_install(
@@ -380,7 +379,7 @@ def test_an_ffcv_that_cannot_be_imported_is_not_called_missing(
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loader")]
     assert "resident" in row and str(error) in row
-    assert choose("auto", DIGITS, CPU) == ("resident", "it fits")
+    assert choose_loader("auto", DIGITS, CPU) == ("resident", "it fits")
 
 
 def test_a_cache_that_cannot_be_written_is_named_and_used_for_what_it_has(

@@ -11,10 +11,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from fastiat.config import ConvertConfig
-from fastiat.data import stored
+from fastiat.data import convert, load, stored
 from fastiat.images import pixels
-from fastiat.images import tree as folder
-from fastiat.images.convert import convert
 from fastiat.system.errors import InputError
 
 VALUES = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
@@ -228,7 +226,7 @@ def test_training_and_convert_take_the_same_orientation(
             (tmp_path / "tree" / split / name).mkdir(parents=True)
             for file in ("element.png", "exif late.png", "raw.png"):
                 (tmp_path / "tree" / split / name / file).write_bytes(content[file])
-    images = folder.read(tmp_path / "tree").train[0]
+    images = load("folder", tmp_path / "tree").train.images.numpy()
     assert (images[..., 0] == np.rot90(GREY, -1)).all()
     out = tmp_path / "tree.beton"
     convert(ConvertConfig(dataset=str(tmp_path / "tree"), out=str(out)))

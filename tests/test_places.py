@@ -25,7 +25,6 @@ from fastiat.config import (
     TransferConfig,
 )
 from fastiat.images import convert, downloads
-from fastiat.images import tree as folder
 from fastiat.runs.results import read_results
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer
@@ -98,7 +97,7 @@ def test_a_tilde_works_from_convert_to_report(
     assert expected <= set(os.listdir(home)) and not (tmp_path / "~").exists()
     assert fastiat.load("~/a") is not None
     assert read_results("~/a")
-    assert len(folder.read("~/tree").train[0]) == len(data.load("folder", "~/tree").train) == 8
+    assert len(data.load("folder", "~/tree").train) == 8
     assert len(data.load("~/t.beton").train) == len(data.load("folder", "~/t.beton").train) == 8
 
 
@@ -110,8 +109,8 @@ def test_a_tilde_works_in_the_environment(
     (home / "data").symlink_to(svhn)
     assert len(data.load("svhn").train) == 5
     monkeypatch.setenv("XDG_CACHE_HOME", "~/xdg")
-    folder.read(tree)
-    assert (home / "xdg/fastiat/folders").is_dir()
+    data.load("folder", tree)
+    assert (home / "xdg/fastiat/betons").is_dir()
 
 
 def half_trained(flags: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +255,7 @@ def test_without_a_home_folder_a_tree_is_read_and_all_else_says_what_to_set(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "with FASTIAT_CACHE" in record.getMessage()
     with pytest.raises(InputError, match=r"no home folder.*with FASTIAT_CACHE"):
-        convert.cached_tree(tree)
+        convert.cached(convert.tree_source(tree))
     assert "--data-dir or FASTIAT_DATA" in complaint("train", "--out", tmp_path / "run", *CPU)
     assert cli.main(["doctor"]) == 0
     assert "no home folder" in capsys.readouterr().out

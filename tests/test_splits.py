@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastiat import data
 from fastiat.config import TrainConfig
-from fastiat.data import Dataset, ResidentLoader, Shard, Split
+from fastiat.data import Dataset, Loader, Shard, Split
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer
 
@@ -208,7 +208,7 @@ def generator(seed: int) -> torch.Generator:
 
 def test_evaluation_batches_come_in_order_untouched_and_keep_the_last() -> None:
     split = make_split(11)
-    loader = ResidentLoader(split, 4, train=False, pad=2, flip=True)
+    loader = Loader(split, 4, train=False, pad=2, flip=True)
     batches = list(loader)
     assert [len(y) for _, y in batches] == [4, 4, 3]
     assert len(loader) == 3
@@ -223,7 +223,7 @@ def test_evaluation_batches_come_in_order_untouched_and_keep_the_last() -> None:
 def test_training_pass_shuffles_sees_each_image_once_and_drops_the_rest() -> None:
     numbers = torch.arange(50, dtype=torch.uint8)
     split = Split(numbers.view(50, 1, 1, 1).expand(50, 8, 8, 3).contiguous(), numbers.long())
-    loader = ResidentLoader(split, 8, train=True, pad=0, order=generator(0))
+    loader = Loader(split, 8, train=True, pad=0, order=generator(0))
     passes = []
     for _ in range(2):
         batches = list(loader)
@@ -253,7 +253,7 @@ def test_crops_and_flips_are_each_of_the_allowed_ones_equally_often(pad: int, fl
                 allowed[crop[:, ::-1].tobytes()] = 0
     n = 200 * len(allowed)
     split = Split(torch.from_numpy(image).expand(n, 8, 8, 3).contiguous(), torch.zeros(n).long())
-    loader = ResidentLoader(split, 50, train=True, pad=pad, flip=flip, augment=generator(1))
+    loader = Loader(split, 50, train=True, pad=pad, flip=flip, augment=generator(1))
     for x, _ in loader:
         for sample in x.permute(0, 2, 3, 1).contiguous().numpy():
             allowed[sample.tobytes()] += 1  # a KeyError is a crop that does not exist
@@ -262,7 +262,7 @@ def test_crops_and_flips_are_each_of_the_allowed_ones_equally_often(pad: int, fl
     assert all(abs(count - 200) < 71 for count in allowed.values())
 
 
-def rest_of_pass(loader: ResidentLoader, skip: int = 0) -> list[tuple[Tensor, Tensor]]:
+def rest_of_pass(loader: Loader, skip: int = 0) -> list[tuple[Tensor, Tensor]]:
     return [(x.clone(), y.clone()) for x, y in loader.epoch(skip)]
 
 
@@ -270,7 +270,7 @@ def rest_of_pass(loader: ResidentLoader, skip: int = 0) -> list[tuple[Tensor, Te
 def test_restored_generators_repeat_the_rest_of_a_pass_and_the_next(skip: int) -> None:
     split = make_split(30)
     order, augment = generator(3), generator(4)
-    loader = ResidentLoader(split, 4, train=True, flip=True, order=order, augment=augment)
+    loader = Loader(split, 4, train=True, flip=True, order=order, augment=augment)
     rest_of_pass(loader)  # the state to restore is not that of a fresh start
     order_state = order.get_state()
     batches = loader.epoch()
@@ -283,7 +283,7 @@ def test_restored_generators_repeat_the_rest_of_a_pass_and_the_next(skip: int) -
     order, augment = generator(0), generator(0)
     order.set_state(order_state)
     augment.set_state(augment_state)
-    resumed = ResidentLoader(split, 4, train=True, flip=True, order=order, augment=augment)
+    resumed = Loader(split, 4, train=True, flip=True, order=order, augment=augment)
     got = rest_of_pass(resumed, skip) + rest_of_pass(resumed)
     assert len(got) == len(expected)
     for (x, y), (x_expected, y_expected) in zip(got, expected, strict=True):
@@ -293,7 +293,7 @@ def test_restored_generators_repeat_the_rest_of_a_pass_and_the_next(skip: int) -
 
 def test_order_is_drawn_when_the_pass_starts_and_augmentation_batch_by_batch() -> None:
     order, augment = generator(0), generator(1)
-    loader = ResidentLoader(make_split(12), 4, train=True, order=order, augment=augment)
+    loader = Loader(make_split(12), 4, train=True, order=order, augment=augment)
     states = [order.get_state()], [augment.get_state()]
 
     def record() -> list[bool]:
@@ -310,7 +310,7 @@ def test_order_is_drawn_when_the_pass_starts_and_augmentation_batch_by_batch() -
 
 
 def test_without_generators_torchs_own_seed_repeats_a_pass() -> None:
-    loader = ResidentLoader(make_split(12), 4, train=True, flip=True)
+    loader = Loader(make_split(12), 4, train=True, flip=True)
     passes = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -320,22 +320,22 @@ def test_without_generators_torchs_own_seed_repeats_a_pass() -> None:
 
 def test_batch_larger_than_the_data_is_refused_in_training_alone() -> None:
     with pytest.raises(InputError, match="a batch of 13 is larger than the 12 training images"):
-        ResidentLoader(make_split(12), 13, train=True)
-    assert len(ResidentLoader(make_split(12), 12, train=True)) == 1
-    assert [len(y) for _, y in ResidentLoader(make_split(12), 13, train=False)] == [12]
+        Loader(make_split(12), 13, train=True)
+    assert len(Loader(make_split(12), 12, train=True)) == 1
+    assert [len(y) for _, y in Loader(make_split(12), 13, train=False)] == [12]
 
 
 @pytest.mark.parametrize(("batch_size", "pad"), [(0, 2), (-1, 2), (4, -1)])
 def test_batch_size_below_one_and_negative_padding_are_refused(batch_size: int, pad: int) -> None:
     with pytest.raises(InputError, match=f"batch size {batch_size} with padding {pad}"):
-        ResidentLoader(make_split(12), batch_size, train=True, pad=pad)
+        Loader(make_split(12), batch_size, train=True, pad=pad)
 
 
 @pytest.mark.parametrize("skip", [0, 2])
 def test_shards_of_a_training_pass_make_the_batches_that_one_process_sees(skip: int) -> None:
-    def loader(shard: Shard) -> ResidentLoader:
+    def loader(shard: Shard) -> Loader:
         seeds = {"order": generator(3), "augment": generator(4)}
-        return ResidentLoader(make_split(41), 6, train=True, flip=True, shard=shard, **seeds)
+        return Loader(make_split(41), 6, train=True, flip=True, shard=shard, **seeds)
 
     whole = list(loader(Shard(0, 1)).epoch(skip))
     parts = [list(loader(Shard(rank, 3)).epoch(skip)) for rank in range(3)]
@@ -348,10 +348,10 @@ def test_shards_of_a_training_pass_make_the_batches_that_one_process_sees(skip: 
 @pytest.mark.parametrize("n", [1, 12, 13, 41])
 def test_shards_of_a_measured_split_are_its_batches_each_once(n: int) -> None:
     split = make_split(n)
-    whole = list(ResidentLoader(split, 4, train=False))
+    whole = list(Loader(split, 4, train=False))
     seen = []
     for rank in range(3):
-        part = ResidentLoader(split, 4, train=False, shard=Shard(rank, 3))
+        part = Loader(split, 4, train=False, shard=Shard(rank, 3))
         batches = list(part)
         assert len(part) == len(batches)
         seen += [(rank + 3 * i, *batch) for i, batch in enumerate(batches)]
@@ -363,18 +363,16 @@ def test_shards_of_a_measured_split_are_its_batches_each_once(n: int) -> None:
 
 def test_batch_that_the_ranks_cannot_share_equally_is_refused() -> None:
     with pytest.raises(InputError, match=r"a batch of 8 images .* a multiple of 3"):
-        ResidentLoader(make_split(12), 8, train=True, shard=Shard(0, 3))
+        Loader(make_split(12), 8, train=True, shard=Shard(0, 3))
 
 
 @pytest.mark.gpu
 def test_batches_on_cuda_never_wait_for_the_device() -> None:
     split = make_split(64)
     augment = torch.Generator("cuda").manual_seed(0)
-    loader = ResidentLoader(
-        split, 8, device="cuda", train=True, pad=0, order=generator(2), augment=augment
-    )
-    on_cpu = ResidentLoader(split, 8, train=True, pad=0, order=generator(2))
-    moving = ResidentLoader(split, 8, device="cuda", train=True, flip=True, augment=augment)
+    loader = Loader(split, 8, device="cuda", train=True, pad=0, order=generator(2), augment=augment)
+    on_cpu = Loader(split, 8, train=True, pad=0, order=generator(2))
+    moving = Loader(split, 8, device="cuda", train=True, flip=True, augment=augment)
     assert next(iter(moving))[0].is_cuda
     batches, moved = loader.epoch(), moving.epoch()
     torch.cuda.set_sync_debug_mode("error")

@@ -1,13 +1,13 @@
-"""FFCV's .beton files: written, checked before anything trusts them, and read without FFCV.
+"""FFCV's .beton files: their layout, the checks before they are used, reading without FFCV.
 
-A file of ours is an ordinary one with the fields "image" (RGB, raw or JPEG) and "label" (integer),
-which FFCV's own loader reads. Training images come first; all are square and of one side; grey
-ones have three equal channels. Between the images and FFCV's table of allocations, where no
-reader of FFCV looks, lies the `Card`: JSON, its length in 8 bytes, and `MAGIC`.
+A .beton of fastiat has the fields "image" (RGB, raw or JPEG) and "label" (integer); FFCV's own
+loader reads it. Training images come first. All images are squares of one side; a grey image is
+stored as three equal channels. The `Card` is between the images and FFCV's table of allocations,
+where FFCV does not read: JSON, its length in 8 bytes, and `MAGIC`.
 """
 
 import ctypes
-import hashlib
+import io
 import json
 import os
 import stat
@@ -19,11 +19,13 @@ from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from fastiat.images.pixels import quiet
 from fastiat.system.errors import InputError
 from fastiat.system.settings import expanded, from_json
 
-# FFCV's own types, `ffcv.types` and the metadata of its RGB image and integer fields.
+# The same types as in `ffcv.types` and in FFCV's RGB image and integer fields.
 HEADER = np.dtype(
     [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
      ("alloc_table_ptr", "<u8")], align=True,
@@ -34,7 +36,7 @@ SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 VERSION = 2
 FIELDS = {"image": 2, "label": 1}
-"""The fields' names with FFCV's numbers of their types."""
+"""The names of the fields, with FFCV's number for each type."""
 MODES = {"jpeg": 0, "raw": 1}
 
 MAGIC = b"fastiat1"
@@ -42,16 +44,16 @@ LONGEST_CARD = 1 << 24
 SMALLEST_PAGE, LARGEST_PAGE = 1 << 21, 1 << 31
 LARGEST_SIDE = 4096
 LOOKED_AT = 1024
-"""JPEGs whose header is looked at when a file is opened; every one is when it is decoded."""
+"""Number of JPEGs whose header is checked when a file is opened; decoding checks each one."""
 CHUNK = 1 << 23
-"""Bytes of images that are read or handed on at a time."""
+"""Bytes of images that a conversion handles at a time."""
 
 Format = Literal["raw", "jpeg"]
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a .beton says of itself beyond what FFCV keeps."""
+    """What fastiat stores in a .beton in addition to FFCV's own metadata."""
 
     name: str
     """The data set's name, as results have it."""
@@ -65,13 +67,13 @@ class Card:
     """Training images, which come first."""
     format: Format
     quality: int
-    """Of the JPEGs, 0 to 100."""
+    """Quality of the JPEGs, 0 to 100."""
     fingerprint: str
-    """Of the splits: `Dataset.fingerprint` of raw ones, of JPEGs the same over their bytes."""
+    """`Dataset.fingerprint` of the images; of JPEGs, the same over their bytes."""
     source: str
-    """What it was made from: a digest of a tree's listing, or a data set's fingerprint."""
+    """What the file was made from: a digest of a tree's listing, or a data set's fingerprint."""
     fastiat: str
-    """The version that wrote it."""
+    """The version of fastiat that wrote the file."""
 
     @property
     def raw_size(self) -> int:
@@ -81,7 +83,7 @@ class Card:
 
 @dataclass(frozen=True, eq=False)
 class Beton:
-    """An opened and checked file; `labels` (N,) int64, `ptrs` and `sizes` (N,) of the images."""
+    """A checked file: `labels` (N,) int64; `ptrs` and `sizes` (N,) of the images, in bytes."""
 
     path: Path
     card: Card
@@ -93,7 +95,7 @@ class Beton:
         return len(self.labels)
 
     def blobs(self, index: Iterable[int]) -> Iterator[bytes]:
-        """Yield the stored bytes of images; raise `InputError` where the file is cut by now."""
+        """Yield the stored bytes of images; raise `InputError` if the file was cut since."""
         with open(self.path, "rb", buffering=0) as file:
             for i in index:
                 blob = os.pread(file.fileno(), int(self.sizes[i]), int(self.ptrs[i]))
@@ -104,8 +106,8 @@ class Beton:
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the images at `index` as (M, H, W, C).
 
-        JPEGs are decoded by FFCV's decoder, so that they are the same pixels as a loader of FFCV
-        sees. Raises `InputError` for a damaged JPEG, and for any where FFCV is not installed.
+        FFCV's decoder decodes JPEGs, so that the pixels are those of FFCV's loader. Raises
+        `InputError` for a damaged JPEG, and for every JPEG if FFCV is not installed.
         """
         side, channels = self.card.side, self.card.channels
         images = np.empty((len(index), side, side, channels), np.uint8)
@@ -125,9 +127,9 @@ class Beton:
 
 @cache
 def jpeg_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
-    """Return FFCV's JPEG decoder: it fills (H, W, 3) uint8 and says whether all went well.
+    """Return FFCV's JPEG decoder, which fills (H, W, 3) uint8 and returns whether it succeeded.
 
-    Raises `InputError` without FFCV.
+    Raises `InputError` if FFCV is not installed.
     """
     from fastiat.images.ffcv import import_ffcv
 
@@ -144,33 +146,11 @@ def jpeg_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
     return decode
 
 
-class Fingerprint:
-    """`Dataset.fingerprint`, taken as the images pass by; of JPEGs over their bytes."""
-
-    def __init__(self, labels: NDArray[np.int64], n_train: int, side: int, channels: int) -> None:
-        self._digest = hashlib.sha256()
-        self._splits = [labels[:n_train], labels[n_train:]]
-        self._shape = side, side, channels
-        self._left = 0
-
-    def add(self, image: bytes | NDArray[np.uint8]) -> None:
-        """Take the next image in, (H, W, C) or a JPEG."""
-        if not self._left:
-            labels = self._splits.pop(0)
-            self._digest.update(str((len(labels), *self._shape)).encode())
-            self._digest.update(np.ascontiguousarray(labels, np.int64).data)
-            self._left = len(labels)
-        self._digest.update(image if isinstance(image, bytes) else np.ascontiguousarray(image).data)
-        self._left -= 1
-
-    def __str__(self) -> str:
-        return self._digest.hexdigest()[:16]
-
-
 def open_beton(path: str | os.PathLike[str]) -> Beton:
-    """Open a .beton, after checking all that FFCV, which maps it into memory, would trust.
+    """Open a .beton and check every position and size in it.
 
-    Raises `InputError`, in one line that names the file, unless it is a whole .beton of ours.
+    FFCV maps the file into memory and trusts them: a wrong one would crash the process. Raises
+    `InputError`, in one line that names the file, unless it is a whole .beton of fastiat.
     """
     path = Path(expanded(path)).absolute()
     try:
@@ -186,7 +166,7 @@ def open_beton(path: str | os.PathLike[str]) -> Beton:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except InputError:
         raise
-    # NumPy and json raise whatever a damaged file makes them stumble on.
+    # What NumPy and json raise for a damaged file.
     except (ValueError, TypeError, RecursionError, MemoryError, OverflowError) as error:
         raise refusal(path, f"it is damaged ({str(error)[:60]})") from None
 
@@ -270,7 +250,7 @@ def _check_samples(
     labels = samples["label"]
     if labels.min() < 0 or labels.max() >= len(card.classes):
         raise refusal(path, f"it has labels outside its {len(card.classes)} classes")
-    # What is added up below must not wrap around.
+    # First, because the sum of unsigned numbers below must not overflow.
     inside = (ptrs >= start).all() and (ptrs < end).all() and (sizes <= end).all()
     if card.format == "raw":
         inside = inside and (sizes == card.raw_size).all()
@@ -284,25 +264,17 @@ def _check_samples(
 
 
 def _check_jpegs(beton: Beton) -> None:
-    """Look at a thousand JPEGs' headers, spread over the file."""
+    """Check the size in the headers of about a thousand JPEGs, spread over the file."""
     side = beton.card.side
-    for i in range(0, len(beton), -(-len(beton) // LOOKED_AT)):
-        (blob,) = beton.blobs([i])
-        if jpeg_size(blob) != (side, side):
+    every = range(0, len(beton), -(-len(beton) // LOOKED_AT))
+    for i, blob in zip(every, beton.blobs(every), strict=True):
+        try:
+            with quiet(), Image.open(io.BytesIO(blob), formats=["JPEG"]) as jpeg:
+                good = jpeg.size == (side, side) and jpeg.mode == "RGB"
+        except Exception:  # Pillow's readers raise errors of any kind for a damaged file
+            good = False
+        if not good:
             raise refusal(beton.path, f"its image {i} is no JPEG of {side}x{side} pixels")
-
-
-def jpeg_size(blob: bytes) -> tuple[int, int] | None:
-    """Return (width, height) of a three-channel baseline or progressive JPEG, else None."""
-    at = 2
-    while blob[:2] == b"\xff\xd8" and at + 9 < len(blob) and blob[at] == 0xFF:
-        marker, length = blob[at + 1], int.from_bytes(blob[at + 2 : at + 4], "big")
-        if marker in (0xC0, 0xC1, 0xC2):
-            height = int.from_bytes(blob[at + 5 : at + 7], "big")
-            width = int.from_bytes(blob[at + 7 : at + 9], "big")
-            return (width, height) if blob[at + 9] == 3 else None
-        at += 2 + max(length, 2)
-    return None
 
 
 def refusal(path: Path, reason: str) -> InputError:

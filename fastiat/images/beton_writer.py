@@ -1,13 +1,14 @@
-"""Writing .beton files: streamed, read back and compared, then renamed into place."""
+"""Write .beton files: image by image, read back and compared, then renamed into place."""
 
 import glob
+import hashlib
 import io
 import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,19 +22,41 @@ from fastiat.system.files import flush_folder
 from fastiat.system.progress import Progress
 
 
+class Fingerprint:
+    """The fingerprint of a `Dataset`, computed image by image; of JPEGs, over their bytes."""
+
+    def __init__(self, labels: NDArray[np.int64], card: beton.Card) -> None:
+        self._digest, self._left, self._card = hashlib.sha256(), 0, card
+        self._splits = [labels[: card.n_train], labels[card.n_train :]]
+
+    def add(self, blob: bytes) -> None:
+        """Add the next stored image."""
+        card = self._card
+        if not self._left:
+            labels = self._splits.pop(0)
+            self._digest.update(str((len(labels), card.side, card.side, card.channels)).encode())
+            self._digest.update(np.ascontiguousarray(labels, np.int64).data)
+            self._left = len(labels)
+        # A grey image is stored as three equal channels, but has one.
+        grey = card.format == "raw" and card.channels == 1
+        self._digest.update(blob[::3] if grey else blob)
+        self._left -= 1
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()[:16]
+
+
 def write(
-    path: Path,
-    labels: NDArray[np.int64],
-    blobs: Iterable[bytes],
+    path: Path, labels: NDArray[np.int64], blobs: Iterable[bytes], *, progress: bool = True,
     **card: Any,
-) -> beton.Card:
-    """Write a .beton at `path`: beside it, read back and compared, then renamed onto it.
+) -> beton.Card:  # fmt: skip
+    """Write a .beton beside `path`, read it back, compare, and rename it onto `path`.
 
-    labels: of all images, those to train on first; blobs: what is to be stored of each, in that
-        order: side * side * 3 bytes, or a JPEG.
-    card: the fields of `Card` but the fingerprint.
+    labels: (N,), of all images, training images first.
+    blobs: the N images as they are stored: side * side * 3 bytes, or a JPEG.
+    card: the fields of `Card` except the fingerprint.
 
-    Raises `InputError` if the file does not hold afterwards what was written to it.
+    Raises `InputError` if the file does not hold what was written to it.
     """
     draft = beton.Card(**card, fingerprint="")
     samples = np.zeros(len(labels), beton.SAMPLE)
@@ -43,20 +66,19 @@ def write(
     allocations = np.zeros(len(labels), beton.ALLOCATION)
     allocations["sample_id"] = np.arange(len(labels))
     page = _page_size(draft.raw_size)
-    fingerprint = beton.Fingerprint(labels, draft.n_train, draft.side, draft.channels)
+    fingerprint = Fingerprint(labels, draft)
     with replacing(path) as (part, file):
         at = beton.data_start(len(labels), page)
         file.seek(at)
-        with Progress("converting", len(labels)) as progress:
-            for i, blob in zip(range(len(labels)), blobs, strict=True):
-                if at % page + len(blob) > page:  # no image lies on two pages
-                    at = file.seek(beton.round_up(at, page))
-                file.write(blob)
-                allocations[i] = i, at, len(blob)
-                at += len(blob)
-                fingerprint.add(_seen(blob, draft))
-                progress.advance(1)
-        finished = beton.Card(**asdict(draft) | {"fingerprint": str(fingerprint)})
+        shown = _shown("converting", blobs, len(labels), progress)
+        for i, blob in zip(range(len(labels)), shown, strict=True):
+            if at % page + len(blob) > page:  # FFCV reads whole pages: no image lies on two
+                at = file.seek(beton.round_up(at, page))
+            file.write(blob)
+            allocations[i] = i, at, len(blob)
+            at += len(blob)
+            fingerprint.add(blob)
+        finished = replace(draft, fingerprint=str(fingerprint))
         text = json.dumps(asdict(finished)).encode()
         file.seek(beton.round_up(at, page))
         file.write(text + len(text).to_bytes(8, "little") + beton.MAGIC)
@@ -70,38 +92,41 @@ def write(
         file.write(header.tobytes() + beton.field_table().tobytes() + samples.tobytes())
         file.flush()
         os.fsync(file.fileno())
-        check(part, labels, finished)
+        check(part, labels, finished, progress)
     return finished
 
 
-def _seen(blob: bytes, card: beton.Card) -> bytes | NDArray[np.uint8]:
-    """Return what of a stored image counts for the fingerprint."""
-    if card.format == "jpeg" or card.channels == 3:
-        return blob
-    return np.frombuffer(blob, np.uint8)[::3]
+def check(path: Path, labels: NDArray[np.int64], card: beton.Card, progress: bool) -> None:
+    """Read back all images of a file that was just written, or raise `InputError`.
 
-
-def check(path: Path, labels: NDArray[np.int64], card: beton.Card) -> None:
-    """Read a file that was just written back, all images, or raise `InputError`.
-
-    Raw pixels and the JPEGs' bytes must be those that were written, and every JPEG must decode.
+    Raw pixels and the bytes of JPEGs must be those that were written, and every JPEG must decode.
     """
     opened = beton.open_beton(path)
-    fingerprint = beton.Fingerprint(opened.labels, card.n_train, card.side, card.channels)
+    fingerprint = Fingerprint(opened.labels, card)
     decode = _any_decoder() if card.format == "jpeg" else None
     pixels = np.empty((card.side, card.side, 3), np.uint8)
-    with Progress("checking", len(opened)) as progress:
-        for blob in opened.blobs(range(len(opened))):
-            fingerprint.add(_seen(blob, card))
-            if decode is not None and not decode(blob, pixels):
-                raise InputError(f"{path} cannot be decoded again: convert anew")
-            progress.advance(1)
+    for blob in _shown("checking", opened.blobs(range(len(opened))), len(opened), progress):
+        fingerprint.add(blob)
+        if decode is not None and not decode(blob, pixels):
+            raise InputError(f"{path} cannot be decoded again: convert anew")
     if str(fingerprint) != card.fingerprint or not np.array_equal(opened.labels, labels):
         raise InputError(f"{path} does not hold what was written to it: check the disk")
 
 
+def _shown(title: str, blobs: Iterable[bytes], total: int, shown: bool) -> Iterable[bytes]:
+    """Return the blobs; if `shown`, with a progress bar as they are taken."""
+
+    def with_bar() -> Iterator[bytes]:
+        with Progress(title, total) as progress:
+            for blob in blobs:
+                yield blob
+                progress.advance(1)
+
+    return with_bar() if shown else blobs
+
+
 def _any_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
-    """Return FFCV's decoder, or Pillow's where FFCV is not installed."""
+    """Return FFCV's JPEG decoder, or Pillow's if FFCV is not installed."""
     with suppress(InputError):
         return beton.jpeg_decoder()
 
@@ -116,9 +141,9 @@ def _any_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """Give a file beside `path`, renamed onto it if the block ends well, else removed.
+    """Yield a file beside `path`: renamed onto `path` if the block succeeds, else removed.
 
-    What a process of this machine that was killed has left beside `path` is removed, too.
+    Files that killed processes of this machine left beside `path` are removed too.
     """
     host = socket.gethostname().replace(".", "-")
     for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}.*.part"):
@@ -131,7 +156,7 @@ def replacing(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
             yield part, file
         os.replace(part, path)
     except BaseException as error:
-        with suppress(OSError):  # where nothing can be written, nothing can be removed
+        with suppress(OSError):  # a read-only file system refuses this too
             part.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
@@ -140,7 +165,7 @@ def replacing(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
 
 
 def _page_size(image: int) -> int:
-    """Return a page of which images of so many bytes waste a tenth at the most."""
+    """Return a page size of which images of `image` bytes leave at most a tenth unused."""
     page = beton.SMALLEST_PAGE
     while page < 10 * image:
         page *= 2

@@ -1,9 +1,9 @@
-"""Converting: data sets and image trees of any size and mixture of sizes to .beton files.
+"""Convert data sets, and image trees of any mixture of sizes, to .beton files.
 
-Every image of a file is a square of one side. A tree of squares of one size keeps it. Otherwise the
-side is 224 pixels, or that of the largest square that any image holds where that is less; an
-image's middle square is resized to it. `max_side` takes the place of the 224 and holds for all.
-No more of a tree is in memory at any time than a few hundred images.
+Every image of a file is a square of one side. A tree of squares of one size keeps that size.
+Otherwise the side is 224 pixels, or the side of the largest square that any image holds if that is
+less, and the centre square of each image is resized to it. `max_side` replaces the 224, also for a
+tree of one size. At most a few hundred images of a tree are in memory at a time.
 """
 
 import fcntl
@@ -11,10 +11,9 @@ import functools
 import hashlib
 import io
 import itertools
+import logging
 import os
-import shlex
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,96 +23,30 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from fastiat import __version__, data
-from fastiat.config import ConvertConfig
-from fastiat.engine.device import own_defaults
-from fastiat.images import beton, beton_writer, pixels
-from fastiat.images import tree as folder
+from fastiat import __version__
+from fastiat.images import beton, beton_writer, pixels, tree
+from fastiat.images.dataset import Dataset, Split, stored
 from fastiat.system.errors import InputError
-from fastiat.system.settings import DATASETS, expanded, is_beton
+from fastiat.system.settings import SMALLEST_SIDE
 from fastiat.system.signals import Signals
 
+RESIZED = "-resized"
+"""Added to the digest of a source whose images were resized because their sizes differ."""
 USUAL_SIDE = 224
-"""Side of the images of a tree of mixed sizes: what networks for photographs are trained on."""
+"""Side of the images of a tree of mixed sizes: the usual input size for photographs."""
 AHEAD = 64
-"""Images, at most, that one task of a worker process decodes, resizes and compresses."""
+"""Largest number of images in one task of a worker process."""
+
+log = logging.getLogger(__name__)
 
 
-class Source(ABC):
-    """Images to convert, those to train on first."""
-
-    name: str
-    classes: tuple[str, ...]
-    flip: bool
-    labels: NDArray[np.int64]
-    n_train: int
-    digest: str
-    """What it is recognised by when it comes again."""
-
-    @abstractmethod
-    def sizes(self) -> "Sizes":
-        """Look at all images' sizes."""
-
-    @abstractmethod
-    def blobs(self, square: "_Square") -> AbstractContextManager[Iterable[bytes]]:
-        """Give what is to be stored of every image."""
-
-
-class Tree(Source):
-    """An image tree; its images are decoded by worker processes."""
-
-    def __init__(self, root: Path) -> None:
-        listing = folder.scan(root.absolute())
-        self.name, self.flip = "folder", True
-        self.classes, self.labels, self.n_train = listing.classes, listing.labels, listing.n_train
-        self.digest, self.listing = listing.digest, listing
-
-    def sizes(self) -> "Sizes":
-        """Read the header of every image; raise `InputError` for one that is too small."""
-        with pixels.quiet(), folder.mapped(_sizes_of, self.listing.paths) as results:
-            parts = list(results)
-        return Sizes(
-            max(part.widest for part in parts),
-            len({part.widest for part in parts}) == 1 and all(part.uniform for part in parts),
-            all(part.grey for part in parts),
-        )
-
-    @contextmanager
-    def blobs(self, square: "_Square") -> Iterator[Iterable[bytes]]:
-        """Decode, resize and encode, in a few tasks ahead."""
-        work = functools.partial(_blobs_of, square=square)
-        count = _at_a_time(square.side)
-        with pixels.quiet(), folder.mapped(work, self.listing.paths, count) as results:
-            yield itertools.chain.from_iterable(results)
-
-
-class Loaded(Source):
-    """A data set that has been loaded."""
-
-    def __init__(self, dataset: data.Dataset) -> None:
-        self.name, self.classes, self.flip = dataset.name, dataset.classes, dataset.flip
-        self.labels = torch.cat([dataset.train.labels, dataset.test.labels]).numpy()
-        self.n_train, self.digest = len(dataset.train), dataset.fingerprint()
-        self.splits = dataset.train, dataset.test
-
-    def sizes(self) -> "Sizes":
-        """Return the one size of all images."""
-        channels, height, width = self.splits[0].shape
-        return Sizes(min(height, width), height == width, channels == 1)
-
-    def blobs(self, square: "_Square") -> AbstractContextManager[Iterable[bytes]]:
-        """Take the images a few at a time, as they may be in a file."""
-        parts = (
-            split.take(index).images.numpy()
-            for split in self.splits
-            for index in torch.arange(len(split)).split(_at_a_time(min(split.shape[1:])))
-        )
-        return nullcontext(square(image) for images in parts for image in images)
-
-
-def _at_a_time(side: int) -> int:
-    """Return how many images a task has: as many as `beton.CHUNK` holds, but one at least."""
-    return max(1, min(AHEAD, beton.CHUNK // (3 * side**2)))
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """End the block with `SignalInterrupt` when SIGINT or SIGTERM arrives, so that the code that
+    writes a file can delete the unfinished one.
+    """
+    with Signals() as signals, signals.at_once():
+        yield
 
 
 @dataclass(frozen=True)
@@ -122,23 +55,23 @@ class Sizes:
 
     widest: int
     """The largest shorter side."""
-    uniform: bool
-    """Whether all images are square and of that side."""
     grey: bool
+    mixed: str = ""
+    """Why the images cannot stay as they are; "" if all are squares of one size."""
 
 
 @dataclass(frozen=True)
-class _Square:
-    """What makes of an image the bytes that are stored: RGB pixels, or a JPEG of a quality."""
+class Encoder:
+    """Turns an image into the bytes that are stored: RGB pixels, or a JPEG of a quality."""
 
     side: int
     quality: int | None
 
     def __call__(self, pixels: NDArray[np.uint8]) -> bytes:
-        """Resize the middle square of an image, (H, W), (H, W, 1) or (H, W, 3), and encode it.
+        """Resize the centre square of an image, (H, W), (H, W, 1) or (H, W, 3), and encode it.
 
-        Lanczos's filter is widened to the pixels that become one, so that nothing aliases. An
-        image of the right size stays as it is.
+        Pillow widens the Lanczos filter when it shrinks an image, so there is no aliasing. An
+        image that has the right size already is not resampled.
         """
         size = self.side, self.side
         if pixels.ndim == 3 and pixels.shape[2] == 1:
@@ -155,148 +88,192 @@ class _Square:
         return buffer.getvalue()
 
 
-@own_defaults()
-def convert(config: ConvertConfig) -> beton.Card:
-    """Write the .beton that `config` asks for, say what is in it, and return its card.
+@dataclass(frozen=True)
+class Source:
+    """Images to convert, training images first."""
 
-    Raises `InputError` for images that cannot be read and where OUT cannot be written.
+    name: str
+    classes: tuple[str, ...]
+    flip: bool
+    labels: NDArray[np.int64]
+    n_train: int
+    digest: str
+    """Identifies the images: a digest of a tree's listing, or a data set's fingerprint."""
+    cache_name: str
+    """Name of its file in the cache, without the extension."""
+    sizes: Callable[[], Sizes]
+    """Reads the size of every image."""
+    blobs: Callable[[Encoder], AbstractContextManager[Iterable[bytes]]]
+    """Yields the encoded images, in the order of `labels`."""
+
+
+def tree_source(root: Path) -> Source:
+    """Return the image tree at `root` as a source; worker processes decode its images."""
+    listing = tree.scan(root.absolute())
+    tree.warn_ignored(listing)
+
+    def sizes() -> Sizes:
+        with pixels.quiet(), pixels.opened(listing.paths[0], head_only=True) as image:
+            work = functools.partial(_sizes_of, first=listing.paths[0], size=image.size)
+        with pixels.quiet(), tree.mapped(work, listing.paths) as results:
+            parts = list(results)
+        mixed = next((part.mixed for part in parts if part.mixed), "")
+        return Sizes(max(p.widest for p in parts), all(p.grey for p in parts), mixed)
+
+    @contextmanager
+    def blobs(encoder: Encoder) -> Iterator[Iterable[bytes]]:
+        work = functools.partial(_blobs_of, encoder=encoder)
+        count = _images_per_task(encoder.side)
+        with pixels.quiet(), tree.mapped(work, listing.paths, count) as results:
+            yield itertools.chain.from_iterable(results)
+
+    return Source(
+        "folder", listing.classes, True, listing.labels, listing.n_train, listing.digest,
+        hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16], sizes, blobs,
+    )  # fmt: skip
+
+
+def dataset_source(dataset: Dataset) -> Source:
+    """Return a data set that is loaded as a source."""
+    splits = dataset.train, dataset.test
+    channels, height, width = dataset.train.shape
+
+    def blobs(encoder: Encoder) -> AbstractContextManager[Iterable[bytes]]:
+        # A few images at a time, because those of a .beton are read from the file.
+        parts = (
+            split.take(index).images.numpy()
+            for split in splits
+            for index in torch.arange(len(split)).split(_images_per_task(min(height, width)))
+        )
+        return nullcontext(encoder(image) for images in parts for image in images)
+
+    sizes = Sizes(min(height, width), channels == 1, "not square" * (height != width))
+    labels = torch.cat([split.labels for split in splits]).numpy()
+    fingerprint = dataset.fingerprint()
+    return Source(
+        dataset.name, dataset.classes, dataset.flip, labels, len(dataset.train), fingerprint,
+        f"{dataset.name}-{fingerprint}", lambda: sizes, blobs,
+    )  # fmt: skip
+
+
+@stoppable()
+def write_beton(
+    out: Path, source: Source, form: beton.Format, quality: int, max_side: int | None,
+    *, resize: bool = True, progress: bool = True,
+) -> beton.Card:  # fmt: skip
+    """Write a source to the .beton `out` and return its card.
+
+    Raises `InputError` for an image that cannot be read, for images that are too large and,
+    without `resize`, for images that are not all squares of one size.
     """
-    config.check()
-    out = Path(config.out).absolute()
-    if os.path.lexists(out) and not config.force:
-        raise InputError(f"{out} is there already: choose another name, or replace it with --force")
-    if not out.parent.is_dir():
-        raise InputError(f"the folder {out.parent} does not exist: create it, or choose another")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder: name a file in it")
-    if config.data_dir is not None and config.dataset not in DATASETS:
-        raise InputError(
-            f"--data-dir is where a data set of a name is: leave it out with {config.dataset}"
-        )
-    if config.dataset in DATASETS and config.dataset != "folder":
-        source: Source = Loaded(data.load(config.dataset, config.data_dir))
-    elif is_beton(config.dataset):
-        source = Loaded(data.load(config.dataset))
-    else:
-        place = config.data_dir if config.dataset == "folder" else config.dataset
-        tree = Tree(data.tree_root(place))
-        folder.warn_ignored(tree.listing)
-        source = tree
-    with Signals() as signals, signals.at_once():  # so that nothing half-written stays
-        card = _write(out, source, config.format, config.quality, config.max_side)
-    print(
-        f"{out}: {card.n_train} training and {len(source.labels) - card.n_train} test images of "
-        f"{card.side}x{card.side} pixels in {len(card.classes)} classes, {card.format}, "
-        f"{out.stat().st_size / 2**20:,.1f} MiB; train on it with --dataset {shlex.quote(str(out))}"
-    )
-    return card
-
-
-def _write(
-    out: Path, source: Source, form: beton.Format, quality: int, max_side: int | None
-) -> beton.Card:
     sizes = source.sizes()
-    most = max_side or (sizes.widest if sizes.uniform else USUAL_SIDE)
-    side = min(most, sizes.widest)
-    if side > beton.LARGEST_SIDE:
-        raise InputError(
-            f"the images have {side}x{side} pixels: give a --max-side of "
-            f"{beton.LARGEST_SIDE} or less"
-        )
+    side = _side(sizes, max_side, resize)
     name = source.name
     if name != "folder":  # results must not pass for those of the original images
         name += f"-{side}" * (side != sizes.widest) + "-jpeg" * (form == "jpeg")
-    square = _Square(side, quality if form == "jpeg" else None)
-    with source.blobs(square) as blobs:
+    with source.blobs(Encoder(side, quality if form == "jpeg" else None)) as blobs:
         return beton_writer.write(
-            out, source.labels, blobs,
+            out, source.labels, blobs, progress=progress,
             name=name, classes=source.classes, flip=source.flip, channels=1 if sizes.grey else 3,
             side=side, n_train=source.n_train, format=form, quality=quality,
-            source=source.digest, fastiat=__version__,
+            source=source.digest + RESIZED * bool(sizes.mixed), fastiat=__version__,
         )  # fmt: skip
 
 
-def cached_dataset(dataset: data.Dataset) -> data.Dataset:
-    """Return a data set as one in a raw .beton of the cache, with the same pixels."""
-    source = Loaded(dataset)
-    return _cached(source, f"{source.name}-{source.digest}")
+def decoded(source: Source) -> Dataset:
+    """Return a source's images in memory, without a file; they must be squares of one size."""
+    sizes = source.sizes()
+    side, channels = _side(sizes, None, resize=False), 1 if sizes.grey else 3
+    images = np.empty((len(source.labels), side, side, channels), np.uint8)
+    with source.blobs(Encoder(side, None)) as blobs:
+        for image, blob in zip(images, blobs, strict=True):
+            image[:] = np.frombuffer(blob, np.uint8).reshape(side, side, 3)[..., :channels]
+    labels, n = torch.from_numpy(source.labels), source.n_train
+    train, test = (
+        Split(torch.from_numpy(images[part]), labels[part]) for part in (slice(n), slice(n, None))
+    )
+    return Dataset(source.name, source.classes, train, test, source.flip)
 
 
-def cached_tree(root: Path) -> data.Dataset:
-    """Return the tree at `root` as a raw .beton of the cache, written if the tree has changed."""
-    source = Tree(root)
-    return _cached(source, hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16])
-
-
-def cache_dir() -> Path:
-    """Return where converted data sets lie."""
-    given = os.environ.get("FASTIAT_CACHE")
-    if given:
-        return Path(expanded(given))
-    try:
-        return folder.user_cache("betons")
-    except InputError as error:
+def _side(sizes: Sizes, max_side: int | None, resize: bool) -> int:
+    """Return the side that all images get."""
+    if sizes.mixed and not resize:
+        raise InputError(f"{sizes.mixed}, or let fastiat convert resize them")
+    side = min(max_side or (USUAL_SIDE if sizes.mixed else sizes.widest), sizes.widest)
+    if side > beton.LARGEST_SIDE:
         raise InputError(
-            f"{error}: name a folder for converted images with FASTIAT_CACHE"
-        ) from None
+            f"the images have {side}x{side} pixels: let fastiat convert resize them with "
+            f"--max-side {beton.LARGEST_SIDE} or less"
+        )
+    return side
 
 
-def _cached(source: Source, name: str) -> data.Dataset:
-    """Return what the cache has of a source; several processes write it once.
+def cached(source: Source, *, resize: bool = True, progress: bool = True) -> Dataset:
+    """Return a source as a raw .beton of the cache, written if it is missing, old or damaged.
 
-    Raises `InputError` where it has nothing and cannot be written.
+    Of several processes one writes it. Raises `tree.NoFolder` where that is not possible, and what
+    `write_beton` raises.
     """
-    if isinstance(source, Tree):
-        folder.warn_ignored(source.listing)
-    file = cache_dir() / f"{name}.beton"
+    folder = tree.cache_folder("betons", "FASTIAT_CACHE", "converted images with FASTIAT_CACHE")
+    file = folder / f"{source.cache_name}.beton"
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115
     except OSError as error:
-        if _is_of(file, source):  # a cache that is shared, and read-only
-            return data.stored(file)
-        raise InputError(
-            f"{file.parent} cannot be written to ({error.strerror}): "
+        if _holds(file, source, resize):  # a cache that is shared, and read-only
+            return stored(file)
+        raise tree.NoFolder(
+            f"{folder} cannot be written to ({error.strerror}): "
             "name another folder for converted images with FASTIAT_CACHE"
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_of(file, source):
-            with Signals() as signals, signals.at_once():
-                _write(file, source, "raw", 0, None)
-    return data.stored(file)
+        if not _holds(file, source, resize):
+            write_beton(file, source, "raw", 0, None, resize=resize, progress=progress)
+    return stored(file)
 
 
-def _is_of(file: Path, source: Source) -> bool:
+def _holds(file: Path, source: Source, resize: bool) -> bool:
+    """Whether a file of the cache is whole and was made from these images."""
     if not file.exists():
         return False
     try:
-        card = beton.open_beton(file).card
+        made_from = beton.open_beton(file).card.source
     except InputError as error:
-        folder.log.warning("%s; it is written again", error)
+        reason, _, _ = str(error).rpartition(": ")  # without the advice to convert it again
+        log.warning("the cache %s: it is written again", reason)
         return False
-    return card.source == source.digest
+    return made_from == source.digest or (resize and made_from == source.digest + RESIZED)
 
 
-def _sizes_of(paths: list[str]) -> Sizes:
-    shorter, longer, grey = [], [], True
+def _images_per_task(side: int) -> int:
+    """Return how many images a task has: as many as `beton.CHUNK` holds, but at least one."""
+    return max(1, min(AHEAD, beton.CHUNK // (3 * side**2)))
+
+
+def _sizes_of(paths: list[str], first: str, size: tuple[int, int]) -> Sizes:
+    """Return the sizes of the images at `paths`; `size` is that of the tree's `first` image."""
+    widest, grey, mixed = 0, True, ""
     for path in paths:
         with pixels.opened(path, head_only=True) as image:
             width, height = image.size
-            if min(width, height) < folder.SMALLEST:
-                raise InputError(
-                    f"{path} is {width}x{height} pixels: {folder.SMALLEST} is the smallest side"
+            is_size = f"{path} is {width}x{height} pixels"
+            if min(width, height) < SMALLEST_SIDE:
+                raise InputError(f"{is_size}: {SMALLEST_SIDE}x{SMALLEST_SIDE} is the smallest size")
+            if width != height:
+                mixed = mixed or f"{is_size}: make every image square"
+            elif image.size != size:
+                mixed = mixed or (
+                    f"{is_size} but {first} is {size[0]}x{size[1]}: bring all images to one size"
                 )
-            shorter.append(min(width, height))
-            longer.append(max(width, height))
+            widest = max(widest, min(width, height))
             grey &= pixels.is_grey(image)
-    widest = max(shorter)
-    return Sizes(widest, min(shorter) == max(longer) == widest, grey)
+    return Sizes(widest, grey, mixed)
 
 
-def _blobs_of(paths: list[str], square: _Square) -> list[bytes]:
+def _blobs_of(paths: list[str], encoder: Encoder) -> list[bytes]:
     blobs = []
     for path in paths:
         with pixels.opened(path) as image:
-            blobs.append(square(pixels.pixels_of(image, path)))
+            blobs.append(encoder(pixels.pixels_of(image, path)))
     return blobs

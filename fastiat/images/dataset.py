@@ -1,14 +1,15 @@
-"""Labelled images: a `Split`, in memory or in a .beton; a `Dataset` of two; stratified draws."""
+"""Labelled images: a `Split` in memory or in a .beton, a `Dataset` of two, stratified draws."""
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastiat.images import beton
-from fastiat.system.errors import InputError
+from fastiat.system.errors import Damaged, InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +68,9 @@ class Split:
 
 
 class StoredSplit(Split):
-    """Labelled images in a .beton: a `Split` whose `images` are read anew whenever they are named.
+    """Labelled images in a .beton: a `Split` that reads `images` from the file at every access.
 
-    `positions`, (N,) int64, are the images' in the file.
+    `positions`, (N,) int64, are the positions of the images in the file.
     """
 
     file: beton.Beton
@@ -77,7 +78,7 @@ class StoredSplit(Split):
 
     def __init__(self, file: beton.Beton, positions: Tensor) -> None:
         labels = torch.from_numpy(file.labels)[positions]
-        # The dataclass is frozen, and would check images in memory.
+        # Not `super().__init__`: it would read the images, and the dataclass is frozen.
         self.__dict__.update(file=file, positions=positions, labels=labels)
 
     @property
@@ -111,7 +112,7 @@ class Dataset:
     test: Split
     flip: bool
     known_fingerprint: str = ""
-    """The fingerprint, where it is known without reading the images."""
+    """The fingerprint, if it is known without reading the images."""
 
     def __post_init__(self) -> None:
         for split in (self.train, self.test):
@@ -141,7 +142,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """Return 16 hex digits of a SHA-256 over both splits' shapes, labels and pixels.
 
-        A raw .beton has that of the images it was made from; one of JPEGs that of their bytes.
+        A raw .beton has the fingerprint of its images; one of JPEGs has that of the bytes.
         """
         if self.known_fingerprint:
             return self.known_fingerprint
@@ -153,12 +154,46 @@ class Dataset:
         return digest.hexdigest()[:16]
 
 
+def stored(path: str | os.PathLike) -> Dataset:
+    """Return the data set in a .beton; both of its splits are a `StoredSplit`.
+
+    Raises `InputError`, naming the file, unless it is a whole .beton of fastiat.
+    """
+    file = beton.open_beton(path)
+    card, everything = file.card, torch.arange(len(file))
+    train = StoredSplit(file, everything[: card.n_train])
+    test = StoredSplit(file, everything[card.n_train :])
+    return Dataset(card.name, card.classes, train, test, card.flip, card.fingerprint)
+
+
+def in_memory(dataset: Dataset) -> Dataset:
+    """Read a data set out of its raw .beton.
+
+    Raises `Damaged` if the images are not those that were written, and `InputError` if they do not
+    fit into memory.
+    """
+    split = dataset.train
+    assert isinstance(split, StoredSplit)
+    try:
+        train, test = (Split(part.images, part.labels) for part in (split, dataset.test))
+    except MemoryError:
+        _, height, width = split.shape
+        raise InputError(
+            f"{len(split) + len(dataset.test)} images of {height}x{width} pixels do not fit into "
+            f"memory: shrink them"
+        ) from None
+    read = Dataset(dataset.name, dataset.classes, train, test, dataset.flip)
+    if read.fingerprint() != dataset.fingerprint():
+        raise Damaged(f"{split.file.path} holds other images than were written to it")
+    return read
+
+
 def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     """Return (`split` without `n` of its images, those `n`), each in the order of `split`.
 
-    Stratified: every class gives its share of `n`, rounded by largest remainder, but keeps one
-    image at least. Which images go depends on `seed` and the labels alone. Raises `InputError`
-    where the classes cannot give `n` so.
+    Stratified: each class gives its share of `n`, rounded by largest remainder, and keeps at least
+    one image. The choice depends only on `seed` and the labels. Raises `InputError` where the
+    classes cannot give `n` images.
     """
     counts = torch.bincount(split.labels)
     spare = (counts - 1).clamp(min=0)
@@ -173,9 +208,9 @@ def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
 
 
 def draw(split: Split, n: int, seed: int) -> Split:
-    """Return `n` images of `split`, in its order: a stratified draw, as that of `holdout`.
+    """Return `n` images of `split`, in its order, drawn by class as in `holdout`.
 
-    Every class has one image at least where `n` is enough for that. Raises `InputError` unless
+    Every class has at least one image if `n` is large enough. Raises `InputError` unless
     0 < n <= len(split).
     """
     if not 0 < n <= len(split):
@@ -193,7 +228,7 @@ def _shares(counts: Tensor, n: int, least: Tensor, most: Tensor) -> Tensor:
     quota, remainder = n * counts // total, n * counts % total
     quota[remainder.argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
     quota = quota.clamp(least, most)
-    # What the bounds took or gave goes to, or comes from, the classes furthest from their share.
+    # Correct the sum, which the bounds changed, at the classes that are furthest from their share.
     while (missing := n - int(quota.sum())) != 0:
         step = 1 if missing > 0 else -1
         behind = step * (n * counts - quota * total)
@@ -214,8 +249,8 @@ def _drawn(split: Split, quota: Tensor, seed: int) -> Tensor:
 def limited(split: Split, total: int | None, per_class: int | None, seed: int) -> Split:
     """Return at most `per_class` images of each class of `split` and `total` of all, in its order.
 
-    A stratified draw of `total` gives every class at least one image. Which images stay depends on
-    `seed` and the labels alone. None is no limit. Raises `InputError` for a `total` below the
+    A stratified draw of `total` gives every class at least one image. The choice depends only on
+    `seed` and the labels. None means no limit. Raises `InputError` for a `total` below the
     number of classes.
     """
     counts = torch.bincount(split.labels)

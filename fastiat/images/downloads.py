@@ -1,4 +1,4 @@
-"""The data sets that torchvision downloads, checks and parses."""
+"""The data sets that torchvision downloads, checks and parses: one table with all facts of each."""
 
 import contextlib
 import io
@@ -9,155 +9,169 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from fastiat.images import tree as folder
+import numpy as np
+import torch
+
+from fastiat.images import tree
+from fastiat.images.dataset import Dataset, Split
 from fastiat.system.errors import InputError
-
-T = TypeVar("T")
 
 DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte before a download counts as failed
 
+Parsed = tuple[Any, Any, Sequence[str]]
+"""Images (N, H, W, C) uint8, labels (N,) and class names."""
+
 
 @dataclass(frozen=True)
-class _Source:
-    """How torchvision fetches and parses one data set. Paths are relative to the data folder."""
+class Download:
+    """The facts of a data set, and how torchvision reads it. Paths are relative to its folder."""
 
-    # Whether to take the training split, and to fetch -> images (N, H, W, C), labels, class names.
-    parse: Callable[[bool, bool], tuple[Any, Any, Sequence[str]]]
-    checksums: dict[str, str]  # MD5 of every file that torchvision checks
-    needed: list[str]  # what must be there in the end
-    by_hand: str  # what to put where without a network
+    train: int
+    """Training images."""
+    test: int
+    """Test images."""
+    side: int
+    """Pixels of an image, each way."""
+    channels: int
+    flip: bool
+    """Whether training mirrors the images."""
+    marks: tuple[str, ...]
+    """Files and folders, any of which shows that a folder holds this data set."""
+    test_file: str
+    """A file that is there once the data set is downloaded and unpacked."""
+    parse: Callable[[Path, bool, bool], Parsed]
+    """Reads a split; takes the folder, whether it is the training split, and whether to fetch."""
+    files: Callable[[], tuple[dict[str, str], dict[str, str]]]
+    """Returns the archives and the unpacked files, each with its MD5; "" where none is known."""
+    classes: int = 10
 
 
-def _cifar10(root: Path) -> _Source:
+def _parse_cifar10(root: Path, train: bool, fetch: bool) -> Parsed:
     from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
     from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
 
-    meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
-
     class WholeCIFAR10(CIFAR10):
-        # The parent forgets the file of class names here, so would never replace a damaged one.
+        # The parent does not check the file of class names here, so it would never replace one
+        # that is damaged.
         def _check_integrity(self) -> bool:
-            names = os.path.join(self.root, self.base_folder, meta[0])
-            return super()._check_integrity() and check_integrity(names, meta[1])
+            names = os.path.join(self.root, self.base_folder, CIFAR10.meta["filename"])
+            return super()._check_integrity() and check_integrity(names, CIFAR10.meta["md5"])
 
-    def parse(train: bool, fetch: bool) -> tuple[Any, Any, Sequence[str]]:
-        # torchvision unpickles the batches, after comparing the checksum of every one of them.
-        source = WholeCIFAR10(root, train, download=train and fetch)
-        return source.data, source.targets, source.classes
+    # torchvision compares the checksum of every batch before it unpickles the batch.
+    source = WholeCIFAR10(root, train, download=train and fetch)
+    return source.data, source.targets, source.classes
 
+
+def _files_of_cifar10() -> tuple[dict[str, str], dict[str, str]]:
+    from torchvision.datasets import CIFAR10
+
+    meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
     batches = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
-    checksums = {f"{CIFAR10.base_folder}/{file}": md5 for file, md5 in batches}
-    return _Source(
-        parse,
-        {**checksums, CIFAR10.filename: CIFAR10.tgz_md5},
-        list(checksums),
-        f"{CIFAR10.filename} into {root}",
-    )
+    unpacked = {f"{CIFAR10.base_folder}/{file}": md5 for file, md5 in batches}
+    return {CIFAR10.filename: CIFAR10.tgz_md5}, unpacked
 
 
-def _svhn(root: Path) -> _Source:
+def _parse_svhn(root: Path, train: bool, fetch: bool) -> Parsed:
     from torchvision.datasets import SVHN
 
-    def parse(train: bool, fetch: bool) -> tuple[Any, Any, Sequence[str]]:
-        source = SVHN(root, "train" if train else "test", download=fetch)
-        return source.data.transpose(0, 2, 3, 1), source.labels, "0123456789"
-
-    files = [SVHN.split_list[split] for split in ("train", "test")]
-    checksums = {file: md5 for _, file, md5 in files}
-    by_hand = f"{' and '.join(checksums)} into {root}"
-    return _Source(parse, checksums, list(checksums), by_hand)
+    source = SVHN(root, "train" if train else "test", download=fetch)
+    return source.data.transpose(0, 2, 3, 1), source.labels, "0123456789"
 
 
-def _fashion_mnist(root: Path) -> _Source:
+def _files_of_svhn() -> tuple[dict[str, str], dict[str, str]]:
+    from torchvision.datasets import SVHN
+
+    return {}, {file: md5 for _, file, md5 in map(SVHN.split_list.get, ("train", "test"))}
+
+
+def _parse_fashion_mnist(root: Path, train: bool, fetch: bool) -> Parsed:
     from torchvision.datasets import FashionMNIST
 
-    def parse(train: bool, fetch: bool) -> tuple[Any, Any, Sequence[str]]:
-        source = FashionMNIST(root, train, download=fetch)
-        return source.data.numpy()[..., None], source.targets, source.classes
-
-    raw = "FashionMNIST/raw"
-    return _Source(
-        parse,
-        {f"{raw}/{file}": md5 for file, md5 in FashionMNIST.resources},
-        [f"{raw}/{file.removesuffix('.gz')}" for file, _ in FashionMNIST.resources],
-        f"{', '.join(file for file, _ in FashionMNIST.resources)} into {root / raw}",
-    )
+    source = FashionMNIST(root, train, download=fetch)
+    return source.data.numpy()[..., None], source.targets, source.classes
 
 
-SOURCES: dict[str, Callable[[Path], _Source]] = {
-    "cifar10": _cifar10,
-    "svhn": _svhn,
-    "fashion-mnist": _fashion_mnist,
-}
-"""What reads each data set from a folder."""
-MARKS = {
-    "cifar10": ("cifar-10-python.tar.gz", "cifar-10-batches-py"),
-    "svhn": ("train_32x32.mat", "test_32x32.mat"),
-    "fashion-mnist": ("FashionMNIST",),
-}
-"""What shows that a folder holds a data set."""
+def _files_of_fashion_mnist() -> tuple[dict[str, str], dict[str, str]]:
+    from torchvision.datasets import FashionMNIST
+
+    archives = {f"FashionMNIST/raw/{file}": md5 for file, md5 in FashionMNIST.resources}
+    return archives, {file.removesuffix(".gz"): "" for file in archives}
+
+
+DOWNLOADS = {
+    "cifar10": Download(
+        50_000, 10_000, 32, 3, True,
+        marks=("cifar-10-python.tar.gz", "cifar-10-batches-py"),
+        test_file="cifar-10-batches-py/test_batch",
+        parse=_parse_cifar10, files=_files_of_cifar10,
+    ),
+    "svhn": Download(
+        73_257, 26_032, 32, 3, False,
+        marks=("train_32x32.mat", "test_32x32.mat"),
+        test_file="test_32x32.mat",
+        parse=_parse_svhn, files=_files_of_svhn,
+    ),
+    "fashion-mnist": Download(
+        60_000, 10_000, 28, 1, False,
+        marks=("FashionMNIST",),
+        test_file="FashionMNIST/raw/t10k-images-idx3-ubyte",
+        parse=_parse_fashion_mnist, files=_files_of_fashion_mnist,
+    ),
+}  # fmt: skip
+"""The facts of every data set that can be downloaded, by its name."""
 
 
 def held(root: Path) -> list[str]:
-    """Return the data sets of which there is something in a folder."""
-    return [name for name, files in MARKS.items() if any((root / f).exists() for f in files)]
+    """Return the names of the data sets of which a folder holds a file."""
+    return [name for name, d in DOWNLOADS.items() if any((root / f).exists() for f in d.marks)]
 
 
 def looks_like(root: Path) -> str:
     """Say what images a folder holds, and how to name them; "" where it looks like none."""
     sets = held(root)
-    return f"holds {sets[0]}: add --dataset {sets[0]}" if sets else folder.looks_like(root)
+    return f"holds {sets[0]}: add --dataset {sets[0]}" if sets else tree.looks_like(root)
 
 
-def read(
-    name: str,
-    root: Path,
-    build: Callable[[list[tuple[Any, Any]], Sequence[str]], T],
-    *,
-    progress: bool,
-    fetch: bool,
-) -> T:
-    """Return what `build` makes of a data set's training and test split and its class names.
+def read(name: str, root: Path, *, progress: bool, fetch: bool) -> Dataset:
+    """Return a data set of `DOWNLOADS` whose files are in `root`, or are downloaded to it.
 
-    name: "cifar10", "svhn" or "fashion-mnist".
-    root: the folder where its files are, or with `fetch` are downloaded to.
-    build: takes [(images (N, H, W, C) uint8, labels (N,)), ...] and the names.
-
-    Raises `InputError` in one line that says which file is missing or damaged, for what `build`
-    raises too, and what mends it.
+    Without `fetch` nothing is downloaded or written to `root`. Raises `InputError` in one line
+    that says which file is missing or damaged, and how to correct that.
     """
-    source = SOURCES[name](root)
+    download = DOWNLOADS[name]
+    archives, unpacked = download.files()
     splits = []
     try:
-        with _quiet(progress), _unpacked_elsewhere(source, root) as place:
-            if place != root:
-                source, fetch = SOURCES[name](place), True  # from the archive, which is there
+        with _quiet(progress), _unpacked_elsewhere(archives, unpacked, root) as place:
             for train in (True, False):
-                images, labels, names = source.parse(train, fetch)
-                splits.append((images, labels))
-        return build(splits, names)
-    # Networks, archives and parsers fail in too many ways to list; the cause stays chained.
+                # The archives are there if they are unpacked elsewhere: nothing is downloaded.
+                images, labels, names = download.parse(place, train, fetch or place != root)
+                images = torch.from_numpy(np.ascontiguousarray(images))
+                splits.append(Split(images, torch.as_tensor(labels).long()))
+        train_split, test_split = splits
+        return Dataset(name, tuple(names), train_split, test_split, download.flip)
+    # Networks, archives and parsers raise errors of too many types to list here.
     except Exception as error:
-        source = SOURCES[name](root)
         if not fetch:
             raise InputError(
-                f"{name} is not whole in {root}, which the run names: name with --data-dir where "
-                f"it is, or may be downloaded to"
+                f"{name} is not complete in {root}, which the run names: give the folder that "
+                f"holds it, or that it may be downloaded to, with --data-dir"
             ) from error
-        raise InputError(_explain(name, root, source, error)) from error
+        raise InputError(_explain(name, root, archives, unpacked, error)) from error
 
 
 @contextlib.contextmanager
-def _unpacked_elsewhere(source: _Source, root: Path) -> Iterator[Path]:
-    """Give the folder to read from: `root`, or one in its place for as long as the block runs.
+def _unpacked_elsewhere(
+    archives: dict[str, str], unpacked: dict[str, str], root: Path
+) -> Iterator[Path]:
+    """Yield the folder to read from: `root`, or a temporary folder with links to the archives.
 
-    That is where `root` has the archives alone and cannot be written to: they are unpacked in a
-    temporary folder.
+    The second is for a `root` that holds only the archives and cannot be written to: torchvision
+    unpacks beside them.
     """
-    archives = [file for file in source.checksums if file not in source.needed]
-    whole = all((root / file).exists() for file in source.needed)
+    whole = all((root / file).exists() for file in unpacked)
     places = {(root / file).parent for file in archives}
     writable = all(os.access(place, os.W_OK | os.X_OK) for place in places)
     if whole or writable or not archives or not all((root / file).exists() for file in archives):
@@ -171,19 +185,20 @@ def _unpacked_elsewhere(source: _Source, root: Path) -> Iterator[Path]:
         yield Path(place)
 
 
-def _explain(name: str, root: Path, source: _Source, error: Exception) -> str:
-    """Say in one line which file made `source` fail, and what mends it."""
+def _explain(
+    name: str, root: Path, archives: dict[str, str], unpacked: dict[str, str], error: Exception
+) -> str:
+    """Say in one line which file caused the error, and how to correct that."""
     from torchvision.datasets.mnist import (  # type: ignore[import-untyped]
         read_sn3_pascalvincent_tensor,
     )
     from torchvision.datasets.utils import check_integrity
 
     reason = " ".join(str(error).split()) or type(error).__name__
-    absent = [file for file in source.needed if not (root / file).exists()]
-    for file, md5 in source.checksums.items():
-        # An archive or .gz beside its intact contents is not what failed.
-        unpacked = file not in source.needed and not absent
-        if (root / file).exists() and not unpacked and not check_integrity(root / file, md5):
+    absent = [file for file in unpacked if not (root / file).exists()]
+    # An archive is not the cause where its unpacked files are all there.
+    for file, md5 in (archives | unpacked if absent else unpacked).items():
+        if md5 and (root / file).exists() and not check_integrity(root / file, md5):
             return (
                 f"{root / file} is damaged (wrong checksum) and could not be downloaded again "
                 f"({reason}): put the original file in its place"
@@ -197,12 +212,13 @@ def _explain(name: str, root: Path, source: _Source, error: Exception) -> str:
             hint = "; or name a folder that can be written to with --data-dir or FASTIAT_DATA"
         else:
             hint = ""
+        files = [root / file for file in archives or unpacked]
         return (
             f"{name} is not in {root} and could not be downloaded ({reason}): "
-            f"put {source.by_hand}{hint}"
+            f"put {', '.join(file.name for file in files)} into {files[0].parent}{hint}"
         )
-    for file in source.needed:
-        if file not in source.checksums:  # unpacked from a .gz, without a checksum of its own
+    for file, md5 in unpacked.items():
+        if not md5:  # the idx files of Fashion-MNIST: only their .gz has a checksum
             try:
                 read_sn3_pascalvincent_tensor(os.fspath(root / file))
             except Exception:
@@ -212,12 +228,12 @@ def _explain(name: str, root: Path, source: _Source, error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """Silence torchvision, but for its bars where `progress`, and let no download hang."""
+    """Silence torchvision, except for its bars if `progress`, and set a timeout for downloads."""
     timeout = socket.getdefaulttimeout()
     with contextlib.ExitStack() as stack:
         if not progress:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        # CIFAR-10's pickles are older than a NumPy that warns about them.
+        # A newer NumPy warns about the pickles of CIFAR-10.
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.callback(socket.setdefaulttimeout, timeout)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)

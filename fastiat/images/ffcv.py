@@ -1,6 +1,5 @@
-"""FFCV as a package: whether it is here, what it lacks, and imported without its side effects."""
+"""The package FFCV: whether it can be used, what is missing, and import without side effects."""
 
-import importlib.util
 import shutil
 import subprocess
 from functools import cache
@@ -10,37 +9,27 @@ import torch
 from fastiat.system.errors import InputError, one_line
 
 LIBRARIES = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}
-"""What FFCV is built with, by pkg-config's name, and the Debian packages that have it."""
+"""The libraries that FFCV is built with: {name for pkg-config: Debian package}."""
 
 
-def missing_packages() -> list[str]:
-    """Return the Debian packages that building FFCV needs and that are not found here."""
+def _install_first() -> str:
+    """Return the command that installs the Debian packages that building FFCV needs, or ""."""
     if shutil.which("pkg-config") is None:
-        return ["pkg-config", *LIBRARIES.values()]
-    return [
-        package
-        for library, package in LIBRARIES.items()
-        if subprocess.run(["pkg-config", "--exists", library], capture_output=True).returncode
-    ]
-
-
-def install_hint() -> str:
-    """Say in one line that FFCV is not installed, and how that is done here."""
-    return f"FFCV is not installed: {_first()}pip install 'fastiat[ffcv]'"
-
-
-def _first() -> str:
-    missing = missing_packages()
+        missing = ["pkg-config", *LIBRARIES.values()]
+    else:
+        missing = [
+            package
+            for library, package in LIBRARIES.items()
+            if subprocess.run(["pkg-config", "--exists", library], capture_output=True).returncode
+        ]
     return f"apt-get install {' '.join(missing)}, then " if missing else ""
 
 
 def obstacle() -> str | None:
-    """Return in one line why FFCV cannot be used and what mends it, or None where it can be.
+    """Return in one line why FFCV cannot be used and how to correct that; None if it can be used.
 
-    It is imported, which takes a few seconds the first time.
+    This imports FFCV, which takes a few seconds the first time.
     """
-    if importlib.util.find_spec("ffcv") is None:
-        return install_hint()
     try:
         import_ffcv()
     except InputError as error:
@@ -49,17 +38,17 @@ def obstacle() -> str | None:
 
 
 def installed() -> bool:
-    """Whether FFCV is there and can be imported."""
+    """Whether FFCV can be imported."""
     return obstacle() is None
 
 
 def import_ffcv() -> None:
-    """Import FFCV, and keep it from what it does to all of torch.
+    """Import FFCV without its side effects on torch.
 
-    It sets torch's threads to its own number, when it is imported and in every pass, which would
-    change how the CPU computes. And where there is a CUDA device, its thread records events on
-    the stream of the training, which spoils a CUDA graph that is being captured there; all that is
-    asked of it here is memory of the host. Raises `InputError` where it cannot be imported.
+    FFCV sets torch's number of threads, when it is imported and in every pass, which would change
+    the results of the CPU. On a machine with a CUDA device its thread also records events on the
+    stream of the training, which would break a CUDA graph that is being captured; fastiat uses
+    FFCV for host memory only. Raises `InputError` if FFCV cannot be imported.
     """
     threads = torch.get_num_threads()
     try:
@@ -67,10 +56,12 @@ def import_ffcv() -> None:
     # Libraries that do not fit each other raise whatever makes them stumble.
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "ffcv") == "ffcv":
-            raise InputError(install_hint()) from None
+            raise InputError(
+                f"FFCV is not installed: {_install_first()}pip install 'fastiat[ffcv]'"
+            ) from None
         reason = one_line(error) or type(error).__name__
         raise InputError(
-            f"FFCV is installed but cannot be imported ({reason}): {_first()}"
+            f"FFCV is installed but cannot be imported ({reason}): {_install_first()}"
             "pip install --force-reinstall --no-deps ffcv"
         ) from None
     finally:

@@ -1,4 +1,4 @@
-"""Batches out of a .beton, decoded by FFCV ahead of the training."""
+"""Batches of images from a .beton, which FFCV decodes before the training asks for them."""
 
 import os
 import threading
@@ -12,59 +12,59 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastiat.data import Loader, Split, StoredSplit
 from fastiat.images.beton import Beton
+from fastiat.images.dataset import Split, StoredSplit
 from fastiat.images.ffcv import import_ffcv
 from fastiat.system.errors import InputError
 
 AHEAD = 2
-"""Batches that are decoded ahead; FFCV's ring buffer has room for two more."""
+"""Batches that are decoded ahead; FFCV's ring buffer holds two more."""
 PATIENCE = 0.5
-"""Seconds between two looks at whether the thread that decodes is still alive."""
-# Two passes at a time may not be in numba's pool of threads, nor compile into one another.
+"""Seconds between two checks that the decoding thread is alive."""
+# numba allows only one pass at a time in its pool of threads, and only one compilation.
 _DECODING = threading.Lock()
 
 
-class FFCVLoader(Loader):
-    """Batches of a `StoredSplit`: FFCV reads and decodes, crops and flips are our own kernels.
+class FFCVBatches:
+    """Batches of a `StoredSplit`: FFCV reads and decodes the images; it does not augment them.
 
-    So the batches are those that `ResidentLoader` makes of the same images. Each is copied, to
-    the device or on the CPU, before it is handed out, as FFCV writes the next ones into the same
-    memory. On CUDA the copies have a stream of their own.
+    Each batch is copied before it is handed out, on the CPU too, because FFCV writes a later batch
+    into the same memory. On CUDA the copies run on a stream of their own.
     """
 
-    def _hold(self, split: Split) -> None:
+    def __init__(self, split: Split, device: torch.device) -> None:
         if not isinstance(split, StoredSplit):
             raise InputError("FFCV reads images out of a .beton: convert them first")
         self.file, self.positions = split.file, split.positions.numpy().astype(np.uint64)
-        self.engine = _engine(split.file, _threads(self.device))
-        cuda = self.device.type == "cuda"
-        self.copies = torch.cuda.Stream(self.device) if cuda else None
+        self.device = device
+        self.engine = _engine(split.file, _threads(device))
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        size, (rank, ranks) = self.batch_size, self.shard
-        starts = range((rank + skip * ranks) * size, len(self.labels), ranks * size)
-        spans = [slice(start, start + size) for start in starts]
-        if not spans:
-            return
-        order = np.concatenate([self.positions[span] for span in spans])
-        for span, images in zip(spans, self._decoded(order, size), strict=True):
-            own = images if self.copies else images.clone()
-            yield own.permute(0, 3, 1, 2), self.labels[span]
+    def slices(self, spans: list[slice]) -> Iterator[Tensor]:
+        """Yield the images, (B, H, W, C), at each span of positions in the split.
 
-    def _shuffled(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        All spans but the last have the same length.
+        """
+        if spans:
+            order = np.concatenate([self.positions[span] for span in spans])
+            for images in self._decoded(order, spans[0].stop - spans[0].start):
+                yield images if self.copies else images.clone()
+
+    def picked(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each row of `batches`, (batches, B) positions in the split, its images,
+        (B, H, W, C), and their positions in that tensor, (B,). On the CPU the images are valid
+        until the next ones are asked for.
+        """
         count, size = batches.shape
-        if not count:
-            return
         every = torch.arange(size, device=self.device)
-        order = self.positions[batches.reshape(-1).numpy()]
-        rows = self.labels[batches.to(self.device)]
-        for labels, images in zip(rows, self._decoded(order, size), strict=True):
-            yield images, every, labels
+        if count:
+            order = self.positions[batches.reshape(-1).numpy()]
+            yield from ((images, every) for images in self._decoded(order, size))
 
     def _decoded(self, order: NDArray[np.uint64], size: int) -> Iterator[Tensor]:
-        """Yield (B, H, W, C) for `size` images of `order` at a time; on the CPU it is the ring
-        buffer itself, good until the next one is asked for.
+        """Yield (B, H, W, C) for `size` images of `order` at a time.
+
+        On the CPU these are in the ring buffer itself, valid until the next ones are asked for.
         """
         channels = self.file.card.channels
         decoded = self.engine(order, size)
@@ -83,7 +83,7 @@ class FFCVLoader(Loader):
     def _placed(self, images: Tensor) -> Tensor:
         if self.copies is None:
             return images
-        # The copy waits for its own stream only, and has left the ring buffer when it returns.
+        # `to` waits for this stream only. When it returns, the ring buffer may be overwritten.
         with torch.cuda.stream(self.copies):
             placed = images.to(self.device)
         current = torch.cuda.current_stream(self.device)
@@ -93,7 +93,7 @@ class FFCVLoader(Loader):
 
 
 def _threads(device: torch.device) -> int:
-    """Return how many threads decode: on the CPU one, as the network needs the others."""
+    """Return how many threads decode: one on the CPU, where the network needs the others."""
     if device.type == "cpu":
         return 1
     import_ffcv()
@@ -104,7 +104,7 @@ def _threads(device: torch.device) -> int:
 
 
 def _engine(file: Beton, threads: int) -> Any:
-    """Return what decodes images of a file, as long as that has not been replaced."""
+    """Return the decoder of a file, compiled anew only if the file was replaced."""
     status = os.stat(file.path)
     mark = status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
     return _compiled(file.path, mark, threads)
@@ -112,10 +112,10 @@ def _engine(file: Beton, threads: int) -> Any:
 
 @lru_cache(maxsize=4)
 def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
-    """Compile FFCV's pipeline for a file, which takes seconds, so that all passes share it.
+    """Compile FFCV's pipeline for a file, once for all passes, because it takes seconds.
 
-    Returns a function of (order, batch size) that gives a pass, an iterator of (images (B, H, W,
-    3) uint8, failed (B,) bool) in the ring buffer, which must be closed.
+    Returns a function of (order, batch size) that returns a pass: an iterator over (images
+    (B, H, W, 3) uint8, failed (B,) bool) in the ring buffer. The caller must close it.
     """
     import_ffcv()
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -126,7 +126,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
     from ffcv.pipeline.compiler import Compiler
 
     class Decoder(SimpleRGBImageDecoder):
-        """FFCV's decoder, which also tells of JPEGs that are damaged."""
+        """FFCV's decoder, which also reports damaged JPEGs."""
 
         def declare_state_and_memory(self, previous_state: Any) -> Any:
             state, pixels = super().declare_state_and_memory(previous_state)
@@ -136,7 +136,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
             read, images = self.memory_read, Compiler.get_iterator()
             decode_jpeg, copy = Compiler.compile(imdecode), Compiler.compile(memcpy)
 
-            # numba reads no annotations.
+            # numba ignores annotations; mypy wants them.
             def decode(
                 batch_indices: Any, destination: Any, metadata: Any, storage_state: Any
             ) -> Any:
@@ -159,7 +159,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
             return decode
 
     class Pass(EpochIterator):
-        """FFCV's pass, whose thread ends when it is closed and hands on what it raises."""
+        """FFCV's pass; closing it ends its thread, and errors of the thread reach the caller."""
 
         error: BaseException | None = None
 
@@ -185,7 +185,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
         def close(self) -> None:
             super().close()
             self.closed = True
-            while self.is_alive():  # it may wait for room
+            while self.is_alive():  # it may be waiting for room in the queue
                 while not self.output_queue.empty():
                     self.output_queue.get_nowait()
                 self.join(0.01)
@@ -203,7 +203,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
 
     def make_pass(order: NDArray[np.uint64], size: int) -> Pass:
         Compiler.set_num_threads(threads)
-        pipeline.batch_size = size  # looked at when a pass begins only
+        pipeline.batch_size = size  # FFCV reads it only when a pass begins
         return Pass(pipeline, order)
 
     return make_pass

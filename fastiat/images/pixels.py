@@ -1,4 +1,4 @@
-"""One image file: opened without trusting it, and decoded to what viewers show."""
+"""Open an image file of unknown origin safely, and decode it to the pixels that viewers show."""
 
 import contextlib
 import io
@@ -14,9 +14,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fastiat.system.errors import InputError
 
-# Named, so that no other reader of Pillow's is let near a file; the EPS one runs a program.
+# Only these readers of Pillow may open a file; its EPS reader, for one, runs another program.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
-LARGEST_FILE = 2**28  # bytes of an image, which is read into memory whole
+LARGEST_FILE = 2**28  # bytes; the whole file is read into memory
 
 GREY = ("1", "L", "LA", "La")  # Pillow's modes; 16-bit grey is I;16, I;16B or I
 
@@ -29,20 +29,22 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What shows an image upright, by its EXIF orientation; any other value turns nothing."""
+"""The transposition for each EXIF orientation; other values change nothing.
+
+`ImageOps.exif_transpose` also rewrites the EXIF block, which fails for some damaged ones."""
 # Tags of a TIFF.
 _BITS, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 258, 262, 284, 339
 _YCBCR_SUBSAMPLING, _REFERENCE_BLACK_WHITE = 530, 532
 
-# Pillow also logs what it then raises; without a handler that would be a line on stderr.
+# Pillow also logs the errors that it raises; without a handler, logging prints them on stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Pillow, which warns of what is refused or harmless here; a bomb is an error.
+    """Ignore Pillow's warnings, but make its warning of a decompression bomb an error.
 
-    It warns of a bomb only up to twice its limit.
+    Pillow raises an error by itself only above twice its limit; below that it warns.
     """
     with warnings.catch_warnings(action="ignore"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -51,15 +53,19 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(path: str, *, head_only: bool = False) -> Iterator[Image.Image]:
-    """Open an image, to decode it or for its `head_only`; errors in the block are `InputError`s."""
+    """Open an image to decode it, or to read its header only (`head_only`).
+
+    Every `Exception` in the block, and in opening, is raised as an `InputError` that names `path`.
+    """
     try:
         with contextlib.ExitStack() as stack:
             if os.stat(path).st_size > LARGEST_FILE:
                 raise InputError(f"{path} is larger than {LARGEST_FILE >> 20} MiB: shrink it")
-            # Decoding asks a file for as many bytes as a damaged head names.
+            # A damaged header may name gigabytes. Pillow asks the file for as many, and a file
+            # object reserves them before it reads; `BytesIO` returns only what there is.
             source = path if head_only else io.BytesIO(Path(path).read_bytes())
             image = stack.enter_context(Image.open(source, formats=FORMATS))
-            if image.format == "TIFF":  # libtiff prints by itself what it dislikes as it decodes
+            if image.format == "TIFF":  # libtiff prints messages to stderr while it decodes
                 stack.enter_context(_muted())
             yield image
     except InputError:
@@ -68,7 +74,7 @@ def opened(path: str, *, head_only: bool = False) -> Iterator[Image.Image]:
         raise InputError(f"{path} is too large to be decoded safely: shrink it") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is not an image or damaged: replace or remove it") from error
-    # Pillow's readers raise whatever a damaged file makes them stumble on.
+    # Pillow's readers raise errors of any kind for a damaged file.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} cannot be decoded ({reason}): replace or remove it") from error
@@ -76,7 +82,7 @@ def opened(path: str, *, head_only: bool = False) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
-    """Let nothing of a C library reach stderr."""
+    """Discard what a C library prints to stderr."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -88,24 +94,24 @@ def _muted() -> Iterator[None]:
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Whether an opened image, which need not be decoded yet, has one channel besides alpha."""
+    """Whether an opened image, decoded or not, has one channel besides alpha."""
     return image.mode in GREY or image.mode.startswith("I") or _raw_mode(image) == "LA;16B"
 
 
 def pixels_of(image: Image.Image, path: str) -> NDArray[np.uint8]:
-    """Return an opened image as viewers show it, (H, W) if it is grey, (H, W, 3) if not.
+    """Return an opened image as viewers show it: (H, W) uint8 if it is grey, else (H, W, 3).
 
     Raises `InputError`, naming `path`, for transparent pixels and for kinds of pixels that Pillow
-    does not read as viewers do.
+    reads differently from viewers.
     """
-    # Decoding forgets the raw mode.
+    # Before `load`, which deletes the raw mode.
     raw, grey = _raw_mode(image), is_grey(image)
     tags = getattr(image, "tag_v2", {})
     if image.format == "TIFF":
         _check_tiff(image, path)
     if image.mode == "F":
         raise InputError(f"{path} has floating-point pixels: save it with 8 or 16 bits")
-    # Orientation may come after the pixels, and lie in XMP.
+    # After `load`, because a PNG may hold EXIF or XMP after its pixels.
     image.load()
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     if turn is not None:
@@ -117,7 +123,7 @@ def pixels_of(image: Image.Image, path: str) -> NDArray[np.uint8]:
         if values.min() < 0 or values.max() > 0xFFFF:
             raise InputError(f"{path} has more than 16 bits per pixel: save it with 8 or 16")
         high = (values >> (4 if raw.startswith("I;12") else 8)).astype(np.uint8)
-        white_is_zero = bool(tags) and tags.get(_PHOTOMETRIC, 0) == 0  # which Pillow leaves so
+        white_is_zero = bool(tags) and tags.get(_PHOTOMETRIC, 0) == 0  # Pillow does not invert
         return ~high if white_is_zero else high
     if image.mode == "La":
         image = image.convert("LA")
@@ -126,7 +132,7 @@ def pixels_of(image: Image.Image, path: str) -> NDArray[np.uint8]:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """Return how the pixels lie in the file, in Pillow's words, or "" where it does not say."""
+    """Return Pillow's name for the layout of the pixels in the file, or "" where it has none."""
     tile = getattr(image, "tile", None)
     args = tile[0][3] if tile else ""
     raw = args[0] if isinstance(args, tuple) and args else args
@@ -134,7 +140,7 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _check_tiff(image: Image.Image, path: str) -> None:
-    """Raise `InputError` for the TIFFs that Pillow opens and reads otherwise than viewers do."""
+    """Raise `InputError` for kinds of TIFF that Pillow reads differently from viewers."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     bits = tags.get(_BITS, (1,))
     if image.mode == "I" and max(bits) > 16:
@@ -151,7 +157,7 @@ def _check_tiff(image: Image.Image, path: str) -> None:
 
 
 def _is_transparent(image: Image.Image, raw: str) -> bool:
-    """Whether a decoded image has a pixel that is not opaque, or may have one."""
+    """Whether a decoded image has, or may have, a pixel that is not opaque."""
     if not image.has_transparency_data:
         return False
     colour = image.info.get("transparency")
@@ -159,13 +165,13 @@ def _is_transparent(image: Image.Image, raw: str) -> bool:
         if image.mode == "La":
             image = image.convert("LA")
         return bool(np.asarray(image.convert("RGBA"))[..., 3].min() < 255)
-    # A PNG names one transparent colour with as many bits as its pixels have in the file; Pillow
-    # compares it with pixels of 8 bits.
+    # A PNG may name one transparent colour, in the bit depth of its pixels in the file. Pillow has
+    # scaled the pixels to 8 bits but not that colour, so it is scaled before the comparison.
     values, named = np.asarray(image), np.asarray(colour)
     if image.mode == "1":
         return bool((values == (named != 0)).any())
     if raw == "RGB;16B":
-        named = named >> 8  # the low bytes are lost, so that equal high ones may mean transparent
+        named = named >> 8  # the low bytes are lost: equal high bytes may mean transparent
     elif image.mode in ("L", "RGB"):
         depth = {"L;2": 2, "L;4": 4}.get(raw, 8)
         named = (named & (1 << depth) - 1) * (255 // ((1 << depth) - 1))

@@ -1,33 +1,31 @@
-"""Image trees, `train/<class>/*` and `test/<class>/*`, decoded once into a cache.
+"""List the files of image trees, `train/<class>/*` and `test/<class>/*`.
 
 What a tree may hold:
 
-- The classes are the folders' names, sorted; both splits have the same ones, two or more.
+- The classes are the names of the folders, sorted. Both splits have the same two or more classes.
 - The images are the files directly in a class's folder whose extension is in `EXTENSIONS`, in
-  any case, links included. A warning counts what is left out: files beside the class folders, in
-  folders within a class, without such an extension, and images with a hidden name. A link to
-  nothing is refused where it may be an image or a class.
-- All images are square and of one size, 8x8 or more. Of an animation the first frame counts.
-- A tree is colour, 3 channels, as soon as one image is; then grey ones repeat their channel.
-  Bilevel and grey images are grey, 16 bits keep the high byte; palettes, CMYK and the rest are
-  converted to RGB.
-- EXIF orientation is applied, in XMP too: an image is taken as viewers show it.
-- An alpha channel is dropped where the image is opaque throughout. Anything transparent is
-  refused, because the background is not ours to choose.
+  upper or lower case; links are followed. A warning counts the files that are left out: files
+  beside the class folders, in folders within a class, without such an extension, and images with
+  a hidden name. A link to nothing is refused where it may be an image or a class.
+- All images are squares of one size, 8x8 or larger, unless `fastiat convert` or the FFCV loader
+  resizes them. Of an animation the first frame is used.
+- A tree has 3 channels if one of its images is a colour image; grey images then repeat their
+  channel. Bilevel images count as grey; of 16 bits the high byte is kept; palettes, CMYK and
+  other modes are converted to RGB.
+- The orientation in EXIF or XMP is applied, so that an image is read as viewers show it.
+- An alpha channel is dropped if all its pixels are opaque. An image with transparent pixels is
+  refused, because its background is unknown.
 """
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import itertools
 import logging
 import multiprocessing
 import os
 import signal
-import stat
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -39,78 +37,65 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from fastiat.images.beton import LARGEST_SIDE as LARGEST
-from fastiat.images.pixels import opened, pixels_of, quiet
-from fastiat.system.errors import InputError, one_line, printable
+from fastiat.system.errors import InputError, printable
 from fastiat.system.ranks import ranks
-from fastiat.system.settings import SMALLEST_SIDE as SMALLEST
 from fastiat.system.settings import expanded
-from fastiat.system.untrusted import read_npz
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = ("train", "test")
 
-CHUNK = 128  # images per task of a worker
-PARALLEL_FROM = 2000  # images from which worker processes are worth their start
+CHUNK = 128
+"""Images per task of a worker process."""
+PARALLEL_FROM = 2000
+"""Number of images from which starting worker processes saves time."""
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-CACHE_VERSION = 2  # raise it when decoding changes
-
 CLOCK_TICK = 20_000_000
-"""Nanoseconds between two times of files at the most; a system's clock for them ticks that slowly.
-"""
+"""Longest step, in nanoseconds, of the clock that a system takes the times of files from."""
 
-# Why files are left out.
+# Reasons why files are left out.
 _BESIDE = "beside the class folders"
 _NESTED = "in folders within a class"
 _HIDDEN = "hidden"
 _UNKNOWN = f"without an image's extension ({' '.join(EXTENSIONS)})"
 
 T = TypeVar("T")
-_CONVERT = "let fastiat convert resize them"
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Tree:
-    """A decoded tree: (images (N, H, W, C) uint8, labels (N,) int64) of each split."""
+def root_of(data_dir: str | os.PathLike | None) -> Path:
+    """Return the folder that `data_dir` names; raise `InputError` unless it can be read."""
+    if data_dir is None:
+        raise InputError(
+            "the data set 'folder' needs a data folder (--data-dir) with "
+            "train/<class>/ and test/<class>/ in it"
+        )
+    root = Path(expanded(data_dir))
+    if not os.path.exists(root):  # Path.exists raises for a path that is too long
+        raise InputError(f"the data folder {root} does not exist: create it or name another")
+    if not os.path.isdir(root):
+        raise InputError(f"the data folder {root} is a file: name the folder that holds it")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise InputError(f"the data folder {root} cannot be read: check its permissions")
+    return root
 
-    classes: tuple[str, ...]
-    train: tuple[NDArray[np.uint8], NDArray[np.int64]]
-    test: tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+class NoFolder(InputError):
+    """There is no folder that a cache can be written to."""
 
 
-def read(root: str | os.PathLike, *, progress: bool = True) -> Tree:
-    """Return the images of the tree at `root`, from the cache if nothing changed since.
+def cache_folder(name: str, variable: str, purpose: str) -> Path:
+    """Return the folder that an environment variable names, else `name` in the user's cache folder.
 
-    The cache is a file in `$FASTIAT_CACHE`, else `~/.cache/fastiat/folders`, found by the tree's
-    absolute path and valid for one list of files with their sizes, inodes and times. A
-    cache that is damaged or cannot be written costs a warning and time. Raises `InputError`,
-    naming the file or folder, for a tree that breaks the rules at the head of `fastiat.images.tree`
-    and for a damaged image.
+    The folder need not exist. Raises `NoFolder` without a home folder and `$XDG_CACHE_HOME`.
     """
-    root = Path(expanded(root)).absolute()
-    listing = scan(root)
-    cache = _cache_file(root)
-    images = None if cache is None else _load_cache(cache, listing)
-    if images is None:
-        images = _decode_all(listing.paths, progress)
-        if cache is not None:
-            _save_cache(cache, listing, images)
-    warn_ignored(listing)
-    n = listing.n_train
-    train, test = (images[:n], listing.labels[:n]), (images[n:], listing.labels[n:])
-    return Tree(listing.classes, train, test)
-
-
-def decoded_size(root: Path) -> int:
-    """Return the bytes of a tree's images, if all are as large as the first."""
-    paths = scan(root).paths
-    with opened(paths[0], head_only=True) as image:
-        width, height = image.size
-    return len(paths) * width * height * 3
+    if given := os.environ.get(variable):
+        return Path(expanded(given))
+    cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if cache.startswith("~"):
+        raise NoFolder(f"there is no home folder (HOME is not set): name a folder for {purpose}")
+    return Path(cache) / "fastiat" / name
 
 
 def warn_ignored(listing: "Listing") -> None:
@@ -126,7 +111,7 @@ def warn_ignored(listing: "Listing") -> None:
 
 
 def looks_like(root: Path) -> str:
-    """Say what of an image tree a folder looks like, and what then to do; "" for any other."""
+    """Say which part of an image tree a folder looks like, and what to do; "" for other folders."""
     inside = _entries(root)
     if all(os.path.isdir(root / split) for split in SPLITS):
         return "is an image tree (train/<class>/*, test/<class>/*): add --dataset folder"
@@ -147,7 +132,7 @@ def looks_like(root: Path) -> str:
 
 
 def _entries(folder: Path) -> list[str]:
-    """Return the first names in a folder that are not hidden; none where it cannot be read."""
+    """Return the first 1,000 names in a folder that are not hidden; [] if it cannot be read."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         return [e.name for e in itertools.islice(entries, 1000) if not e.name.startswith(".")]
     return []
@@ -155,18 +140,6 @@ def _entries(folder: Path) -> list[str]:
 
 def _has_images(names: list[str]) -> bool:
     return any(name.lower().endswith(EXTENSIONS) for name in names)
-
-
-def user_cache(name: str) -> Path:
-    """Return fastiat's folder `name` in the user's cache folder; it need not exist yet.
-
-    Raises `InputError` where there is no home folder and no `$XDG_CACHE_HOME`.
-    """
-    given = os.environ.get("XDG_CACHE_HOME")
-    cache = expanded(given) if given else os.path.join(os.path.expanduser("~"), ".cache")
-    if cache.startswith("~"):
-        raise InputError("there is no home folder (HOME is not set)")
-    return Path(cache) / "fastiat" / name
 
 
 @dataclass(frozen=True)
@@ -179,14 +152,21 @@ class Listing:
     labels: NDArray[np.int64]
     n_train: int
     ignored: dict[str, list[str]]
-    """What is left out: {why: paths}."""
+    """The files that are left out: {reason: paths}."""
     digest: str
-    """SHA-256 over every image's path in the tree, size, inode and times of modification and of
-    change: the last, which no program can set, tells files that were swapped."""
+    """SHA-256 over every image's path in the tree, size, inode, and times of modification and of
+    change. No program can set the time of change, so swapped files are noticed."""
 
 
 def scan(root: Path) -> Listing:
-    """List a tree; raise `InputError` where it breaks the rules of folders and names."""
+    """List a tree; raise `InputError` where it breaks the rules for folders and names."""
+    try:
+        return _scan(root)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _scan(root: Path) -> Listing:
     ignored: dict[str, list[str]] = {_BESIDE: [], _NESTED: [], _HIDDEN: [], _UNKNOWN: []}
     names = {split: _class_names(root, split, ignored) for split in SPLITS}
     for here, there in (SPLITS, SPLITS[::-1]):
@@ -201,142 +181,122 @@ def scan(root: Path) -> Listing:
 
     paths: list[str] = []
     labels: list[int] = []
-    digest = hashlib.sha256(b"%d" % CACHE_VERSION)
+    digest = hashlib.sha256()
     n_train, newest = 0, 0
     for split in SPLITS:
         for label, name in enumerate(classes):
-            for file, status in _image_files(root / split / name, ignored):
+            for entry in _images(root / split / name, ignored):
+                status = entry.stat()
                 stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
                 newest = max(newest, status.st_ctime_ns)
-                digest.update(os.fsencode(f"\0{split}/{name}/{file}\0{stamp}"))
-                paths.append(os.path.join(root, split, name, file))
+                digest.update(os.fsencode(f"\0{split}/{name}/{entry.name}\0{stamp}"))
+                paths.append(entry.path)
                 labels.append(label)
         n_train = n_train or len(paths)
     if time.time_ns() - newest < CLOCK_TICK:
-        # A change after the images are read must get another time than the last one before.
+        # A file that changes after it is read must get another time than its last change before.
         time.sleep(CLOCK_TICK / 1e9)
-    everything = np.array(labels, np.int64)
     left_out = {why: sorted(found) for why, found in ignored.items() if found}
+    everything = np.array(labels, np.int64)
     return Listing(root, classes, paths, everything, n_train, left_out, digest.hexdigest())
 
 
 def _class_names(root: Path, split: str, ignored: dict[str, list[str]]) -> set[str]:
-    names = set()
-    try:
-        with os.scandir(root / split) as entries:
-            for entry in entries:
-                if entry.is_symlink() and not os.path.exists(entry.path):
-                    raise InputError(
-                        f"{entry.path} is a link to nothing: mount what it leads to, or remove it"
-                    )
-                if entry.name.startswith("."):
-                    _leave_out(entry, _HIDDEN, ignored)
-                elif entry.is_dir():
-                    names.add(entry.name)
-                else:
-                    ignored[_BESIDE].append(entry.path)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.isdir(root / split):
         raise InputError(
             f"{root} has no folder {split!r}: an image tree is train/<class>/* and test/<class>/*"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{root / split} cannot be read: {error.strerror}") from error
+        )
+    names = set()
+    for entry in _visible(root / split, ignored, of_classes=True):
+        if entry.is_dir():
+            names.add(entry.name)
+        else:
+            ignored[_BESIDE].append(entry.path)
     if not names:
         raise InputError(f"{root / split} has no class folders: put images in {split}/<class>/")
     return names
 
 
-def _image_files(folder: Path, ignored: dict[str, list[str]]) -> list[tuple[str, os.stat_result]]:
-    """Return the sorted names of `folder`'s images; add everything else to `ignored`."""
+def _images(folder: Path, ignored: dict[str, list[str]]) -> list[os.DirEntry[str]]:
+    """Return the images of a class, sorted by name; add everything else to `ignored`."""
     images = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    _leave_out(entry, _HIDDEN, ignored)
-                    continue
-                if entry.is_dir():
-                    _leave_out(entry, _NESTED, ignored)
-                    continue
-                if not entry.name.lower().endswith(EXTENSIONS):
-                    ignored[_UNKNOWN].append(entry.path)
-                    continue
-                status = entry.stat()
-                if not stat.S_ISREG(status.st_mode):
-                    raise InputError(f"{entry.path} is not a file: remove it")
-                images.append((entry.name, status))
-    except OSError as error:  # of a link to nothing, too
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+    for entry in _visible(folder, ignored):
+        if entry.is_dir():
+            ignored[_NESTED] += _files_below(entry)
+        elif not entry.name.lower().endswith(EXTENSIONS):
+            ignored[_UNKNOWN].append(entry.path)
+        elif not entry.is_file():
+            raise InputError(f"{entry.path} is not a file: remove it")
+        else:
+            images.append(entry)
     if not images:
         raise InputError(f"{folder} holds no images ({' '.join(EXTENSIONS)}) for its class")
-    return sorted(images, key=lambda image: image[0])
+    return sorted(images, key=lambda entry: entry.name)
 
 
-def _leave_out(entry: os.DirEntry[str], why: str, ignored: dict[str, list[str]]) -> None:
-    """Add an entry to `ignored`: of a folder all files in it, of what is hidden images alone.
+def _visible(
+    folder: Path, ignored: dict[str, list[str]], *, of_classes: bool = False
+) -> Iterator[os.DirEntry[str]]:
+    """Yield what is in a folder, and add the images among what is hidden to `ignored`.
 
-    A folder that is a link or cannot be read is added itself.
+    Raises `InputError` for a link to nothing that may be an image or, in a folder `of_classes`, a
+    class.
     """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            hidden = entry.name.startswith(".")
+            named_like_image = entry.name.lower().endswith(EXTENSIONS)
+            wanted = of_classes or (named_like_image and not hidden)
+            if wanted and entry.is_symlink() and not os.path.exists(entry.path):
+                raise InputError(
+                    f"{entry.path} is a link to nothing: mount what it leads to, or remove it"
+                )
+            if not hidden:
+                yield entry
+            elif not entry.is_dir():
+                ignored[_HIDDEN] += [entry.path] if named_like_image else []
+            else:
+                ignored[_HIDDEN] += [
+                    path
+                    for path in _files_below(entry)
+                    if path.lower().endswith(EXTENSIONS) or os.path.isdir(path)
+                ]
 
-    def add(path: str) -> None:
-        if why != _HIDDEN or path.lower().endswith(EXTENSIONS):
-            ignored[why].append(path)
 
-    if not entry.is_dir():
-        add(entry.path)
-    elif entry.is_symlink():
-        ignored[why].append(entry.path)
-    else:
-        unread = lambda error: ignored[why].append(error.filename)  # noqa: E731
-        for place, folders, files in os.walk(entry.path, onerror=unread):
-            links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-            ignored[why] += [os.path.join(place, name) for name in links]
-            for name in files:
-                add(os.path.join(place, name))
+def _files_below(folder: os.DirEntry[str]) -> list[str]:
+    """Return all files below a folder; in place of a folder's files itself, if it is a link or
+    cannot be read.
+    """
+    if folder.is_symlink():
+        return [folder.path]
+    found: list[str] = []
 
+    def unreadable(error: OSError) -> None:
+        found.append(error.filename)
 
-def _decode_all(paths: list[str], progress: bool) -> NDArray[np.uint8]:
-    """Return the images at `paths` as one (N, H, W, C) array, C = 3 if one of them is colour."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet())
-        side = len(_decode(paths[0]))
-        try:
-            images = np.empty((len(paths), side, side, 3), np.uint8)
-        except MemoryError:
-            raise InputError(
-                f"{len(paths)} images of {side}x{side} pixels do not fit into memory: shrink them"
-            ) from None
-        work = functools.partial(_decode_chunk, first=paths[0], side=side)
-        results = stack.enter_context(mapped(work, paths))
-        bar = stack.enter_context(
-            # None: shown on a terminal alone.
-            tqdm(total=len(paths), desc="decoding", unit=" images", disable=not progress or None)
-        )
-        done, colour = 0, False
-        for pixels, coloured in results:
-            images[done : done + len(pixels)] = pixels
-            done += len(pixels)
-            colour |= coloured
-            bar.update(len(pixels))
-    return images if colour else images[..., :1].copy()
+    for place, folders, files in os.walk(folder.path, onerror=unreadable):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [os.path.join(place, name) for name in (*files, *links)]
+    return found
 
 
 @contextlib.contextmanager
 def mapped(
     work: Callable[[list[str]], T], paths: list[str], chunk: int = CHUNK
 ) -> Iterator[Iterable[T]]:
-    """Give the results of `work` on `paths`, a chunk at a time and in order.
+    """Yield the results of `work` on `paths`, one result for each chunk of paths, in order.
 
-    Worker processes do it where there are enough images; they are at most a few chunks ahead.
+    Worker processes compute them if there are enough images. At most a few results per worker are
+    waiting, so memory stays bounded.
     """
     chunks = (paths[i : i + chunk] for i in range(0, len(paths), chunk))
     workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     if workers == 1 or len(paths) < PARALLEL_FROM:
         yield map(work, chunks)
         return
-    # Threads would queue for the interpreter's lock, which small images mostly hold. Forked
-    # workers need no `if __name__ == "__main__"` in the caller's script and touch neither torch
-    # nor CUDA.
+    # Processes, not threads: decoding small images holds the interpreter's lock most of the time.
+    # Forked, not spawned: a caller's script needs no `if __name__ == "__main__"`. The workers call
+    # neither torch nor CUDA, which a fork could break.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("fork"), _follow_parent, (os.getpid(),)
     )
@@ -358,99 +318,10 @@ def mapped(
 
 
 def _follow_parent(parent: int) -> None:
-    """Let the parent handle the signals, and end with it, even where it is killed."""
+    """In a worker: ignore Ctrl-C, which the parent handles, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with contextlib.suppress(OSError, AttributeError):  # not this libc
+    with contextlib.suppress(OSError, AttributeError):  # this C library has no prctl
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before
+    if os.getppid() != parent:  # the parent ended before the call of prctl
         os._exit(1)
-
-
-def _decode_chunk(paths: list[str], first: str, side: int) -> tuple[NDArray[np.uint8], bool]:
-    """Return the images at `paths`, grey ones in three equal channels, and whether any is colour.
-
-    `first` names the image that set the `side`.
-    """
-    pixels = np.empty((len(paths), side, side, 3), np.uint8)
-    colour = False
-    for i, path in enumerate(paths):
-        image = _decode(path, first, side)
-        pixels[i] = image if image.ndim == 3 else image[..., None]
-        colour |= image.ndim == 3
-    return pixels, colour
-
-
-def _decode(path: str, first: str = "", side: int = 0) -> NDArray[np.uint8]:
-    """Return one image as (H, W) if it is grey, (H, W, 3) if not."""
-    with opened(path) as image:
-        width, height = image.size
-        if width != height:
-            raise InputError(
-                f"{path} is {width}x{height} pixels: make every image square, or {_CONVERT}"
-            )
-        if width < SMALLEST:
-            raise InputError(
-                f"{path} is {width}x{height} pixels: {SMALLEST}x{SMALLEST} is the smallest size"
-            )
-        if width > LARGEST:
-            raise InputError(
-                f"{path} is {width}x{height} pixels: {LARGEST}x{LARGEST} is the largest size"
-            )
-        if side and width != side:
-            raise InputError(
-                f"{path} is {width}x{height} pixels but {first} is {side}x{side}: "
-                f"bring all images to one size, or {_CONVERT}"
-            )
-        return pixels_of(image, path)
-
-
-def _cache_file(root: Path) -> Path | None:
-    """Return where the images of a tree are kept, or None without a home folder."""
-    given = os.environ.get("FASTIAT_CACHE")
-    try:
-        folder = Path(expanded(given)) if given else user_cache("folders")
-    except InputError as error:
-        log.warning("no cache of the images: %s; name a folder for it with FASTIAT_CACHE", error)
-        return None
-    return folder / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
-
-
-def _load_cache(cache: Path, listing: Listing) -> NDArray[np.uint8] | None:
-    try:
-        arrays = read_npz(cache, largest=cache.stat().st_size)
-        if str(arrays["digest"]) != listing.digest:
-            return None
-        images = arrays["images"]
-        n, height, width, channels = images.shape
-        square = height == width >= SMALLEST and channels in (1, 3)
-        if images.dtype != np.uint8 or n != len(listing.paths) or not square:
-            raise ValueError("not this tree's images")
-        return images
-    except (FileNotFoundError, PermissionError, NotADirectoryError):
-        return None  # what is wrong with the folder is said when it is to be written to
-    # NumPy and zipfile raise whatever a damaged file makes them stumble on.
-    except Exception as error:
-        log.warning("the cache %s cannot be used (%s): decoding again", cache, one_line(error))
-        return None
-
-
-def _save_cache(cache: Path, listing: Listing, images: NDArray[np.uint8]) -> None:
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part, name = tempfile.mkstemp(prefix=f"{cache.stem}.", suffix=".part", dir=cache.parent)
-        try:
-            with os.fdopen(part, "wb") as file:
-                np.savez(file, digest=np.array(listing.digest), images=images)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, cache)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        log.warning(
-            "no cache of the images (%s): the next run decodes them again; "
-            "FASTIAT_CACHE names another folder",
-            error,
-        )
