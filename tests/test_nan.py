@@ -10,7 +10,7 @@ from torture import equal
 
 from fastiat import cli, data
 from fastiat.config import TrainConfig
-from fastiat.engine import graphs as engine
+from fastiat.engine import graphs
 from fastiat.runs.directory import METRICS, STATE
 from fastiat.train import Trainer
 
@@ -35,7 +35,7 @@ def batch_of(trainer: Trainer, poisoned: bool) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.fixture(params=["eager", "compile", pytest.param("graph", marks=pytest.mark.gpu)])
 def engine_name(request, monkeypatch) -> str:
-    monkeypatch.setattr(engine, "compile_once", lambda function: function)
+    monkeypatch.setattr(graphs, "compile_once", lambda function: function)
     return request.param
 
 
