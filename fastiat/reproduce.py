@@ -29,7 +29,8 @@ from fastiat.runs.directory import CONFIG, Run, load
 from fastiat.system.errors import InputError
 from fastiat.system.progress import duration
 from fastiat.system.settings import steps_of
-from fastiat.train import Interrupted, train
+from fastiat.train import train
+from fastiat.training.session import Interrupted
 
 
 @own_defaults()

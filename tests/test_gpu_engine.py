@@ -20,8 +20,8 @@ from fastiat.attack import PGD, PGDLoop, pgd
 from fastiat.config import TrainConfig
 from fastiat.engine import graphs as engine
 from fastiat.mix import Mix
-from fastiat.train import Trainer
-from fastiat.training.step import Step, algorithm1
+from fastiat.train import Trainer, algorithm1
+from fastiat.training.step import Step
 
 DEFAULTS: dict[str, Any] = {**(pgd.__kwdefaults__ or {}), "eps": 8 / 255, "alpha": 2 / 255}
 BATCH = 6

@@ -13,6 +13,7 @@ from fastiat.config import TrainConfig
 from fastiat.engine import graphs
 from fastiat.runs.directory import METRICS, STATE
 from fastiat.train import Trainer
+from fastiat.training import rows
 
 
 def trainer_of(engine_name: str, **more) -> Trainer:
@@ -97,7 +98,7 @@ def test_with_stop_no_update_waits_to_be_looked_at(engine_name, monkeypatch):
     def look(*_):
         raise AssertionError
 
-    monkeypatch.setattr(Trainer, "_sound", look)
+    monkeypatch.setattr(torch.Tensor, "isfinite", look)
     trainer = trainer_of(engine_name, on_nan="stop")
     trainer.update(*batch_of(trainer, False))
     with pytest.raises(AssertionError):
@@ -134,8 +135,8 @@ def test_skipped_updates_are_counted_and_a_stop_between_them_changes_nothing(
     argv = ["train", *small, "--on-nan", "skip"]
     assert cli.main([*argv, "--out", str(whole)]) == 0
     shown = capsys.readouterr().out
-    assert "the loss or gradient of step 5 is not finite; it is left out" in shown
-    assert shown.count("warning: ") == 2 and ", 2 updates left out, " in shown
+    assert "the loss or gradient of step 5 is not finite; it is skipped" in shown
+    assert shown.count("warning: ") == 2 and ", 2 updates skipped, " in shown
     rows = rows_of(whole)
     assert [row["skipped"] for row in rows if row["kind"] == "epoch"] == [2, 2]
     steps = {row["step"]: row for row in rows if row["kind"] == "step"}
@@ -157,11 +158,9 @@ def test_the_figures_of_an_epoch_are_the_means_of_the_updates_that_were_made():
     losses = [trainer.update(*batch_of(trainer, False)).clean_loss.item() for _ in range(3)]
     trainer.update(*batch_of(trainer, True))
     assert trainer.totals[0].item() == pytest.approx(sum(losses))
-    from fastiat.train import _epoch_row
-
     whole = len(trainer.loader)
     trainer.skipped = whole - 3
-    assert _epoch_row(trainer)["clean_loss"] == pytest.approx(sum(losses) / 3)
+    assert rows.epoch_row(trainer)["clean_loss"] == pytest.approx(sum(losses) / 3)
 
 
 def left_intact(out: Path, step: int) -> None:

@@ -15,7 +15,6 @@ import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -259,7 +258,7 @@ def test_a_loss_far_above_a_guess_is_told_once_in_the_first_epoch(
     original = Trainer.update
 
     def update(self, *batch):
-        return replace(original(self, *batch), adv_loss=torch.tensor(24.0))
+        return original(self, *batch)._replace(adv_loss=torch.tensor(24.0))
 
     monkeypatch.setattr(Trainer, "update", update)
     flags = (*small, "--batch-size", "16", "--out", str(tmp_path / "run"))

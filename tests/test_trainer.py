@@ -15,9 +15,8 @@ from fastiat.attack import count_errors, pgd
 from fastiat.config import TrainConfig, modern, paper
 from fastiat.mix import Mix
 from fastiat.system.errors import InputError
-from fastiat.train import Trainer
+from fastiat.train import Trainer, algorithm1
 from fastiat.training.optimise import learning_rate
-from fastiat.training.step import algorithm1
 
 
 def _network():
