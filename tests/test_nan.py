@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers: --on-nan stop and skip."""
+"""Losses and gradients that are not finite: --on-nan stop and skip."""
 
 import signal
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastiat.training import rows
 
 
 def trainer_of(engine_name: str, **more) -> Trainer:
-    """A training of a network with BatchNorm, which the attack moves too, and an average."""
+    """Return a trainer: a network with BatchNorm, which the attack updates too, and an average."""
     device = "cuda" if engine_name == "graph" else "cpu"
     config = TrainConfig(
         dataset="digits", device=device, arch="preact18", width=1, batch_size=32, steps=1, lr=0.02,
@@ -40,8 +40,8 @@ def engine_name(request, monkeypatch) -> str:
     return request.param
 
 
-# What an update that is left out may move: the position and the draws.
-MOVES = {"step", "random", "skipped", "order_before_epoch"}
+# The parts of the state that a skipped update may change: the position and the draws.
+MAY_CHANGE = {"step", "random", "skipped", "order_before_epoch"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -57,7 +57,7 @@ def test_a_skipped_update_changes_nothing_and_the_next_one_goes_on(engine_name, 
         assert (trainer.skipped, trainer.skipped_in_a_row) == (count, count)
     after = trainer.state_dict()
     assert after["step"] == 4
-    assert [k for k in before if k not in MOVES and not equal(before[k], after[k])] == []
+    assert [k for k in before if k not in MAY_CHANGE and not equal(before[k], after[k])] == []
     trainer.update(*batch_of(trainer, False))
     assert (trainer.skipped, trainer.skipped_in_a_row) == (2, 0)
     moved = trainer.state_dict()
@@ -71,7 +71,7 @@ def test_a_skipped_update_changes_nothing_and_the_next_one_goes_on(engine_name, 
 
 
 def copy_of(state):
-    """Copy a nest of tensors."""
+    """Copy nested dictionaries and lists of tensors."""
     if isinstance(state, torch.Tensor):
         return state.clone()
     if isinstance(state, dict):
@@ -79,9 +79,9 @@ def copy_of(state):
     return [copy_of(value) for value in state] if isinstance(state, list) else state
 
 
-# A graph would capture the hook.
+# Not with "graph": the hook would be captured in the CUDA graph.
 @pytest.mark.parametrize("engine_name", ["eager", "compile"], indirect=True)
-def test_a_gradient_that_is_no_number_is_skipped_though_its_loss_is_one(engine_name):
+def test_a_gradient_that_is_not_finite_is_skipped_though_its_loss_is_finite(engine_name):
     trainer = trainer_of(engine_name, precision="fp32")
     weight = next(trainer.model.parameters())
     before = weight.detach().clone()
@@ -116,7 +116,7 @@ def test_skip_and_stop_give_the_same_bits_where_all_is_finite(engine_name):
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Have the batches of these steps, counted from 1, be no numbers."""
+    """Replace the batches of these steps, counted from 1, by NaN."""
     original = Trainer.update
 
     def update(self, images, y):
@@ -202,7 +202,7 @@ def test_twenty_skipped_in_a_row_or_all_of_an_epoch_end_the_training(
     line = complaint("train", *small, *skip, out)
     assert "20 updates in a row, the last at step 30, was not finite" in line
     left_intact(out, 29)
-    # It ends where it would have ended.
+    # A resume ends at the same step.
     assert "the last at step 30" in complaint("train", "--resume", "--out", out)
     poison(monkeypatch, 1, 2)
     short = ("--batch-size", "700", *skip, tmp_path / "short")

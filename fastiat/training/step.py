@@ -32,8 +32,9 @@ class Step:
     The pieces are, in the order they run: the clean pass, the attack, the adversarial pass, the
     optimizer's step. Each pass is compiled, and captured, once for every mix layer that comes.
 
-    One graph of a whole update would be as fast, but manifold mixup draws a layer for each of the
-    two passes: three layers need nine graphs of whole updates, and only six of passes.
+    Why pieces: manifold mixup draws a layer for each of the two passes, so with three layers whole
+    updates would need nine graphs, and passes need six. Replayed in turn, the pieces keep the
+    device as busy as one graph of everything.
 
     optimizer: holds a state for every parameter already, and takes its learning rate from a tensor.
     batch: (B, C, H, W) of the batches to come.
@@ -71,8 +72,8 @@ class Step:
         self.loss_weights = (clean_weight, 1 - clean_weight) if attack else (1.0, 0.0)
         parameters = list(model.parameters())
         device = parameters[0].device
-        # A graph reads and writes the addresses that it was captured with. So whatever goes from
-        # one piece to another, and the inputs of an update, lie in tensors made once, here.
+        # A graph reads and writes the addresses that it was captured with. So the inputs of an
+        # update, and all that one piece leaves for another, are tensors made once, here.
         self.grads = [torch.zeros_like(parameter) for parameter in parameters]
         for parameter, grad in zip(parameters, self.grads, strict=True):
             parameter.grad = grad
@@ -85,7 +86,7 @@ class Step:
         self.perm = [torch.zeros_like(self.y) for _ in range(2)]
         lam = torch.zeros(batch[0] if per_sample else (), device=device)
         self.lam = [lam, lam.clone()]
-        # Those of `Update`, in its order: written by the passes, read by the host when it must.
+        # Those of `Update`, in its order. They stay on the device: only a row of metrics reads them.
         self.figures = torch.zeros(4, device=device)
         self.all_reduce_mean_, self.ranks = all_reduce_mean_, ranks
         self.reduced = [*self.grads, *running_statistics(model), self.figures]
@@ -182,8 +183,7 @@ class Step:
     def _pass(self, layer: int | None) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return the pass that mixes at `layer`, compiled if it is to be.
 
-        A function of tensors alone: the layer is a constant of its program, so that each mix layer
-        has a program without branches.
+        A compiled program takes only tensors as inputs: the layer is a constant in it.
         """
         if layer in self._passes:
             return self._passes[layer]
