@@ -86,7 +86,7 @@ class Step:
         self.perm = [torch.zeros_like(self.y) for _ in range(2)]
         lam = torch.zeros(batch[0] if per_sample else (), device=device)
         self.lam = [lam, lam.clone()]
-        # Those of `Update`, in its order. They stay on the device: only a row of metrics reads them.
+        # Those of `Update`, in its order. They stay on the device until a row of metrics is due.
         self.figures = torch.zeros(4, device=device)
         self.all_reduce_mean_, self.ranks = all_reduce_mean_, ranks
         self.reduced = [*self.grads, *running_statistics(model), self.figures]

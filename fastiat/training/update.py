@@ -17,13 +17,15 @@ class Update(NamedTuple):
     adv_loss: Tensor
     """Zero where the update has no adversarial batch."""
     clean_correct: Tensor
-    """Images of the clean batch predicted right, in [0, B]; of mixed ones, the weight of the label.
-    """
+    """Images of the clean batch predicted right, in [0, B]; see `fastiat.mix.mixed_correct`."""
     adv_correct: Tensor
 
     @classmethod
     def of_means(cls, means: Tensor, ranks: int) -> "Update":
-        """Return the figures of a batch from the means, (4,), of the figures of its parts."""
+        """Return the figures of a batch from the means, (4,), of those of its `ranks` parts.
+
+        A loss of the batch is the mean of its parts' losses, a count the sum of their counts.
+        """
         clean_loss, adv_loss, clean_correct, adv_correct = means.unbind()
         return cls(clean_loss, adv_loss, ranks * clean_correct, ranks * adv_correct)
 
