@@ -413,7 +413,8 @@ def _write(value: Any) -> str:
 def train_and_evaluate(config: TrainConfig) -> None:
     """Train, then print the errors under the paper's four attacks."""
     from fastiat.evaluate import evaluate
-    from fastiat.train import saying_how_to_measure, train
+    from fastiat.train import train
+    from fastiat.training.session import stoppable_measuring
 
     check_interrupts()
     path = train(config)
@@ -424,7 +425,7 @@ def train_and_evaluate(config: TrainConfig) -> None:
         device=config.device,
         precision=config.precision,
     )
-    with saying_how_to_measure(path):
+    with stoppable_measuring(path):
         evaluate(settings)
 
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastiat.config import ConvertConfig
+from fastiat.config import ConvertConfig, TrainConfig
 from fastiat.engine.device import free_memory, own_defaults
 from fastiat.images import beton, downloads, tree
 from fastiat.images.convert import cached, dataset_source, decoded, tree_source, write_beton
@@ -39,6 +40,7 @@ from fastiat.system.untrusted import read_npz
 __all__ = [
     "Dataset",
     "Loader",
+    "Loaders",
     "Shard",
     "Split",
     "StoredSplit",
@@ -49,6 +51,7 @@ __all__ = [
     "limited",
     "load",
     "make_loader",
+    "open_loaders",
     "stored",
 ]
 
@@ -442,3 +445,74 @@ def make_loader(
         small = not isinstance(split, StoredSplit) or fits(split.nbytes, device)
         kind = "resident" if small or not installed() else "ffcv"
     return Loader(split, batch_size, kind=kind, **options)
+
+
+class Loaders(NamedTuple):
+    """The batches of a training, and the fingerprint of the data set that they come from."""
+
+    train: Loader
+    test: Loader
+    holdout: Loader | None
+    fingerprint: str
+
+
+EVAL_BATCH = 500
+"""Images evaluated at a time during a training, or as many as an update takes if that is less."""
+
+
+def open_loaders(
+    config: TrainConfig,
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    order: torch.Generator,
+    augment: torch.Generator,
+) -> Loaders:
+    """Open the loaders of a training; `order` and `augment` are as for `Loader`.
+
+    The training images are limited (`--train-limit`, `--class-limit`) before some are held out.
+    All ranks of a job must call this together. Raises `InputError` for settings that leave nothing
+    to train on or that the ranks cannot share.
+    """
+    dataset, kind, _ = convert_if_needed(dataset, config.loader, device)
+    train = limited(dataset.train, config.train_limit, config.class_limit, config.seed)
+    test, held_out = dataset.test, None
+    kept_out = min(1000, len(train) // 10) if config.holdout is None else config.holdout
+    if kept_out >= len(train):
+        raise InputError(f"--holdout {kept_out} leaves none of the {len(train)} training images")
+    if kept_out:
+        train, held_out = holdout(train, kept_out, config.seed)
+    if config.eval_limit is not None and config.eval_limit < len(test):
+        test = draw(test, config.eval_limit, config.seed)
+    if config.pad >= min(train.shape[1:]):
+        raise InputError(
+            f"--pad {config.pad} can shift images of {train.shape[1]} pixels out of sight: "
+            f"give less"
+        )
+    if config.batch_size > len(train):
+        raise InputError(
+            f"--batch-size {config.batch_size} is more than the {len(train)} training images"
+        )
+    shard = Shard(ranks().rank, ranks().count)
+    if config.batch_size % shard.ranks:
+        raise InputError(
+            f"--batch-size {config.batch_size} cannot be shared equally by {shard.ranks} "
+            f"processes: give a multiple of {shard.ranks}, or start another number of them"
+        )
+    # Memory for a rank's part of an update is needed anyway.
+    at_a_time = max(min(EVAL_BATCH, config.batch_size // shard.ranks), 1)
+    open_loader = partial(make_loader, kind=kind, device=device, shard=shard)
+    return Loaders(
+        open_loader(
+            train,
+            config.batch_size,
+            train=True,
+            pad=config.pad,
+            flip=dataset.flip if config.flip is None else config.flip,
+            order=order,
+            augment=augment,
+        ),
+        open_loader(test, at_a_time, train=False),
+        None if held_out is None else open_loader(held_out, at_a_time, train=False),
+        dataset.fingerprint(),
+    )

@@ -140,14 +140,14 @@ def command_waiting(*argv: str) -> int:
 
 def command_skipping(*argv: str) -> int:
     """Run the command; one gradient of rank 1 alone is NaN, once."""
-    original = Trainer._averaged
+    original = Trainer._all_reduce_mean
 
     def averaged(self, update):
         if self.step == 3 and self.ranks.rank == 1:
             next(self.model.parameters()).grad.fill_(torch.nan)
         return original(self, update)
 
-    Trainer._averaged = averaged
+    Trainer._all_reduce_mean = averaged
     return cli.main([*argv, "--on-nan", "skip"])
 
 
@@ -165,8 +165,8 @@ def trained(config: TrainConfig, updates: int) -> dict[str, Any]:
     """Make some updates and validate; `own` differs between ranks, everything else is equal."""
     trainer = Trainer(config, data.load("digits"))
     steps = trainer.epoch_updates()
-    figures = [torch.stack(next(steps).figures) for _ in range(updates)]
-    own = [trainer.own[name].get_state() for name in ("mix", "attack")]
+    figures = [torch.stack(next(steps)) for _ in range(updates)]
+    own = [trainer.rank_random[name].get_state() for name in ("mix", "attack")]
     trainer.validate(row := {})
     return {
         "state": trainer.state_dict(),
@@ -189,7 +189,7 @@ def frozen_update(arch: str) -> dict[str, Any]:
     update = trainer.update(*next(iter(trainer.loader)))
     return {
         "grads": [parameter.grad.clone() for parameter in trainer.model.parameters()],
-        "figures": torch.stack(update.figures),
+        "figures": torch.stack(update),
     }
 
 

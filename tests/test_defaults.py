@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastiat
 from fastiat import attack, cli, data, kernels, mix, models
-from fastiat.training.step import algorithm1
+from fastiat.train import algorithm1
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def test_the_step_in_fixed_buffers_equals_the_plain_one_bit_for_bit(
         _trainer(name, precision=precision, **VARIANTS[variant]) for name in ("eager", "compile")
     )
     for _, a, b in zip(range(4), plain.epoch_updates(), fixed.epoch_updates(), strict=False):
-        for name, value in vars(a).items():
+        for name, value in a._asdict().items():
             assert torch.equal(value, getattr(b, name)), name
     one, other = plain.state_dict(), fixed.state_dict()
     for key in ("model", "average", "random"):

@@ -1,7 +1,7 @@
 """Golden losses: each method's first updates give the losses committed in golden/losses.json.
 
-A change that is meant to change no number is proven so. One that changes numbers on purpose writes
-the file anew with `python tests/test_golden.py` and says why in its commit.
+They prove that a change which is meant to change no number changes none. After a change that is
+meant to, write the file again with `python tests/test_golden.py` and give the reason in the commit.
 """
 
 import json

@@ -38,7 +38,7 @@ def losses(root: Path, *flags: str) -> torch.Tensor:
     trainer = Trainer(config, data.load("folder", root))
     updates = [trainer.update(images, y) for images, y in trainer.loader.epoch(0)]
     assert len(updates) == UPDATES
-    return torch.stack([torch.stack(update.figures[:2]).float() for update in updates])
+    return torch.stack([torch.stack(update[:2]).float() for update in updates])
 
 
 @pytest.mark.slow

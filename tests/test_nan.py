@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers: --on-nan stop and skip."""
+"""Losses and gradients that are not finite: --on-nan stop and skip."""
 
 import signal
 from pathlib import Path
@@ -10,13 +10,14 @@ from torture import equal
 
 from fastiat import cli, data
 from fastiat.config import TrainConfig
-from fastiat.engine import graphs as engine
+from fastiat.engine import graphs
 from fastiat.runs.directory import METRICS, STATE
 from fastiat.train import Trainer
+from fastiat.training import rows
 
 
 def trainer_of(engine_name: str, **more) -> Trainer:
-    """A training of a network with BatchNorm, which the attack moves too, and an average."""
+    """Return a trainer: a network with BatchNorm, which the attack updates too, and an average."""
     device = "cuda" if engine_name == "graph" else "cpu"
     config = TrainConfig(
         dataset="digits", device=device, arch="preact18", width=1, batch_size=32, steps=1, lr=0.02,
@@ -35,12 +36,12 @@ def batch_of(trainer: Trainer, poisoned: bool) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.fixture(params=["eager", "compile", pytest.param("graph", marks=pytest.mark.gpu)])
 def engine_name(request, monkeypatch) -> str:
-    monkeypatch.setattr(engine, "compile_once", lambda function: function)
+    monkeypatch.setattr(graphs, "compile_once", lambda function: function)
     return request.param
 
 
-# What an update that is left out may move: the position and the draws.
-MOVES = {"step", "random", "skipped", "order_before_epoch"}
+# The parts of the state that a skipped update may change: the position and the draws.
+MAY_CHANGE = {"step", "random", "skipped", "order_before_epoch"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -56,7 +57,7 @@ def test_a_skipped_update_changes_nothing_and_the_next_one_goes_on(engine_name, 
         assert (trainer.skipped, trainer.skipped_in_a_row) == (count, count)
     after = trainer.state_dict()
     assert after["step"] == 4
-    assert [k for k in before if k not in MOVES and not equal(before[k], after[k])] == []
+    assert [k for k in before if k not in MAY_CHANGE and not equal(before[k], after[k])] == []
     trainer.update(*batch_of(trainer, False))
     assert (trainer.skipped, trainer.skipped_in_a_row) == (2, 0)
     moved = trainer.state_dict()
@@ -70,7 +71,7 @@ def test_a_skipped_update_changes_nothing_and_the_next_one_goes_on(engine_name, 
 
 
 def copy_of(state):
-    """Copy a nest of tensors."""
+    """Copy nested dictionaries and lists of tensors."""
     if isinstance(state, torch.Tensor):
         return state.clone()
     if isinstance(state, dict):
@@ -78,9 +79,9 @@ def copy_of(state):
     return [copy_of(value) for value in state] if isinstance(state, list) else state
 
 
-# A graph would capture the hook.
+# Not with "graph": the hook would be captured in the CUDA graph.
 @pytest.mark.parametrize("engine_name", ["eager", "compile"], indirect=True)
-def test_a_gradient_that_is_no_number_is_skipped_though_its_loss_is_one(engine_name):
+def test_a_gradient_that_is_not_finite_is_skipped_though_its_loss_is_finite(engine_name):
     trainer = trainer_of(engine_name, precision="fp32")
     weight = next(trainer.model.parameters())
     before = weight.detach().clone()
@@ -97,7 +98,7 @@ def test_with_stop_no_update_waits_to_be_looked_at(engine_name, monkeypatch):
     def look(*_):
         raise AssertionError
 
-    monkeypatch.setattr(Trainer, "_sound", look)
+    monkeypatch.setattr(torch.Tensor, "isfinite", look)
     trainer = trainer_of(engine_name, on_nan="stop")
     trainer.update(*batch_of(trainer, False))
     with pytest.raises(AssertionError):
@@ -115,7 +116,7 @@ def test_skip_and_stop_give_the_same_bits_where_all_is_finite(engine_name):
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Have the batches of these steps, counted from 1, be no numbers."""
+    """Replace the batches of these steps, counted from 1, by NaN."""
     original = Trainer.update
 
     def update(self, images, y):
@@ -134,8 +135,8 @@ def test_skipped_updates_are_counted_and_a_stop_between_them_changes_nothing(
     argv = ["train", *small, "--on-nan", "skip"]
     assert cli.main([*argv, "--out", str(whole)]) == 0
     shown = capsys.readouterr().out
-    assert "the loss or gradient of step 5 is not finite; it is left out" in shown
-    assert shown.count("warning: ") == 2 and ", 2 updates left out, " in shown
+    assert "the loss or gradient of step 5 is not finite; it is skipped" in shown
+    assert shown.count("warning: ") == 2 and ", 2 updates skipped, " in shown
     rows = rows_of(whole)
     assert [row["skipped"] for row in rows if row["kind"] == "epoch"] == [2, 2]
     steps = {row["step"]: row for row in rows if row["kind"] == "step"}
@@ -157,11 +158,9 @@ def test_the_figures_of_an_epoch_are_the_means_of_the_updates_that_were_made():
     losses = [trainer.update(*batch_of(trainer, False)).clean_loss.item() for _ in range(3)]
     trainer.update(*batch_of(trainer, True))
     assert trainer.totals[0].item() == pytest.approx(sum(losses))
-    from fastiat.train import _epoch_row
-
     whole = len(trainer.loader)
     trainer.skipped = whole - 3
-    assert _epoch_row(trainer)["clean_loss"] == pytest.approx(sum(losses) / 3)
+    assert rows.epoch_row(trainer)["clean_loss"] == pytest.approx(sum(losses) / 3)
 
 
 def left_intact(out: Path, step: int) -> None:
@@ -203,7 +202,7 @@ def test_twenty_skipped_in_a_row_or_all_of_an_epoch_end_the_training(
     line = complaint("train", *small, *skip, out)
     assert "20 updates in a row, the last at step 30, was not finite" in line
     left_intact(out, 29)
-    # It ends where it would have ended.
+    # A resume ends at the same step.
     assert "the last at step 30" in complaint("train", "--resume", "--out", out)
     poison(monkeypatch, 1, 2)
     short = ("--batch-size", "700", *skip, tmp_path / "short")

@@ -96,7 +96,7 @@ def test_a_command_that_is_stopped_at_every_step_ends_as_one_that_never_was(
     precision, small, tmp_path, monkeypatch
 ):
     flags = ("--batch-size", "512", "--precision", precision, "--preset", "modern", "--epochs", "2")
-    monkeypatch.setattr("fastiat.train.LOG_EVERY", 1)
+    monkeypatch.setattr("fastiat.training.rows.LOG_EVERY", 1)
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert cli.main(["train", *small, *flags, "--holdout", "100", "--out", str(whole)]) == 0
     argv = ["train", *small, *flags, "--holdout", "100"]

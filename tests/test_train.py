@@ -15,7 +15,6 @@ import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from fastiat import cli
 from fastiat.runs.directory import METRICS, MODEL, STATE, Run
 from fastiat.train import Trainer
 
-# The updates of an epoch, and what makes it so.
+# Updates in an epoch, and the flags of the run.
 VARIANTS = {
     "plain": (22, ("--epochs", "3")),
     "ema": (
@@ -39,7 +38,7 @@ VARIANTS = {
     ),
     "holdout": (18, ("--epochs", "3", "--holdout", "280", "--patience", "2")),
 }
-# Untold by the seed: how long things took.
+# Fields of a row that the seed does not determine.
 TIMES = ("seconds", "images_per_second")
 
 
@@ -59,7 +58,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def whole(request, small, tmp_path_factory) -> tuple[Path, tuple[str, ...], int]:
-    """A run never stopped, its flags and the updates of its epochs."""
+    """A run that was never stopped, its flags, and the number of updates in its epochs."""
     steps, flags = VARIANTS[request.param]
     out = tmp_path_factory.mktemp("whole") / request.param
     assert cli.main(["train", *small, *flags, "--out", str(out)]) == 0
@@ -67,7 +66,7 @@ def whole(request, small, tmp_path_factory) -> tuple[Path, tuple[str, ...], int]
 
 
 def signal_in(monkeypatch, method: str, number: int, at_step: int) -> None:
-    """Send ourselves a signal in the trainer's `method`, once, from step `at_step` on."""
+    """Send this process a signal in the trainer's `method`, once, at step `at_step` or later."""
     original, sent = getattr(Trainer, method), []
 
     def wrapped(self, *arguments):
@@ -136,7 +135,7 @@ cli.main({["train", *flags, "--checkpoint-every", "0", "--out", str(out)]!r})
     ended = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     with open(out / METRICS, "a") as file:
-        file.write('{"kind": "step", "step": 9')  # as a kill within a write leaves it
+        file.write('{"kind": "step", "step": 9')  # what a kill during a write leaves
     assert cli.main(["train", "--resume", "--out", str(out)]) == 0
     assert_same(never_stopped, out)
 
@@ -144,7 +143,7 @@ cli.main({["train", *flags, "--checkpoint-every", "0", "--out", str(out)]!r})
 def test_a_kill_between_a_row_and_its_checkpoint_doubles_no_row(whole, tmp_path, monkeypatch):
     never_stopped, flags, steps = whole
     out = tmp_path / "run"
-    original = Run.say
+    original = Run.log_line
 
     def die(self, text):
         original(self, text)
@@ -152,7 +151,7 @@ def test_a_kill_between_a_row_and_its_checkpoint_doubles_no_row(whole, tmp_path,
             raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "say", die)
+        patch.setattr(Run, "log_line", die)
         with pytest.raises(SystemExit):
             cli.main(["train", *flags, "--checkpoint-every", "0", "--out", str(out)])
     assert torch.load(out / STATE, weights_only=True)["step"] == 2 * steps
@@ -209,7 +208,7 @@ def test_modern_stops_early_and_keeps_the_best_epoch(small, tmp_path, monkeypatc
     out = tmp_path / "run"
     flags = ("--preset", "modern", "--holdout", "200", "--epochs", "40", "--patience", "2")
     network = ("--arch", "preact18", "--width", "2", "--batch-size", "256")
-    # A rate so high that it soon gets no better.
+    # A learning rate so high that the error soon stops falling.
     assert cli.main(["train", *small, *flags, *network, "--lr", "1", "--out", str(out)]) == 0
     epochs = [row for row in rows_of(out) if row["kind"] == "epoch"]
     errors = [row["holdout_error_percent"] for row in epochs]
@@ -259,7 +258,7 @@ def test_a_loss_far_above_a_guess_is_told_once_in_the_first_epoch(
     original = Trainer.update
 
     def update(self, *batch):
-        return replace(original(self, *batch), adv_loss=torch.tensor(24.0))
+        return original(self, *batch)._replace(adv_loss=torch.tensor(24.0))
 
     monkeypatch.setattr(Trainer, "update", update)
     flags = (*small, "--batch-size", "16", "--out", str(tmp_path / "run"))
@@ -285,8 +284,9 @@ def test_a_training_on_a_part_of_the_images_resumes_on_the_same_part(small, tmp_
 
 @contextmanager
 def little_space(folder: Path, size: int, largest: int) -> Iterator[None]:
-    """Make `folder` a disk of `size` bytes where we may mount one; else let no file grow beyond
-    `largest` bytes, which fails in the same places.
+    """Mount a disk of `size` bytes at `folder`.
+
+    Where that is not allowed, no file may exceed `largest` bytes: the same writes fail.
     """
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.getuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
@@ -313,7 +313,7 @@ def test_a_full_disk_ends_in_one_line_with_the_checkpoint_intact(
         signal_in(patch, "update", signal.SIGTERM, 30)
         assert cli.main(["train", *flags, "--out", str(stopped)]) == 143
     small_disk.mkdir()
-    # Room for the run as it stands, not for its next checkpoint beside it.
+    # Space for the run as it is, but not for its next checkpoint beside the last.
     size = sum(-(-file.stat().st_size // 4096) * 4096 for file in stopped.iterdir()) + 16384
     copy = shutil.copytree(stopped, tmp_path / "copy")
     with little_space(small_disk, size, (stopped / STATE).stat().st_size // 2):
@@ -374,7 +374,7 @@ def test_the_time_left_after_a_resume_counts_this_sessions_images(monkeypatch, c
 
 
 def test_a_terminal_gets_a_bar_that_the_lines_do_not_break(small, tmp_path, monkeypatch):
-    """Both streams on one pseudo-terminal, played back as a terminal would show them."""
+    """stdout and stderr go to one pseudo-terminal; the test computes what it shows."""
     master, slave = pty.openpty()
     shown: list[bytes] = []
 
@@ -403,7 +403,7 @@ def test_a_terminal_gets_a_bar_that_the_lines_do_not_break(small, tmp_path, monk
 
 
 def final(line: str) -> str:
-    """Return what a terminal shows of a line after its carriage returns."""
+    """Return what a terminal shows of a line: text after a carriage return overwrites its start."""
     cells: list[str] = []
     for part in line.replace("\x1b[A", "").split("\r"):
         cells[: len(part)] = part

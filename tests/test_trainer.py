@@ -15,9 +15,8 @@ from fastiat.attack import count_errors, pgd
 from fastiat.config import TrainConfig, modern, paper
 from fastiat.mix import Mix
 from fastiat.system.errors import InputError
-from fastiat.train import Trainer
+from fastiat.train import Trainer, algorithm1
 from fastiat.training.optimise import learning_rate
-from fastiat.training.step import algorithm1
 
 
 def _network():
@@ -71,12 +70,12 @@ def test_algorithm_1_has_the_gradient_of_its_straight_line_version(kind, clean_w
     expected = _straight_line(reference, x, y, mixes, clean_weight, attack)
     expected.backward()
 
-    def craft(x, y):
+    def pgd3(x, y):
         return pgd(model, x, y, eps=0.05, alpha=0.02, steps=3, random_start=False)
 
     drawn = iter(mixes)
     update = algorithm1(
-        model, x, y, craft if attack else None, lambda: next(drawn), clean_weight=clean_weight
+        model, x, y, pgd3 if attack else None, lambda: next(drawn), clean_weight=clean_weight
     )
     weight = clean_weight if attack else 1
     total = weight * update.clean_loss + (1 - weight) * update.adv_loss
@@ -225,8 +224,8 @@ def test_a_few_epochs_of_iat_learn_digits_robustly():
     while not trainer.finished:
         list(trainer.epoch_updates())
     errors = [
-        count_errors(trainer.model, trainer.test, craft)
-        for craft in (None, partial(pgd, trainer.model))
+        count_errors(trainer.model, trainer.test, attack)
+        for attack in (None, partial(pgd, trainer.model))
     ]
     assert errors[0] <= 0.08 * 360 and errors[1] <= 0.25 * 360
 

@@ -1,7 +1,6 @@
-"""How weights follow their gradients: the learning rate, SGD, and the average of the weights."""
+"""The optimizer: learning rate, SGD, and the moving average of the weights."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,9 @@ from fastiat.config import TrainConfig
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of update `step`, counted from 0.
 
-    "step": section 4.1's drops at epochs 100 and 150 of 200, in proportion. "cosine": linear up
-    over the first tenth of the updates, then half a cosine down to zero.
+    "step": divided by 10 after 1/2 and 3/4 of the updates, as section 4.1 does after epochs 100 and
+    150 of 200. "cosine": linear warm-up over the first tenth of the updates, then half a cosine to
+    zero.
     """
     total = config.epochs * steps_per_epoch
     if config.schedule == "step":
@@ -26,39 +26,36 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 
 def make_sgd(model: nn.Module, config: TrainConfig, lr: Tensor) -> torch.optim.SGD:
-    """Return the optimizer of section 4.1, its momentum there from the start as zeros.
+    """Return the optimizer of section 4.1: SGD with momentum.
 
-    `lr` is a tensor on the model's device, as a captured graph would hold on to a number.
+    `lr` is a scalar tensor on the model's device: a captured graph would keep a number as it was
+    at the capture. For the same reason the momentum buffers exist, as zeros, from the start.
     """
+    parameters = list(model.parameters())
+    # Without `decay_norm`, BatchNorm parameters and biases, which have one dimension, do not decay.
+    decayed = [p for p in parameters if config.decay_norm or p.dim() > 1]
+    spared = [p for p in parameters if not config.decay_norm and p.dim() <= 1]
+    groups = [(decayed, config.weight_decay), (spared, 0.0)]
     optimizer = torch.optim.SGD(
-        _parameter_groups(model, config),
+        [{"params": params, "weight_decay": decay} for params, decay in groups if params],
         lr=lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
         fused=True,
     )
     if config.momentum:
-        for parameter in model.parameters():
+        for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Split off BatchNorm parameters and biases where they are not to decay."""
-    named = list(model.named_parameters())
-    if config.decay_norm:
-        return [{"params": [p for _, p in named], "weight_decay": config.weight_decay}]
-    return [
-        {"params": [p for _, p in named if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
 @torch.no_grad()
 def move_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the average towards the model, buffers too; early steps count more, so that the start
-    is soon forgotten.
+    """Move the average of the weights and buffers towards the model, after update `step` of 1, 2...
+
+    average = d average + (1 - d) model,  d = min(`decay`, (1 + step) / (10 + step))
     """
+    # A smaller d at the start, as the average begins at the initial weights.
     decay = min(decay, (1 + step) / (10 + step))
     pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
     values = [pair for pair in pairs if pair[0].is_floating_point()]

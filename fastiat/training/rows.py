@@ -1,0 +1,114 @@
+"""What a training shows and records: the rows of metrics.jsonl, and the lines on stdout."""
+
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastiat import data, models
+from fastiat.config import TrainConfig
+from fastiat.runs.directory import ModelCard
+from fastiat.system.progress import duration
+from fastiat.system.ranks import Ranks
+from fastiat.training.update import Update
+
+LOG_EVERY = 20
+"""Updates between two step rows; each row waits for the device."""
+
+
+class Training(Protocol):
+    """The parts of a `fastiat.train.Trainer` that this package reads; see there."""
+
+    config: TrainConfig
+    ranks: Ranks
+    device: torch.device
+    engine: str
+    arithmetic: Literal["bf16", "fp32"]
+    loader: data.Loader
+    card: ModelCard
+    model: nn.Module
+    fingerprint: str
+    step: int
+    validated_epochs: int
+    totals: Tensor
+    skipped: int
+    skipped_in_a_row: int
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def lr(self) -> float: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def step_row(trainer: Training, update: Update) -> dict[str, Any]:
+    """Return the row of the last update; one that was skipped has no losses and accuracies."""
+    row = {"step": trainer.step, "learning_rate": trainer.lr, "skipped": trainer.skipped}
+    return row if trainer.skipped_in_a_row else row | _figures(trainer, torch.stack(update))
+
+
+def epoch_row(trainer: Training) -> dict[str, Any]:
+    """Return the row of the last epoch: means over its updates, without those skipped."""
+    return {
+        "step": trainer.step,
+        "epoch": trainer.epoch,
+        "learning_rate": trainer.lr,
+        "skipped": trainer.skipped,
+        **_figures(trainer, trainer.totals / (len(trainer.loader) - trainer.skipped)),
+    }
+
+
+def _figures(trainer: Training, figures: Tensor) -> dict[str, float]:
+    """Name the figures of an `Update`, (4,); accuracies are in percent of the batch."""
+    clean_loss, adv_loss, clean_correct, adv_correct = figures.tolist()
+    batch = trainer.config.batch_size
+    return {
+        "clean_loss": clean_loss,
+        "adv_loss": adv_loss,
+        "clean_accuracy_percent": 100 * clean_correct / batch,
+        "adv_accuracy_percent": 100 * adv_correct / batch,
+    }
+
+
+def headline(trainer: Training) -> str:
+    """Return the first line of a training: network, method, data and machine."""
+    config, loader = trainer.config, trainer.loader
+    attack = {
+        "none": "no attack",
+        "fgsm": f"FGSM, eps {config.eps:.4g}",
+        "pgd": f"PGD-{config.steps}, eps {config.eps:.4g}, alpha {config.alpha:.4g}",
+    }[config.adv]
+    return (
+        f"{config.arch} ({models.count_parameters(trainer.model) / 1e6:.2f} M parameters), "
+        f"mix {config.mix}, {attack}; {config.dataset}, {len(loader)} steps of "
+        f"{config.batch_size} an epoch; {trainer.device}, {trainer.engine}, {trainer.arithmetic}"
+    )
+
+
+def beside_progress(config: TrainConfig, row: dict[str, Any]) -> dict[str, str]:
+    """Return the loss and accuracy of each batch, as shown beside the progress bar."""
+    return {
+        kind: f"{row[f'{kind}_loss']:.2f} {row[f'{kind}_accuracy_percent']:.0f} %"
+        for kind in (("clean",) if config.adv == "none" else ("clean", "adv"))
+    }
+
+
+def epoch_line(config: TrainConfig, row: dict[str, Any]) -> str:
+    """Return the line that is shown after an epoch."""
+    parts = [
+        f"epoch {row['epoch']}/{config.epochs}",
+        f"lr {row['learning_rate']:.3g}",
+        f"clean loss {row['clean_loss']:.3f} accuracy {row['clean_accuracy_percent']:.1f} %",
+    ]
+    if config.adv != "none":
+        parts.append(f"adv loss {row['adv_loss']:.3f} accuracy {row['adv_accuracy_percent']:.1f} %")
+    parts.append(f"test error {row['test_error_percent']:.2f} %")
+    if "holdout_error_percent" in row:
+        parts.append(f"held-out error {row['holdout_error_percent']:.2f} %")
+    if row["skipped"]:
+        parts.append(f"{row['skipped']} updates skipped")
+    left = (config.epochs - row["epoch"]) * row["seconds"]
+    return ", ".join([*parts, f"{row['images_per_second']:.0f} img/s", f"{duration(left)} left"])
