@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from fastiat import __version__, data
-from fastiat.analyse import read_diagnosis
 from fastiat.cli import resolve
 from fastiat.config import ReportConfig, TrainConfig
+from fastiat.measuring.verdicts import read_diagnosis
 from fastiat.page import figure1, figures
 from fastiat.page.charts import Label, Measured, label, norm_pictures, sweeps, tradeoff
 from fastiat.page.examples import STEPS, data_uri, examples, grid

@@ -15,17 +15,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from fastiat import cli, models
-from fastiat.analyse import (
-    DIAGNOSIS,
-    NORMS,
-    Finding,
-    draw_norms,
-    read_diagnosis,
-    read_norms,
-    spectral_norm,
-    weight_norms,
-    write_diagnosis,
-)
+from fastiat.analyse import draw_norms
+from fastiat.measuring.norms import NORMS, read_norms, spectral_norm, weight_norms
+from fastiat.measuring.verdicts import DIAGNOSIS, Finding, read_diagnosis, write_diagnosis
 from fastiat.runs.directory import MODEL
 
 

@@ -5,12 +5,46 @@ returns a `Finding`. "Points" are percentage points of error.
 """
 
 import itertools
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from scipy.stats import binomtest
 from torch import Tensor
 
-from fastiat.analyse import Finding, Verdict
+from fastiat.measuring.rows import read_rows, write_rows
+
+DIAGNOSIS = "diagnosis.json"
+Verdict = Literal["pass", "warn", "fail", "not done"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check for masked gradients found; diagnosis.json is a list of these."""
+
+    check: str
+    """Name of the check, such as "FGSM weaker than PGD"."""
+    verdict: Verdict
+    figures: dict
+    """What was measured, by name with its unit: numbers, lists of numbers, text or None."""
+    sentence: str
+    """What it means, for a newcomer."""
+
+
+def read_diagnosis(run_dir: str | os.PathLike[str]) -> list[Finding]:
+    """Return what `fastiat diagnose` has last found for a run, [] if it has not been called.
+
+    Raises `InputError` for a diagnosis.json that is damaged.
+    """
+    return read_rows(run_dir, DIAGNOSIS, Finding)
+
+
+def write_diagnosis(run_dir: Path, findings: Sequence[Finding]) -> None:
+    """Write diagnosis.json, whole or not at all."""
+    write_rows(run_dir / DIAGNOSIS, findings)
+
 
 CHANCE_POINTS = 1.0
 """An attack may fall this far behind one that ought to be weaker: both draw at random."""

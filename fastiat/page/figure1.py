@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastiat.analyse import WeightNorms
+from fastiat.measuring.norms import WeightNorms
 from fastiat.page import figures
 from fastiat.page.figures import Picture, Series
 from fastiat.paper import published as paper
