@@ -1,6 +1,6 @@
-"""Measurements for `fastiat diagnose`: the attacks that its checks compare.
+"""What `fastiat diagnose` measures: attacks, noise and the loss surface around the images.
 
-What the measurements mean is `fastiat.measuring.verdicts`'.
+`fastiat.measuring.verdicts` turns these measurements into findings.
 """
 
 import math
@@ -20,36 +20,37 @@ from fastiat.attack import (
     attack_mode,
     gaussian_noise,
     input_gradient,
+    per_image,
     pgd,
     start_in_ball,
 )
 from fastiat.config import EvaluateConfig
 from fastiat.measuring import verdicts
 from fastiat.measuring.autoattack import autoattack as run_autoattack
-from fastiat.measuring.one_pass import default_batch, fooled
+from fastiat.measuring.one_pass import batches, default_batch, fooled
 from fastiat.measuring.verdicts import Finding
-from fastiat.models import correct, to_pixels
+from fastiat.models import correct
 from fastiat.system.errors import InputError
 from fastiat.system.progress import Progress
 
 CLIP = (0.0, 1.0)
-
 STEPS = (1, 5, 20, 100)
-"""Step counts compared; the paper's own Table 7 moves by half a point after 20."""
+"""Numbers of PGD steps that are compared; in the paper's Table 7 errors grow by half a point after
+20."""
 USUAL_STEPS = 20
-"""Steps of the attack that every other one is compared with: what tables usually quote."""
+"""Steps of the attack that all others are compared with: what papers usually report."""
 USUAL = f"pgd-{USUAL_STEPS}"
 CROSSING = 2.5
-"""Steps are so long that together they cross the radius this often (Madry et al. 2018, app.)."""
+"""All steps together are at least this many radii long (Madry et al. 2018, appendix)."""
 GROWTH = (2, 4, 8)
-"""Multiples of eps that are tried before the ball holds every image there is."""
+"""Multiples of eps that are tried, before the radius whose ball contains every image."""
 NOISES = 10
-"""Random points tried per image; an image counts as fooled if one of them fools it."""
+"""Random points per image; the image counts if one of them is misclassified."""
 FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
-"""Where on the way to eps the loss is looked at."""
-
+"""Fractions of eps at which the loss is computed."""
 NOISE_POINTS = 10.0
-"""Noise is compared at the smallest eps where PGD adds this much error: less is no measure."""
+"""Noise is compared at the smallest eps at which PGD adds this many percentage points of error:
+with fewer, the ratio of the two means little."""
 
 
 def examine(
@@ -64,21 +65,23 @@ def examine(
     partner: nn.Module | None = None,
     autoattack: bool = False,
 ) -> list[Finding]:
-    """Return what every check finds about `model`, which takes pixels and returns logits.
+    """Return the findings of all checks on `model`, which takes pixels and returns logits.
 
-    split: images to attack, on the device of `model`.
-    eps, alpha: radius and PGD step, in pixels of 0 to 1; where the ball is too large for `alpha`,
-        longer steps are taken.
-    batch_size: images attacked at a time, None as many as `one_pass.default_batch` takes of their
-        size; the findings do not depend on it.
+    split: images to attack; the model's device is used.
+    eps, alpha: radius and PGD step size, in pixels of [0, 1]. In balls larger than `eps`, steps are
+        longer where `alpha` would not cross the ball.
+    batch_size: images attacked at a time; the findings do not depend on it. None takes
+        `one_pass.default_batch`.
     partner: another network for the same images, on the same device.
     autoattack: run AutoAttack too, which needs pyautoattack and at least 4 classes.
 
-    Everything is computed in fp32, as what rounds to zero is part of the question. Raises
-    `InputError` for settings that no attack takes.
+    Everything is computed in fp32, because gradients that round to zero are one of the signs.
+    Raises `InputError` where the ball of radius `eps` contains every image.
     """
     size = batch_size or default_batch(split.shape[-1])
-    probe = _Probe(model, split, eps, alpha, norm, seed, size)
+    config = EvaluateConfig(norm=norm, seed=seed, batch_size=size, precision="fp32")
+    device = str(next(model.parameters()).device)
+    probe = _Probe(model, split, eps, alpha, replace(config, device=device))
     if eps >= probe.whole:
         raise InputError(
             f"eps {eps:g} allows every image there is, so that no network could be robust: "
@@ -111,34 +114,21 @@ def examine(
 
 @dataclass(frozen=True)
 class _Probe:
-    """A network, the images it is attacked on, and the attack's budget."""
+    """A network, the images to attack, and the settings of the attacks."""
 
     model: nn.Module
     split: data.Split
     eps: float
     alpha: float
-    norm: Norm
-    seed: int
-    batch_size: int
+    config: EvaluateConfig
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return next(self.model.parameters()).device
 
-    @property
-    def config(self) -> EvaluateConfig:
-        """The settings of the attacks, as `fastiat evaluate` has them."""
-        return EvaluateConfig(
-            norm=self.norm,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            device=str(self.device),
-            precision="fp32",
-        )
-
     def fooled(self, attacks: list[str], eps: float, loss: Loss = "ce") -> dict[str, Tensor]:
-        """Return which images the attacks fool, {attack: (N,) bool}; PGDs share one run."""
+        """Return which images each attack fools, {attack: (N,) bool}, all in one pass."""
         alpha = self.alpha
         if eps > self.eps:
             alpha = max(alpha, CROSSING * eps / USUAL_STEPS)
@@ -146,53 +136,50 @@ class _Probe:
         return fooled(self.model, self.split, attacks, eps=eps, alpha=alpha, config=config)
 
     def larger(self) -> list[float]:
-        """Return the radii beyond eps to try; in the last one's ball lies every image."""
+        """Return the radii above eps to try; the ball of the last contains every image."""
         return [*(k * self.eps for k in GROWTH if k * self.eps < self.whole), self.whole]
 
     @property
     def whole(self) -> float:
-        """The radius of a ball around any image that holds every image."""
-        return 1.0 if self.norm == "linf" else math.prod(self.split.shape) ** 0.5
+        """The radius of a ball that contains every image, wherever its centre is."""
+        return 1.0 if self.config.norm == "linf" else math.prod(self.split.shape) ** 0.5
 
     def batches(self, title: str, starts: Starts) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield pixels and labels with the network in eval mode, and show the progress.
-
-        `starts` is put to the images of every batch.
-        """
-        loader = data.make_loader(self.split, self.batch_size, device=self.device, train=False)
+        """Yield pixels and labels, the network in eval mode, and show the progress."""
+        size = self.config.batch_size
+        assert size
         with Progress(title, len(self.split)) as progress, attack_mode(self.model, "eval"):
-            for number, (images, y) in enumerate(loader):
-                starts.batch(number * self.batch_size)
-                yield to_pixels(images), y
+            for x, y in batches(self.split, size, self.device, starts):
+                yield x, y
                 progress.advance(len(y))
 
     def starts(self) -> Starts:
-        """Return fresh random starts, so that every attack has the same points."""
-        return Starts(self.seed, self.device)
+        """Return fresh random starts: every attack begins at the same points."""
+        return Starts(self.config.seed, self.device)
 
     @torch.no_grad()
     def wrong(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return which images the network gets wrong, (B,) bool on the CPU."""
+        """Return which images are misclassified, (B,) bool on the CPU."""
         return (~correct(self.model(x), y)).cpu()
 
     def noise(self, eps: float) -> Tensor:
         """Return which images one of `NOISES` random points in the ball fools, (N,) bool."""
-        starts = self.starts()
+        starts, norm = self.starts(), self.config.norm
         found = []
         for x, y in self.batches("Noise", starts):
-            tries = [start_in_ball(x, eps, self.norm, CLIP, starts) for _ in range(NOISES)]
-            found.append(torch.stack([self.wrong(at, y) for at in tries]).any(0))
+            points = (start_in_ball(x, eps, norm, CLIP, starts) for _ in range(NOISES))
+            found.append(torch.stack([self.wrong(at, y) for at in points]).any(0))
         return torch.cat(found)
 
     def transfer(self, partner: nn.Module) -> Tensor:
-        """Return which images the examples made for `partner` fool, (N,) bool."""
+        """Return which images are misclassified after an attack on `partner`, (N,) bool."""
         starts = self.starts()
-        craft = partial(
-            pgd, partner, eps=self.eps, alpha=self.alpha, steps=USUAL_STEPS, norm=self.norm,
-            generator=starts,
+        attack = partial(
+            pgd, partner, eps=self.eps, alpha=self.alpha, steps=USUAL_STEPS,
+            norm=self.config.norm, generator=starts,
         )  # fmt: skip
-        batches = self.batches("Transfer", starts)
-        return torch.cat([self.wrong(craft(x, y), y) for x, y in batches])
+        images = self.batches("Transfer", starts)
+        return torch.cat([self.wrong(attack(x, y), y) for x, y in images])
 
     def gradient_norms(self) -> Tensor:
         """Return the L2 norm of the loss's gradient at every image, (N,) float64."""
@@ -203,41 +190,41 @@ class _Probe:
         return torch.cat(norms).cpu()
 
     def surface(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss on the way to eps along the gradient and along noise, both (F, N).
+        """Return the loss along the gradient and along noise, (F, N) each, F over `FRACTIONS`.
 
-        F runs over `FRACTIONS`. Third comes the linearity error at eps along the gradient: how far
-        the loss misses what the gradient foretells, as a share of that (after Qin et al. 2019).
+        The third tensor, (N,), is the linearity error along the gradient (after Qin et al. 2019):
+        |rise of the loss at eps - rise that the gradient predicts| / |predicted rise|.
         """
         starts = self.starts()
-        rise, drift, curvature = [], [], []
+        along, aside, linearity = [], [], []
         for x, y in self.batches("Loss surface", starts):
             gradient = input_gradient(self.model, x, y)
             noise = gaussian_noise(x, starts.draw(x), starts.first)
-            uphill, aside = (
+            points, others = (
                 [(x + part * self.eps * self._unit(way)).clamp(*CLIP) for part in FRACTIONS]
                 for way in (gradient, noise)
             )
-            rise.append(torch.stack([precise_loss(self.model(at), y) for at in uphill]))
-            drift.append(torch.stack([precise_loss(self.model(at), y) for at in aside]))
-            foretold = (gradient.double() * (uphill[-1] - x)).flatten(1).sum(1)
-            gained = rise[-1][-1] - rise[-1][0]
-            curvature.append((gained - foretold).abs() / foretold.abs())
-        return torch.cat(rise, 1).cpu(), torch.cat(drift, 1).cpu(), torch.cat(curvature).cpu()
+            along.append(torch.stack([precise_loss(self.model(at), y) for at in points]))
+            aside.append(torch.stack([precise_loss(self.model(at), y) for at in others]))
+            predicted = (gradient.double() * (points[-1] - x)).flatten(1).sum(1)
+            rise = along[-1][-1] - along[-1][0]
+            linearity.append((rise - predicted).abs() / predicted.abs())
+        return torch.cat(along, 1).cpu(), torch.cat(aside, 1).cpu(), torch.cat(linearity).cpu()
 
     def _unit(self, direction: Tensor) -> Tensor:
-        """Return the longest step of radius 1 along `direction`; zero where that is zero."""
+        """Return the longest step of norm 1 along `direction`; zero where `direction` is zero."""
         direction = direction.nan_to_num()
-        if self.norm == "linf":
+        if self.config.norm == "linf":
             return direction.sign()
         length = torch.linalg.vector_norm(direction.flatten(1), dim=1).clamp_min(1e-30)
-        return direction / length.view(-1, *[1] * (direction.dim() - 1))
+        return direction / per_image(length, direction)
 
 
 @torch.no_grad()
 def precise_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the cross-entropy of each image, (B,) float64, exact where a float32 one is 0.
+    """Return the cross-entropy of each image, (B,) float64, also where it is 0 in float32.
 
-    With m the log-sum-exp of the wrong logits less the true logit, it is log(1 + exp(m)).
+    With m = logsumexp(wrong logits) - true logit, the loss is log(1 + exp(m)).
     """
     logits, label = logits.double(), y[:, None]
     wrong = logits.scatter(1, label, -torch.inf).logsumexp(1)
