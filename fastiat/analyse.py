@@ -135,7 +135,7 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
     job, *partners = open_jobs(measured, same_data=True)
     images = job.splits["test"]
     eps, alpha = _radius_and_step(job, config)
-    size = min(one.batch_size(measured) for one in (job, *partners))
+    size = min(one.batch_size for one in (job, *partners))
     with within_memory("diagnose", [job.name], size):
         findings = examine(
             job.model, images, eps=eps, alpha=alpha, norm=config.norm, seed=config.seed,

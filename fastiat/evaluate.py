@@ -5,7 +5,6 @@ All three commands load runs and images with `open_jobs` and write results with 
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,14 +22,13 @@ from fastiat.models import correct
 from fastiat.runs.results import Rate
 from fastiat.system.errors import InputError
 from fastiat.system.progress import Progress
-from fastiat.system.settings import steps_of
 
 UNITS = "error in %, ± 95 % interval"
 HOLDOUT = "holdout_error_percent"
 Key = tuple[str, float, int]
 """Split, eps and number of steps."""
 Matrix = dict[str, dict[str, Rate]]
-"""{target: {attacked run: error of the target}}."""
+"""{target: {source of the examples: error of the target}}."""
 
 
 def table(heading: str, columns: Sequence[str], rows: dict[str, list[str]]) -> str:
@@ -53,9 +51,6 @@ def _unusual(config: MeasureConfig) -> str:
     return loss + restarts + start + seed + (f", images of {images}" if images else "")
 
 
-# Errors under several attacks
-
-
 @own_defaults()
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
     """Measure every run of `config` under its attacks, and print a table for each run.
@@ -69,67 +64,47 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
 
 
 def _evaluate(job: Job, config: EvaluateConfig) -> dict[str, Rate]:
+    """Measure one run, print its table and return {"split/attack": rate}."""
     eps = job.settings.eps if config.eps is None else config.eps
-    rates = {split: _evaluate_split(job, split, eps, config) for split in job.splits}
-    heading = (
-        f"{job.name}: {UNITS}, {config.norm} eps {eps:.4g}, alpha {job.alpha(config):.4g}"
-        f"{_unusual(config)}"
-    )
+    rates = {}
+    for split in job.splits:
+        with within_memory("evaluate", [job.name], job.batch_size):
+            rates[split] = _evaluate_split(job, split, eps, config)
+    settings = f"{config.norm} eps {eps:.4g}, alpha {job.alpha:.4g}{_unusual(config)}"
     columns = [*map(title, next(iter(rates.values()))), "images"]
     rows = {
         split: [*map(str, found.values()), str(len(job.splits[split]))]
         for split, found in rates.items()
     }
-    job.log_line(table(heading, columns, rows))
+    job.log_line(table(f"{job.name}: {UNITS}, {settings}", columns, rows))
     return {f"{split}/{attack}": rate for split in rates for attack, rate in rates[split].items()}
 
 
 def _evaluate_split(job: Job, split: str, eps: float, config: EvaluateConfig) -> dict[str, Rate]:
-    """Measure one split, record the results, and return {attack: rate}."""
-    if not config.worst:
-        rates = _white_box(job, "evaluation", split, config.attacks, eps, config)
-    images, started, size = job.splits[split], time.monotonic(), job.batch_size(config)
-    config = replace(config, batch_size=size)
-    record = partial(job.record, split=split, config=config, eps=eps, started=started)
-    with within_memory("evaluate", [job.name], size):
-        if config.worst:
-            found = fooled(
-                job.model, images, config.attacks, eps=eps, alpha=job.alpha(config), config=config,
-                worst=True,
-            )  # fmt: skip
-            rates = {"none": record("evaluation", attack="none", wrong=found["none"])}
-            wrong, attacks = torch.stack(list(found.values())).any(0), tuple(found)
-            if config.autoattack:
-                # AutoAttack need not attack the images that are misclassified already.
-                wrong = autoattack(job.model, images, eps=eps, config=config, skip=wrong).fooled
-                attacks += ("autoattack",)
-            rates["worst"] = record("evaluation", attack="worst", wrong=wrong, attacks=attacks)
-        elif config.autoattack:
-            outcome = autoattack(job.model, images, eps=eps, config=config)
-            rates["autoattack"] = record(
-                "autoattack", attack="autoattack", wrong=outcome.fooled, precision="fp32",
-                attacks=ATTACKS, errors_after=outcome.errors_after, warnings=outcome.warnings,
-            )  # fmt: skip
+    """Measure one split, record the results as they come, and return {attack: rate}."""
+    images = job.splits[split]
+    record = partial(job.record, split=split, eps=eps, started=time.monotonic())
+    found = fooled(
+        job.model, images, config.attacks, eps=eps, alpha=job.alpha, config=job.config,
+        worst=config.worst,
+    )  # fmt: skip
+    if config.worst:
+        rates = {"none": record("evaluation", attack="none", wrong=found["none"])}
+        wrong, attacks = torch.stack(list(found.values())).any(0), tuple(found)
+        if config.autoattack:
+            # AutoAttack need not attack the images that are misclassified already.
+            wrong = autoattack(job.model, images, eps=eps, config=job.config, skip=wrong).fooled
+            attacks += ("autoattack",)
+        rates["worst"] = record("evaluation", attack="worst", wrong=wrong, attacks=attacks)
+        return rates
+    rates = {name: record("evaluation", attack=name, wrong=wrong) for name, wrong in found.items()}
+    if config.autoattack:
+        outcome = autoattack(job.model, images, eps=eps, config=job.config)
+        rates["autoattack"] = record(
+            "autoattack", attack="autoattack", wrong=outcome.fooled, precision="fp32",
+            attacks=ATTACKS, errors_after=outcome.errors_after, warnings=outcome.warnings,
+        )  # fmt: skip
     return rates
-
-
-def _white_box(
-    job: Job, kind: str, split: str, attacks: Sequence[str], eps: float, config: MeasureConfig
-) -> dict[str, Rate]:
-    """Run several attacks in one pass, record the results, and return {attack: rate}."""
-    started, size = time.monotonic(), job.batch_size(config)
-    config, command = replace(config, batch_size=size), {"evaluation": "evaluate"}.get(kind, kind)
-    with within_memory(command, [job.name], size):
-        found = fooled(
-            job.model, job.splits[split], attacks, eps=eps, alpha=job.alpha(config), config=config
-        )
-    return {
-        attack: job.record(kind, split, attack, wrong, config, eps=eps, started=started)
-        for attack, wrong in found.items()
-    }
-
-
-# Sweeps over eps and the number of steps
 
 
 @own_defaults()
@@ -147,8 +122,16 @@ def sweep(config: SweepConfig) -> dict[str, dict[Key, Rate]]:
     for job in open_jobs(config):
         rates[job.name] = {}
         for split, eps in product(job.splits, radii):
-            found = _white_box(job, "sweep", split, attacks, eps, config)
-            rates[job.name] |= {(split, eps, steps_of(name)): found[name] for name in attacks}
+            started = time.monotonic()
+            with within_memory("sweep", [job.name], job.batch_size):
+                found = fooled(
+                    job.model, job.splits[split], attacks, eps=eps, alpha=job.alpha,
+                    config=job.config,
+                )  # fmt: skip
+            for count, attack in zip(steps, attacks, strict=True):
+                rates[job.name][split, eps, count] = job.record(
+                    "sweep", split, attack, found[attack], eps=eps, started=started
+                )
     # Over steps, a table for every radius; over radii alone, one table.
     for split in dict.fromkeys(config.splits):
         if len(steps) > 1:
@@ -178,9 +161,6 @@ def _sweep_table(
 
 def _own_alpha(config: MeasureConfig) -> str:
     return "" if config.alpha is None else f", alpha {config.alpha:.4g}"
-
-
-# Transfer: every run attacked with the examples of every run
 
 
 @own_defaults()
@@ -213,14 +193,13 @@ def _attack(
     source: Job, targets: list[Job], split: str, eps: float, config: TransferConfig
 ) -> Iterator[tuple[str, Rate]]:
     """Make examples on `source` once, and record and yield the error of every target on them."""
-    device, alpha, started = pick_device(config.device), source.alpha(config), time.monotonic()
+    device, started = pick_device(config.device), time.monotonic()
     precision = pick_precision(config.precision, device)
     # Every target classifies the whole batch, so the smallest of their batch sizes is taken.
-    size = min(job.batch_size(config) for job in targets)
-    config = replace(config, batch_size=size, alpha=alpha)
+    size = min(job.batch_size for job in targets)
     starts = Starts(config.seed, device)
     attack = partial(
-        pgd, source.model, eps=eps, alpha=alpha, steps=config.steps, norm=config.norm,
+        pgd, source.model, eps=eps, alpha=source.alpha, steps=config.steps, norm=config.norm,
         loss=config.attack_loss, restarts=config.restarts, random_start=config.random_start,
         generator=starts,
     )  # fmt: skip
@@ -235,16 +214,16 @@ def _attack(
                 with torch.no_grad(), attack_mode(target.model, "eval"):
                     wrong[target.name].append(~correct(target.model(x_adv), y))
             progress.advance(len(y))
-    origin = {"source": Path(source.name).resolve().name, "source_model": source.fingerprint}
-    name = f"pgd-{config.steps}"
+    fields = {
+        "source": Path(source.name).resolve().name,
+        "source_model": source.fingerprint,
+        "alpha": source.alpha,
+        "batch_size": size,
+    }
     for target in targets:
-        found = torch.cat(wrong[target.name])
-        yield (
-            target.name,
-            target.record(
-                "transfer", split, name, found, config, eps=eps, started=started, **origin
-            ),
-        )
+        found, name = torch.cat(wrong[target.name]), f"pgd-{config.steps}"
+        rate = target.record("transfer", split, name, found, eps=eps, started=started, **fields)
+        yield target.name, rate
 
 
 def _check_finished(job: Job) -> None:

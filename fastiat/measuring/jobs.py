@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,17 @@ class Job:
     """The images of every split to measure, at most --limit of them."""
     data: str
     """Fingerprint of the data set."""
+    config: MeasureConfig
+    """The settings of the measurement, with `batch_size` and `alpha` filled in."""
+    batch_size: int
+    """Images attacked at a time: the configuration's, else what fits into memory."""
+    alpha: float
+    """PGD step size: the configuration's, else that of the run's training."""
 
     @property
     def settings(self) -> TrainConfig:
         """The settings of the training, or the defaults where they are not known."""
         return self.run.config if self.run else TrainConfig()
-
-    def alpha(self, config: MeasureConfig) -> float:
-        """Return the PGD step size: the configuration's, else that of the run's training."""
-        return self.settings.alpha if config.alpha is None else config.alpha
-
-    def batch_size(self, config: MeasureConfig) -> int:
-        """Return how many images to attack at a time: the configuration's, else what fits."""
-        own = self.run.config.batch_size if self.run else None
-        return config.batch_size or default_batch(self.card.image_size, own)
 
     @property
     def writable(self) -> bool:
@@ -68,7 +65,6 @@ class Job:
         split: str,
         attack: str,
         wrong: Tensor,
-        config: MeasureConfig,
         *,
         eps: float,
         started: float,
@@ -80,10 +76,11 @@ class Job:
         started: `time.monotonic()` at the beginning of the measurement.
         more: further fields of the entry, or other values of them, see `fastiat.runs.results`.
         """
-        rate, device = Rate(int(wrong.sum()), len(wrong)), pick_device(config.device)
+        rate = Rate(int(wrong.sum()), len(wrong))
         if not self.writable:
             return rate
         assert self.run is not None
+        config, device = self.config, pick_device(self.config.device)
         drawn = len(self.splits[split]) < len(getattr(self.dataset, split))
         started_at_random = config.random_start and attack not in ("none", "fgsm")
         library = "autoattack" in (attack, *more.get("attacks", ()))
@@ -94,7 +91,7 @@ class Job:
             "split": split,
             "attack": attack,
             "eps": eps,
-            "alpha": self.alpha(config),
+            "alpha": self.alpha,
             "steps": None if attack in ("worst", "autoattack") else steps_of(attack),
             "norm": config.norm,
             "loss": config.attack_loss,
@@ -102,7 +99,7 @@ class Job:
             "random_start": config.random_start,
             "precision": pick_precision(config.precision, device),
             "seed": config.seed if drawn or started_at_random or attack == "autoattack" else None,
-            "batch_size": self.batch_size(config),
+            "batch_size": self.batch_size,
             "model": self.fingerprint,
             **figures(rate),
             **more,
@@ -154,8 +151,24 @@ def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
         for split, images in splits.items():
             if config.limit is not None and config.limit < len(images):
                 splits[split] = data.draw(images, config.limit, config.seed)
-        mark = fingerprint(run.path / MODEL if run else Path(name))
-        jobs.append(Job(name, model, card, run, mark, dataset, splits, fingerprint_of(dataset)))
+        own = run.config if run else None
+        size = config.batch_size or default_batch(card.image_size, own.batch_size if own else None)
+        alpha = (own or TrainConfig()).alpha if config.alpha is None else config.alpha
+        jobs.append(
+            Job(
+                name=name,
+                model=model,
+                card=card,
+                run=run,
+                fingerprint=fingerprint(run.path / MODEL if run else Path(name)),
+                dataset=dataset,
+                splits=splits,
+                data=fingerprint_of(dataset),
+                config=replace(config, batch_size=size, alpha=alpha),
+                batch_size=size,
+                alpha=alpha,
+            )
+        )
     return jobs
 
 

@@ -79,9 +79,9 @@ def examine(
     Raises `InputError` where the ball of radius `eps` contains every image.
     """
     size = batch_size or default_batch(split.shape[-1])
-    config = EvaluateConfig(norm=norm, seed=seed, batch_size=size, precision="fp32")
     device = str(next(model.parameters()).device)
-    probe = _Probe(model, split, eps, alpha, replace(config, device=device))
+    config = EvaluateConfig(norm=norm, seed=seed, batch_size=size, device=device, precision="fp32")
+    probe = _Probe(model, split, eps, alpha, config)
     if eps >= probe.whole:
         raise InputError(
             f"eps {eps:g} allows every image there is, so that no network could be robust: "
@@ -90,10 +90,14 @@ def examine(
     names = [f"pgd-{steps}" for steps in STEPS]
     found = probe.fooled(["none", "fgsm", *names], eps)
     clean, usual = found["none"], found[USUAL]
+
+    def added(fooled: Tensor) -> float:
+        return verdicts.percent(fooled) - verdicts.percent(clean)
+
     by_eps = {eps: usual}
-    for larger in probe.larger():
+    for larger in (*(k * eps for k in GROWTH if k * eps < probe.whole), probe.whole):
         by_eps[larger] = probe.fooled([USUAL], larger)[USUAL]
-    noise_eps = telling_eps(clean, by_eps)
+    noise_eps = next((e for e in by_eps if added(by_eps[e]) >= NOISE_POINTS), max(by_eps))
     auto = None
     if autoattack:
         auto = run_autoattack(model, split, eps=eps, config=probe.config).fooled
@@ -134,10 +138,6 @@ class _Probe:
             alpha = max(alpha, CROSSING * eps / USUAL_STEPS)
         config = replace(self.config, attack_loss=loss)
         return fooled(self.model, self.split, attacks, eps=eps, alpha=alpha, config=config)
-
-    def larger(self) -> list[float]:
-        """Return the radii above eps to try; the ball of the last contains every image."""
-        return [*(k * self.eps for k in GROWTH if k * self.eps < self.whole), self.whole]
 
     @property
     def whole(self) -> float:
@@ -229,11 +229,3 @@ def precise_loss(logits: Tensor, y: Tensor) -> Tensor:
     logits, label = logits.double(), y[:, None]
     wrong = logits.scatter(1, label, -torch.inf).logsumexp(1)
     return F.softplus(wrong - logits.gather(1, label).squeeze(1))
-
-
-def telling_eps(clean: Tensor, by_eps: dict[float, Tensor]) -> float:
-    """Return the smallest eps at which PGD adds `NOISE_POINTS` of error, else the largest."""
-    for eps, found in by_eps.items():
-        if verdicts.percent(found) - verdicts.percent(clean) >= NOISE_POINTS:
-            return eps
-    return max(by_eps)
