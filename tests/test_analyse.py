@@ -16,7 +16,7 @@ from safetensors import safe_open
 from fastiat import cli, models
 from fastiat.measuring.norms import NORMS, read_norms, spectral_norm, weight_norms
 from fastiat.measuring.verdicts import DIAGNOSIS, Finding, read_diagnosis, write_diagnosis
-from fastiat.page import figure1
+from fastiat.page.figures import COLOURS
 from fastiat.runs.directory import MODEL
 
 
@@ -87,25 +87,32 @@ def test_a_model_file_has_norms_too_and_out_may_have_an_ending(run, tmp_path, ca
     assert (run / "norms-spectral.png").exists()
 
 
-def test_bars_are_as_high_as_the_norms_and_the_same_norms_make_the_same_files():
-    torch.manual_seed(0)
-    found = {name: weight_norms(models.build("mlp6", width=8)) for name in ("one", "two <&>")}
-    trainings = {name: figure1.over_seeds([layers]) for name, layers in found.items()}
-    colours = {"one": 1, "two <&>": 3}
-    pictures = figure1.pictures(trainings, colours, "norms")
-    assert pictures == figure1.pictures(trainings, colours, "norms")
-    for picture, norm in zip(pictures, ("frobenius", "spectral"), strict=True):
+def scaled(run: Path, other: Path, factor: float) -> Path:
+    """Copy a run, its weights multiplied."""
+    shutil.copytree(run, other)
+    with safe_open(run / MODEL, "pt") as opened:
+        weights = {name: factor * opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        safetensors.torch.save_file(weights, other / MODEL, opened.metadata())
+    return other
+
+
+def test_bars_are_as_high_as_the_norms_and_the_same_norms_make_the_same_files(run, tmp_path):
+    other = scaled(run, tmp_path / "two <&>", 1.5)
+    assert cli.main(["norms", str(run), str(other)]) == 0
+    files = [tmp_path / f"norms-{norm}.svg" for norm in ("frobenius", "spectral")]
+    drawn = [file.read_text() for file in files]
+    assert cli.main(["norms", str(run), str(other)]) == 0
+    assert [file.read_text() for file in files] == drawn
+    for svg, norm in zip(drawn, ("frobenius", "spectral"), strict=True):
         # Bars are the filled rectangles that the axes clip; heights are proportional to the norms.
-        paths = re.findall(
-            r'<path d="M ([^"]*)" clip-path="[^"]*" style="fill: #(?:0969da|bc4c00)', picture.svg
-        )
+        fills = "|".join(COLOURS[name][0].removeprefix("#") for name in ("c0", "c1"))
+        paths = re.findall(rf'<path d="M ([^"]*)" clip-path="[^"]*" style="fill: #(?:{fills})', svg)
         heights = []
         for path in paths:
             numbers = [float(number) for number in re.findall(r"-?[\d.]+", path)]
             ys = numbers[1::2]
             heights.append(max(ys) - min(ys))
-        assert len(heights) == 2 * 6
-        expected = [getattr(layer, norm) for layers in found.values() for layer in layers]
+        expected = [getattr(layer, norm) for of in (run, other) for layer in read_norms(of)]
         np.testing.assert_allclose(
             np.array(heights) / heights[0], np.array(expected) / expected[0], rtol=1e-3
         )
