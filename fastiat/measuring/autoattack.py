@@ -87,7 +87,7 @@ def autoattack(
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     model = model.eval().requires_grad_(False)
     norm = {"linf": "Linf", "l2": "L2"}[config.norm]
-    job, size = ranks(), config.batch_size or default_batch(split.shape[-1])
+    group, size = ranks(), config.batch_size or default_batch(split.shape[-1])
 
     def pixels(index: Tensor) -> Tensor:
         images = split.take(index).images.permute(0, 3, 1, 2)
@@ -111,22 +111,22 @@ def autoattack(
             # `split` of an empty tensor gives one empty batch, which the library cannot attack.
             batches = left.split(size) if len(left) else ()
             wrong = torch.zeros(len(split), dtype=torch.uint8)
-            with Progress(text, len(left), share=job.count) as progress:
+            with Progress(text, len(left), share=group.count) as progress:
                 # The library seeds itself anew for every batch, so that the result does not depend
                 # on which rank attacks it.
-                for index in batches[job.rank :: job.count]:
+                for index in batches[group.rank :: group.count]:
                     x, y = pixels(index), split.labels[index].to(device)
                     if name != "none":
                         x, _ = adversary.run_standard_evaluation(x, y, batch_size=len(y))
                     with torch.no_grad():
                         wrong[index] = (~correct(model(x), y)).to("cpu", torch.uint8)
                     progress.advance(len(y))
-            outcome.fooled |= job.all_reduce_sum_(wrong).bool()
+            outcome.fooled |= group.all_reduce_sum_(wrong).bool()
             outcome.errors_after[name] = int(outcome.fooled.sum())
         accuracy = {name: 1 - n / len(split) for name, n in outcome.errors_after.items()}
         check_square_sr(accuracy, logger=logging.getLogger("auto-attack"))
     # Every rank has the warnings of its own batches; in the order of the ranks, all agree.
-    gathered = [json.loads(text) for text in job.gather(json.dumps(list(warned.values())))]
+    gathered = [json.loads(text) for text in group.gather(json.dumps(list(warned.values())))]
     unique: dict[str, str] = {}
     for warning in chain.from_iterable(gathered):
         unique.setdefault(_without_numbers(warning), warning)

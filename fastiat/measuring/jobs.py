@@ -83,7 +83,11 @@ class Job:
         config, device = self.config, pick_device(self.config.device)
         drawn = len(self.splits[split]) < len(getattr(self.dataset, split))
         started_at_random = config.random_start and attack not in ("none", "fgsm")
-        library = "autoattack" in (attack, *more.get("attacks", ()))
+        library = (
+            {"autoattack": library_version()}
+            if "autoattack" in (attack, *more.get("attacks", ()))
+            else {}
+        )
         entry = {
             "kind": kind,
             "dataset": self.dataset.name,
@@ -103,11 +107,7 @@ class Job:
             "model": self.fingerprint,
             **figures(rate),
             **more,
-            **provenance(
-                device,
-                time.monotonic() - started,
-                **({"autoattack": library_version()} if library else {}),
-            ),
+            **provenance(device, time.monotonic() - started, **library),
         }
         # A resume after a kill measures again: the same figures must not become a second row.
         if not self.run.has_row({k: v for k, v in entry.items() if k != "seconds"}):

@@ -111,17 +111,17 @@ def fooled(
     attack.
     """
     names = tuple(dict.fromkeys(("none", *attacks) if worst else attacks))
-    job, size = ranks(), config.batch_size or default_batch(split.shape[-1])
+    group, size = ranks(), config.batch_size or default_batch(split.shape[-1])
     text = ", ".join(map(title, names))
-    with Progress(f"worst of {text}" if worst else text, len(split), share=job.count) as progress:
+    with Progress(f"worst of {text}" if worst else text, len(split), share=group.count) as progress:
         one_pass = _Pass(model, names, eps, alpha, config, worst, progress)
         device, starts = one_pass.device, one_pass.starts
         found = torch.zeros(len(names), len(split), dtype=torch.uint8, device=device)
-        for x, y in batches(split, size, device, starts, data.Shard(job.rank, job.count)):
+        for x, y in batches(split, size, device, starts, data.Shard(group.rank, group.count)):
             with attack_mode(model, "eval"):
                 found[:, starts.first : starts.first + len(y)] = one_pass(x, y)
     # Each rank has filled in its own batches and left 0 elsewhere: the sum is the union.
-    return dict(zip(names, job.all_reduce_sum_(found.cpu()).bool(), strict=True))
+    return dict(zip(names, group.all_reduce_sum_(found.cpu()).bool(), strict=True))
 
 
 class _Pass:

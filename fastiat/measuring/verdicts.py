@@ -19,6 +19,8 @@ from fastiat.measuring.rows import read_rows, write_rows
 DIAGNOSIS = "diagnosis.json"
 Verdict = Literal["pass", "warn", "fail", "not done"]
 WORSE: tuple[Verdict, ...] = ("pass", "warn", "fail")
+Sentences = str | tuple[str, str, str]
+"""What a finding means: one sentence, or those of pass, warn and fail."""
 
 CHANCE_POINTS = 1.0
 """An attack may be this much weaker than one that should not beat it: both start at random."""
@@ -78,7 +80,7 @@ def write_diagnosis(run_dir: Path, findings: Sequence[Finding]) -> None:
 def fgsm_weaker(fgsm: Tensor, pgd: Tensor) -> Finding:
     """PGD's many small steps must fool at least as many images as FGSM's one large step."""
     verdict = outranks(pgd, fgsm)
-    sentences = (
+    sentences: Sentences = (
         "PGD's many small steps fool at least as many images as FGSM's single large one.",
         f"FGSM's single step seems to beat PGD's many, {TOO_FEW}",
         "FGSM's single large step fools more images than PGD's many small ones: the gradients on "
@@ -88,8 +90,8 @@ def fgsm_weaker(fgsm: Tensor, pgd: Tensor) -> Finding:
         verdict = "warn"
         sentences = (
             "PGD fools far more images than FGSM: a robustness figure from FGSM means nothing for "
-            "this network, quote PGD's.",
-        ) * 3
+            "this network, quote PGD's."
+        )
     return _finding(
         "FGSM weaker than PGD", verdict, sentences, pgd,
         fgsm_error_percent=percent(fgsm), pgd_error_percent=percent(pgd),
@@ -100,7 +102,7 @@ def more_steps(by_steps: dict[int, Tensor]) -> Finding:
     """More steps of one PGD run, {steps: fooled} in rising order, must not fool fewer images."""
     fooled = list(by_steps.values())
     verdict = worst(outranks(b, a) for a, b in itertools.pairwise(fooled))
-    sentences = (
+    sentences: Sentences = (
         "More steps fool as many images or more, and the last ones add next to nothing: the attack "
         "has converged.",
         f"More steps seem to fool fewer images, {TOO_FEW}",
@@ -112,8 +114,8 @@ def more_steps(by_steps: dict[int, Tensor]) -> Finding:
         verdict = "warn"
         sentences = (
             f"Going from {before} to {longest} steps still fools more images: the shorter attack "
-            f"overstates robustness, quote the longer.",
-        ) * 3
+            f"overstates robustness, quote the longer."
+        )
     return _finding(
         "more steps never weaker", verdict, sentences, fooled[0],
         steps=list(by_steps), error_percent=[percent(f) for f in fooled],
@@ -128,7 +130,7 @@ def larger_eps(by_eps: dict[float, Tensor]) -> Finding:
     fooled = list(by_eps.values())
     growing = worst(outranks(b, a) for a, b in itertools.pairwise(fooled))
     reaching = at_least(percent(fooled[-1]), UNBOUNDED)
-    sentences = (
+    sentences: Sentences = (
         "An attack that may change every pixel freely fools every image, as it must.",
         "Even an attack that may change every pixel freely misses a few images: its steps do not "
         "find the adversarial examples there.",
@@ -277,10 +279,12 @@ def autoattack_gap(auto: Tensor | None, pgd: Tensor) -> Finding:
 
 
 def _finding(
-    check: str, verdict: Verdict, sentences: tuple[str, ...], images: Tensor, **figures: Any
+    check: str, verdict: Verdict, sentences: Sentences, images: Tensor, **figures: Any
 ) -> Finding:
-    """Return a finding; `sentences` are those of pass, warn and fail, `images` is (N,)."""
-    return Finding(check, verdict, figures | {"n": len(images)}, sentences[WORSE.index(verdict)])
+    """Return a finding on `images`, a tensor of length N."""
+    if not isinstance(sentences, str):
+        sentences = sentences[WORSE.index(verdict)]
+    return Finding(check, verdict, figures | {"n": len(images)}, sentences)
 
 
 def outranks(stronger: Tensor, weaker: Tensor) -> Verdict:
