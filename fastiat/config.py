@@ -398,8 +398,8 @@ class NormsConfig(Settings):
     runs: tuple[str, ...] = ()
     """Run directories, or model.safetensors files, of one architecture."""
     out: str | None = None
-    """Where the chart goes, as PATH.png and PATH.svg (default: "norms" in the run, or for several
-    runs in the folder of the first)."""
+    """Where the charts go: PATH-frobenius and PATH-spectral, each as .png and .svg (default:
+    "norms" in the run, or for several runs in the folder of the first)."""
 
     def check(self) -> None:
         """Raise `InputError` for a run that is named twice."""

@@ -19,8 +19,8 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastiat import __version__, data
-from fastiat.analyse import Finding, read_diagnosis
 from fastiat.config import ReportConfig, TrainConfig
+from fastiat.measuring.verdicts import Finding, read_diagnosis
 from fastiat.page import figure1, figures
 from fastiat.page.charts import Label, Measured, label, norm_pictures, sweeps, tradeoff
 from fastiat.page.examples import STEPS, examples, grid

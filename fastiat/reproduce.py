@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastiat.analyse import WeightNorms, weight_norms, write_norms
 from fastiat.config import (
     EvaluateConfig,
     ReportConfig,
@@ -20,6 +19,7 @@ from fastiat.config import (
 )
 from fastiat.engine.device import own_defaults
 from fastiat.evaluate import evaluate, sweep, transfer
+from fastiat.measuring.norms import WeightNorms, weight_norms, write_norms
 from fastiat.page import figure1
 from fastiat.paper.estimate import Speed, speed
 from fastiat.paper.plan import Job, Plan

@@ -30,9 +30,11 @@ from PIL import Image, PngImagePlugin
 from torchvision.datasets import CIFAR10, SVHN, FashionMNIST
 
 import fastiat
-from fastiat import analyse, cli, data
+from fastiat import cli, data
 from fastiat.images import beton, beton_writer
 from fastiat.images.ffcv import installed
+from fastiat.measuring import verdicts
+from fastiat.measuring.norms import NORMS, read_norms
 from fastiat.paper import compare as tables
 from fastiat.paper import published as paper
 from fastiat.runs import results
@@ -72,7 +74,7 @@ class World:
             name: [(run / name).read_bytes() for run in (finished, stopped, other)]
             for name in (CONFIG, METRICS, MODEL, STATE)
         }
-        for name in (results.EVALUATION, analyse.NORMS, analyse.DIAGNOSIS):
+        for name in (results.EVALUATION, NORMS, verdicts.DIAGNOSIS):
             self.seeds[name] = [(finished / name).read_bytes()]
         self.seeds["table3.json"] = [(finished.parent / "table3.json").read_bytes()]
         for folder_of, name in (("images", "digits.npz"), ("paper", "tables.csv")):
@@ -132,10 +134,10 @@ def _interrupted(at: int) -> Any:
 def _diagnosis(run: Path) -> None:
     figures = {"error_percent": 1.5, "steps": [1, 2], "note": None, "n": 20}
     found = [
-        analyse.Finding("FGSM weaker than PGD", "pass", figures, "It is."),
-        analyse.Finding("transfer", "not done", {}, "There is no partner."),
+        verdicts.Finding("FGSM weaker than PGD", "pass", figures, "It is."),
+        verdicts.Finding("transfer", "not done", {}, "There is no partner."),
     ]
-    analyse.write_diagnosis(run, found)
+    verdicts.write_diagnosis(run, found)
 
 
 def _table(place: Path) -> None:
@@ -337,8 +339,8 @@ def read_json(run: Path) -> None:
     opened = Run.open(run)
     list(opened.rows())
     results.read_results(run)
-    analyse.read_norms(run)
-    analyse.read_diagnosis(run)
+    read_norms(run)
+    verdicts.read_diagnosis(run)
     for file in run.parent.glob("table*.json"):
         tables.read(file)
 
@@ -614,8 +616,8 @@ TARGETS = (
     _in_run(CONFIG, 14, damage.of_json, *(evaluate, resume, read_json) * 6, report),
     _in_run(METRICS, 10, damage.of_jsonl, *READING, report, resume),
     _in_run(results.EVALUATION, 8, damage.of_json, *READING, evaluate, report),
-    _in_run(analyse.NORMS, 4, damage.of_json, *READING, report),
-    _in_run(analyse.DIAGNOSIS, 4, damage.of_json, *READING, report),
+    _in_run(NORMS, 4, damage.of_json, *READING, report),
+    _in_run(verdicts.DIAGNOSIS, 4, damage.of_json, *READING, report),
     _in_run("table3.json", 4, damage.of_json, *READING, report),
     Target(
         "images", 40, "images", make_image, use_image, lambda world: b"\0" + world.images[".png"][0]

@@ -1,6 +1,5 @@
 """Norms of weight matrices: against numpy's SVD, in files and charts, and what is refused."""
 
-import io
 import json
 import math
 import re
@@ -15,17 +14,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from fastiat import cli, models
-from fastiat.analyse import (
-    DIAGNOSIS,
-    NORMS,
-    Finding,
-    draw_norms,
-    read_diagnosis,
-    read_norms,
-    spectral_norm,
-    weight_norms,
-    write_diagnosis,
-)
+from fastiat.measuring.norms import NORMS, read_norms, spectral_norm, weight_norms
+from fastiat.measuring.verdicts import DIAGNOSIS, Finding, read_diagnosis, write_diagnosis
+from fastiat.page.figures import COLOURS
 from fastiat.runs.directory import MODEL
 
 
@@ -75,9 +66,10 @@ def test_norms_go_to_every_run_and_the_chart_beside_them(run, tmp_path, capsys):
         expected = torch.linalg.svdvals(weights.get_tensor(layer.name).double())[0]
     assert layer.spectral == pytest.approx(float(expected), rel=1e-12)
     assert re.search(rf"{layer.name} +16x64( +{layer.spectral:.4g}){{2}}\n", out)
-    assert Image.open(tmp_path / "norms.png").size[0] > 600
-    assert (tmp_path / "norms.svg").read_text().startswith("<?xml")
-    assert f"chart: {tmp_path}/norms.png, {tmp_path}/norms.svg" in out
+    for name in ("norms-frobenius", "norms-spectral"):
+        assert Image.open(tmp_path / f"{name}.png").size[0] > 600
+        assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
+        assert f"chart: {tmp_path}/{name}.png, {tmp_path}/{name}.svg" in out
 
 
 def test_a_model_file_has_norms_too_and_out_may_have_an_ending(run, tmp_path, capsys):
@@ -86,31 +78,43 @@ def test_a_model_file_has_norms_too_and_out_may_have_an_ending(run, tmp_path, ca
     shutil.copy(run / MODEL, lone / "net.safetensors")
     out = tmp_path / "new" / "chart.v2.png"
     assert cli.main(["norms", str(lone / "net.safetensors"), "--out", str(out)]) == 0
-    assert {file.name for file in out.parent.iterdir()} == {"chart.v2.png", "chart.v2.svg"}
+    assert {file.name for file in out.parent.iterdir()} == {
+        *("chart.v2-frobenius.png", "chart.v2-frobenius.svg"),
+        *("chart.v2-spectral.png", "chart.v2-spectral.svg"),
+    }
     assert [file.name for file in lone.iterdir()] == ["net.safetensors"]
     assert cli.main(["norms", str(run)]) == 0
-    assert (run / "norms.png").exists()
+    assert (run / "norms-spectral.png").exists()
 
 
-def test_bars_are_as_high_as_the_norms_and_the_same_norms_make_the_same_files():
-    torch.manual_seed(0)
-    found = {name: weight_norms(models.build("mlp6", width=8)) for name in ("one", "two <&>")}
-    pictures = draw_norms(found)
-    assert pictures == draw_norms(found)
-    assert Image.open(io.BytesIO(pictures["png"])).format == "PNG"
-    svg = pictures["svg"].decode()
-    # Bars are the filled rectangles that the axes clip; heights are proportional to the norms.
-    paths = re.findall(r'<path d="M ([^"]*)" clip-path="[^"]*" style="fill: #(?:1f77|ff7f)', svg)
-    heights = []
-    for path in paths:
-        numbers = [float(number) for number in re.findall(r"-?[\d.]+", path)]
-        ys = numbers[1::2]
-        heights.append(max(ys) - min(ys))
-    assert len(heights) == 2 * 2 * 6
-    for half, norm in ((heights[:12], "frobenius"), (heights[12:], "spectral")):
-        expected = [getattr(layer, norm) for layers in found.values() for layer in layers]
+def scaled(run: Path, other: Path, factor: float) -> Path:
+    """Copy a run, its weights multiplied."""
+    shutil.copytree(run, other)
+    with safe_open(run / MODEL, "pt") as opened:
+        weights = {name: factor * opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        safetensors.torch.save_file(weights, other / MODEL, opened.metadata())
+    return other
+
+
+def test_bars_are_as_high_as_the_norms_and_the_same_norms_make_the_same_files(run, tmp_path):
+    other = scaled(run, tmp_path / "two <&>", 1.5)
+    assert cli.main(["norms", str(run), str(other)]) == 0
+    files = [tmp_path / f"norms-{norm}.svg" for norm in ("frobenius", "spectral")]
+    drawn = [file.read_text() for file in files]
+    assert cli.main(["norms", str(run), str(other)]) == 0
+    assert [file.read_text() for file in files] == drawn
+    for svg, norm in zip(drawn, ("frobenius", "spectral"), strict=True):
+        # Bars are the filled rectangles that the axes clip; heights are proportional to the norms.
+        fills = "|".join(COLOURS[name][0].removeprefix("#") for name in ("c0", "c1"))
+        paths = re.findall(rf'<path d="M ([^"]*)" clip-path="[^"]*" style="fill: #(?:{fills})', svg)
+        heights = []
+        for path in paths:
+            numbers = [float(number) for number in re.findall(r"-?[\d.]+", path)]
+            ys = numbers[1::2]
+            heights.append(max(ys) - min(ys))
+        expected = [getattr(layer, norm) for of in (run, other) for layer in read_norms(of)]
         np.testing.assert_allclose(
-            np.array(half) / half[0], np.array(expected) / expected[0], rtol=1e-3
+            np.array(heights) / heights[0], np.array(expected) / expected[0], rtol=1e-3
         )
 
 
@@ -124,7 +128,7 @@ def test_runs_that_cannot_be_compared_or_read_get_one_line(complaint, run, small
     assert "no such run" in complaint("norms", run, tmp_path / "absent")
     (other / MODEL).unlink()
     assert "no trained model in it yet" in complaint("norms", other)
-    assert not (run / NORMS).exists() and not (tmp_path / "norms.png").exists()
+    assert not (run / NORMS).exists() and not (tmp_path / "norms-frobenius.png").exists()
 
 
 def test_weights_that_are_not_finite_are_named(complaint, run):

@@ -12,9 +12,9 @@ from torch import nn
 
 from fastiat import cli, data
 from fastiat.config import EvaluateConfig
-from fastiat.evaluate import read_results
 from fastiat.measuring.autoattack import autoattack
 from fastiat.runs.directory import ModelCard, Run
+from fastiat.runs.results import read_results
 
 CPU = ("--device", "cpu", "--precision", "fp32")
 

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 import fastiat
 from fastiat import cli, data
-from fastiat.analyse import DIAGNOSIS, examine, precise_loss, read_diagnosis
 from fastiat.measuring import verdicts
 from fastiat.measuring.autoattack import Outcome
 from fastiat.measuring.one_pass import fooled
-from fastiat.measuring.verdicts import Finding
+from fastiat.measuring.probe import examine, precise_loss
+from fastiat.measuring.verdicts import DIAGNOSIS, Finding, read_diagnosis
 from fastiat.runs.directory import MODEL, Run
 
 EPS, ALPHA = 0.1, 0.025
@@ -178,7 +178,7 @@ def test_the_step_is_the_one_asked_for_and_longer_only_in_larger_balls(good, ima
         taken[eps] = alpha
         return fooled(*args, eps=eps, alpha=alpha, **more)
 
-    monkeypatch.setattr("fastiat.analyse.fooled", spy)
+    monkeypatch.setattr("fastiat.measuring.probe.fooled", spy)
     examine(fastiat.load(good), images.take(torch.arange(8)), eps=0.04, alpha=0.003)
     assert taken == pytest.approx({0.04: 0.003, 0.08: 0.01, 0.16: 0.02, 0.32: 0.04, 1: 0.125})
 
@@ -191,7 +191,7 @@ def test_autoattacks_error_is_compared_and_its_version_kept(run, monkeypatch):
         asked.append((len(split), eps, config.norm, config.seed, config.precision))
         return Outcome(of(19, 20))
 
-    monkeypatch.setattr("fastiat.analyse.run_autoattack", stand_in)
+    monkeypatch.setattr("fastiat.measuring.probe.run_autoattack", stand_in)
     flags = ("--limit", "20", "--seed", "5", "--norm", "l2", "--device", "cpu", "--autoattack")
     assert cli.main(["diagnose", str(run), *flags]) == 0
     assert asked == [(20, 0.03, "l2", 5, "fp32")]

@@ -15,8 +15,9 @@ import fastiat
 from fastiat import cli, data
 from fastiat.attack import pgd
 from fastiat.config import EvaluateConfig
-from fastiat.evaluate import Rate, evaluate
+from fastiat.evaluate import evaluate
 from fastiat.runs.directory import MODEL, Run
+from fastiat.runs.results import Rate
 
 CPU = ("--device", "cpu", "--precision", "fp32")
 

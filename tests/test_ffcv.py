@@ -14,12 +14,13 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from fastiat import cli, data, evaluate
+from fastiat import cli, data
 from fastiat.config import EvaluateConfig, TrainConfig
 from fastiat.data import Shard, choose_loader, make_loader
 from fastiat.engine import device
 from fastiat.images import beton, convert, ffcv_batches
 from fastiat.images import ffcv as ffcv_package
+from fastiat.measuring.jobs import open_jobs
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer
 
@@ -345,7 +346,7 @@ def test_what_does_not_fit_is_converted_by_itself(tmp_path, monkeypatch, trained
     # As if digits were too large for the device.
     monkeypatch.setattr(data, "fits", lambda *_, **__: False)
     config = EvaluateConfig(runs=(str(trained),), device="cpu")
-    (job,) = evaluate.prepare(evaluate.open_runs(config), config)
+    (job,) = open_jobs(config)
     assert job.dataset.stored and job.dataset.fingerprint() == DIGITS.fingerprint()
     assert Trainer(CONFIG, DIGITS).loader.kind == "ffcv"
 

@@ -12,10 +12,16 @@ from fastiat import data
 from fastiat.attack import Starts, fgsm, pgd, start_in_ball
 from fastiat.config import EvaluateConfig
 from fastiat.measuring import one_pass as measure
-from fastiat.measuring.one_pass import error_rates, fooled
+from fastiat.measuring.one_pass import fooled
+from fastiat.runs.results import Rate
 from fastiat.system.errors import InputError
 
 EPS, ALPHA = 0.1, 0.02
+
+
+def error_rates(*args, **settings) -> dict[str, Rate]:
+    found = fooled(*args, **settings)
+    return {name: Rate(int(wrong.sum()), len(wrong)) for name, wrong in found.items()}
 
 
 def config(**settings) -> EvaluateConfig:

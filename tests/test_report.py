@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fastiat import cli, report
-from fastiat.analyse import Finding, write_diagnosis
+from fastiat.measuring.verdicts import Finding, write_diagnosis
 from fastiat.page import charts, figures
 from fastiat.page.figures import COLOURS, Series
 from fastiat.paper import compare

@@ -10,9 +10,9 @@ import torch
 
 from fastiat import __version__, cli
 from fastiat.config import EvaluateConfig
-from fastiat.evaluate import Rate, evaluate, read_results
+from fastiat.evaluate import evaluate
 from fastiat.runs.directory import MODEL, Run, load_with_card
-from fastiat.runs.results import EVALUATION, IDENTITY, fingerprint
+from fastiat.runs.results import EVALUATION, IDENTITY, Rate, fingerprint, read_results
 
 CPU = ("--device", "cpu", "--precision", "fp32", "--limit", "60")
 

@@ -14,8 +14,9 @@ import fastiat
 from fastiat import cli, data
 from fastiat.attack import pgd
 from fastiat.config import SweepConfig, TransferConfig
-from fastiat.evaluate import Rate, read_results, sweep, transfer
+from fastiat.evaluate import sweep, transfer
 from fastiat.runs.directory import CONFIG, METRICS, MODEL, Run, load_with_card
+from fastiat.runs.results import Rate, read_results
 
 CPU = ("--device", "cpu", "--precision", "fp32")
 

@@ -1,7 +1,7 @@
-"""AutoAttack (Croce & Hein 2020) by its authors' code, as the package pyautoattack has it.
+"""AutoAttack (Croce & Hein 2020) by its authors' code, from the package pyautoattack.
 
-Its standard version: APGD-CE, targeted APGD-DLR, targeted FAB and Square, each on the images that
-the ones before left standing.
+The standard version has four attacks: APGD-CE, targeted APGD-DLR, targeted FAB and Square. Each
+attacks only the images that the ones before have not fooled.
 """
 
 import copy
@@ -27,7 +27,7 @@ from fastiat.system.ranks import ranks
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 TARGETS = 9
-"""Wrong classes that the targeted attacks try, where there are as many."""
+"""Wrong classes that the targeted attacks try, at most."""
 
 
 @dataclass
@@ -35,11 +35,11 @@ class Outcome:
     """What AutoAttack did to a split."""
 
     fooled: Tensor
-    """(N,) bool, on the CPU: misclassified as they are, or after any attack."""
+    """(N,) bool, on the CPU: misclassified without an attack, or after any attack."""
     errors_after: dict[str, int] = field(default_factory=dict)
-    """Misclassified images after each attack and those before it; "none" is the clean error."""
+    """Misclassified images after each attack and all before it; "none" is without an attack."""
     warnings: list[str] = field(default_factory=list)
-    """What the library found suspicious about the model."""
+    """The library's warnings about the model, each once."""
 
 
 def library_version() -> str:
@@ -70,22 +70,24 @@ def autoattack(
     config: MeasureConfig,
     skip: Tensor | None = None,
 ) -> Outcome:
-    """Return what the standard attacks of radius `eps` do to `model` on `split`, in fp32.
+    """Run the four attacks with radius `eps` on `model`, in fp32, and return their outcome.
 
-    skip: (N,) bool, on the CPU: images to count as fooled without an attack.
-    The norm, seed, batch size and device are `config`'s; examples are those of one call of the
-    library on all images with this batch size. The ranks of a job share the batches.
+    skip: (N,) bool, on the CPU: images that are counted as fooled and not attacked.
+
+    Norm, seed, batch size and device are taken from `config`. The examples are those of one call of
+    the library on all images with this batch size. The ranks of a job share the batches. Raises
+    `InputError` where the library is missing.
     """
     library_version()
     import pyautoattack
     from pyautoattack.checks import check_square_sr
 
     device = pick_device(config.device)
-    # The library takes views, for which everything must be in torch's default layout.
+    # The library calls `view`, which needs tensors in torch's default memory format.
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     model = model.eval().requires_grad_(False)
     norm = {"linf": "Linf", "l2": "L2"}[config.norm]
-    job, size = ranks(), config.batch_size or default_batch(split.shape[-1])
+    group, size = ranks(), config.batch_size or default_batch(split.shape[-1])
 
     def pixels(index: Tensor) -> Tensor:
         images = split.take(index).images.permute(0, 3, 1, 2)
@@ -93,7 +95,8 @@ def autoattack(
 
     outcome = Outcome(torch.zeros(len(split), dtype=torch.bool) if skip is None else skip.clone())
     cuda = [device] if device.type == "cuda" else []
-    with _warnings() as warned, torch.random.fork_rng(cuda):  # it seeds torch's own generator
+    # The library seeds torch's global generators: `fork_rng` puts their states back.
+    with _warnings() as warned, torch.random.fork_rng(cuda):
         adversary = pyautoattack.AutoAttack(
             model, norm=norm, eps=eps, seed=config.seed, device=device, version="standard"
         )
@@ -105,53 +108,55 @@ def autoattack(
                 targets = min(TARGETS, model(pixels(left[:1])).shape[1] - 1)
                 adversary.apgd_targeted.n_target_classes = targets
                 adversary.fab.n_target_classes = targets
-            # Splitting no images would give one batch of none, which the library cannot take.
+            # `split` of an empty tensor gives one empty batch, which the library cannot attack.
             batches = left.split(size) if len(left) else ()
             wrong = torch.zeros(len(split), dtype=torch.uint8)
-            with Progress(text, len(left), share=job.count) as progress:
-                # Each is attacked from the seed, so that it does not matter who has which.
-                for index in batches[job.rank :: job.count]:
+            with Progress(text, len(left), share=group.count) as progress:
+                # The library seeds itself anew for every batch, so that the result does not depend
+                # on which rank attacks it.
+                for index in batches[group.rank :: group.count]:
                     x, y = pixels(index), split.labels[index].to(device)
                     if name != "none":
                         x, _ = adversary.run_standard_evaluation(x, y, batch_size=len(y))
                     with torch.no_grad():
                         wrong[index] = (~correct(model(x), y)).to("cpu", torch.uint8)
                     progress.advance(len(y))
-            outcome.fooled |= job.all_reduce_sum_(wrong).bool()
+            outcome.fooled |= group.all_reduce_sum_(wrong).bool()
             outcome.errors_after[name] = int(outcome.fooled.sum())
         accuracy = {name: 1 - n / len(split) for name, n in outcome.errors_after.items()}
         check_square_sr(accuracy, logger=logging.getLogger("auto-attack"))
-    said = [json.loads(text) for text in job.gather(json.dumps(warned))]
-    first: dict[str, str] = {}
-    for warning in chain.from_iterable(said):
-        first.setdefault(_words(warning), warning)
-    outcome.warnings = list(first.values())
+    # Every rank has the warnings of its own batches; in the order of the ranks, all agree.
+    gathered = [json.loads(text) for text in group.gather(json.dumps(list(warned.values())))]
+    unique: dict[str, str] = {}
+    for warning in chain.from_iterable(gathered):
+        unique.setdefault(_without_numbers(warning), warning)
+    outcome.warnings = list(unique.values())
     return outcome
 
 
-def _words(text: str) -> str:
-    """Return what a warning says, whatever its numbers."""
+def _without_numbers(text: str) -> str:
     return re.sub(r"\d+", "", text)
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Collect what the library would print to stderr once a batch: each of its warnings once."""
+def _warnings() -> Iterator[dict[str, str]]:
+    """Collect the warnings that the library would print after every batch.
+
+    Yields {warning without its numbers: the first with these words}.
+    """
     found: dict[str, str] = {}
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             text = record.getMessage().partition(" See flags_doc.md")[0]
-            found.setdefault(_words(text), text)
+            found.setdefault(_without_numbers(text), text)
 
     logger, handler = logging.getLogger("auto-attack"), Collect(logging.WARNING)
-    warned: list[str] = []
     propagate = logger.propagate
     logger.addHandler(handler)
     logger.propagate = False
     try:
-        yield warned
+        yield found
     finally:
         logger.propagate = propagate
         logger.removeHandler(handler)
-        warned.extend(found.values())

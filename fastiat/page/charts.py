@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastiat.analyse import WeightNorms, read_norms
+from fastiat.measuring.norms import WeightNorms, read_norms
 from fastiat.page import figure1, figures
 from fastiat.page.figures import Picture, Series
 from fastiat.paper.compare import Comparison

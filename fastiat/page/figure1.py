@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from fastiat.measuring.norms import WeightNorms
 from fastiat.page import figures
 from fastiat.page.figures import Picture, colour_of
 from fastiat.paper.published import ROWS
@@ -20,18 +21,7 @@ PAPER = (
 )
 
 
-class Norms(Protocol):
-    """The norms of one weight: `fastiat.analyse.WeightNorms`, which is above this file."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def frobenius(self) -> float: ...
-    @property
-    def spectral(self) -> float: ...
-
-
-Trainings = Mapping[str, Sequence[Sequence[Norms]]]
+Trainings = Mapping[str, Sequence[Sequence[WeightNorms]]]
 """{title: for every seed, the norms of every weight}; all have the same weights in one order."""
 
 
@@ -43,7 +33,7 @@ class Spread(NamedTuple):
     highest: float
 
 
-def over_seeds(runs: Sequence[Sequence[Norms]], kind: str) -> dict[str, Spread]:
+def over_seeds(runs: Sequence[Sequence[WeightNorms]], kind: str) -> dict[str, Spread]:
     """Return {weight: its norm over the seeds}; `kind` is one of `KINDS`."""
     found = {}
     for same in zip(*runs, strict=True):

@@ -1,0 +1,228 @@
+"""A network to measure and its images: loading both, and writing the results."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastiat import data
+from fastiat.config import EvaluateConfig, MeasureConfig, TrainConfig
+from fastiat.engine.device import pick_device, pick_precision
+from fastiat.images.downloads import DOWNLOADS
+from fastiat.measuring.autoattack import check_classes, library_version
+from fastiat.measuring.one_pass import default_batch
+from fastiat.runs.directory import MODEL, ModelCard, Run, load_with_card
+from fastiat.runs.results import Rate, add_results, figures, fingerprint, provenance, read_results
+from fastiat.system.errors import InputError, printable_lines
+from fastiat.system.ranks import ranks
+from fastiat.system.settings import steps_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network to measure, and the images to measure it on."""
+
+    name: str
+    """As it was asked for: a run directory or a model.safetensors."""
+    model: nn.Module
+    card: ModelCard
+    run: Run | None
+    """None for a model.safetensors."""
+    fingerprint: str
+    """Of the weights."""
+    dataset: data.Dataset
+    splits: dict[str, data.Split]
+    """The images of every split to measure, at most --limit of them."""
+    data: str
+    """Fingerprint of the data set."""
+    config: MeasureConfig
+    """The settings of the measurement, with `batch_size` and `alpha` filled in."""
+    batch_size: int
+    """Images attacked at a time: the configuration's, else what fits into memory."""
+    alpha: float
+    """PGD step size: the configuration's, else that of the run's training."""
+
+    @property
+    def settings(self) -> TrainConfig:
+        """The settings of the training, or the defaults where they are not known."""
+        return self.run.config if self.run else TrainConfig()
+
+    @property
+    def writable(self) -> bool:
+        """Whether this process keeps results: one rank does, in a run that is the user's own."""
+        return ranks().first and self.run is not None and os.access(self.run.path, os.W_OK)
+
+    def record(
+        self,
+        kind: str,
+        split: str,
+        attack: str,
+        wrong: Tensor,
+        *,
+        eps: float,
+        started: float,
+        **more: Any,
+    ) -> Rate:
+        """Return the error rate, and add it to the run's metrics.jsonl and evaluation.json.
+
+        wrong: (N,) bool, which images of `split` are misclassified under `attack`.
+        started: `time.monotonic()` at the beginning of the measurement.
+        more: further fields of the entry, or other values of them, see `fastiat.runs.results`.
+        """
+        rate = Rate(int(wrong.sum()), len(wrong))
+        if not self.writable:
+            return rate
+        assert self.run is not None
+        config, device = self.config, pick_device(self.config.device)
+        drawn = len(self.splits[split]) < len(getattr(self.dataset, split))
+        started_at_random = config.random_start and attack not in ("none", "fgsm")
+        library = (
+            {"autoattack": library_version()}
+            if "autoattack" in (attack, *more.get("attacks", ()))
+            else {}
+        )
+        entry = {
+            "kind": kind,
+            "dataset": self.dataset.name,
+            "data": self.data,
+            "split": split,
+            "attack": attack,
+            "eps": eps,
+            "alpha": self.alpha,
+            "steps": None if attack in ("worst", "autoattack") else steps_of(attack),
+            "norm": config.norm,
+            "loss": config.attack_loss,
+            "restarts": config.restarts,
+            "random_start": config.random_start,
+            "precision": pick_precision(config.precision, device),
+            "seed": config.seed if drawn or started_at_random or attack == "autoattack" else None,
+            "batch_size": self.batch_size,
+            "model": self.fingerprint,
+            **figures(rate),
+            **more,
+            **provenance(device, time.monotonic() - started, **library),
+        }
+        # A resume after a kill measures again: the same figures must not become a second row.
+        if not self.run.has_row({k: v for k, v in entry.items() if k != "seconds"}):
+            self.run.log(**entry)
+        add_results(self.run.path, [entry])
+        return rate
+
+    def log_line(self, text: str) -> None:
+        """Print a text, and add it to the run's stdout.log where results are kept."""
+        if self.writable:
+            assert self.run is not None
+            self.run.log_line(text)
+        else:
+            print(printable_lines(text), flush=True)
+
+
+def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
+    """Load the networks of `config.runs` and the images to measure each of them on.
+
+    Everything is loaded and checked before anything is measured, so that no measurement is lost
+    because another run is missing. With `same_data`, all have the images of the first run. Raises
+    `InputError` for a network or images that are missing or damaged or do not fit each other.
+    """
+    device = pick_device(config.device)
+    with_autoattack = isinstance(config, EvaluateConfig) and config.autoattack
+    if with_autoattack:
+        library_version()
+    opened = {name: _open(name, device) for name in dict.fromkeys(config.runs)}
+    if with_autoattack:
+        for name, (_, card, _) in opened.items():
+            check_classes(name, card.num_classes)
+    # Runs on the same images share one data set; a fingerprint reads all of its images.
+    load, fingerprint_of = cache(data.load), cache(data.Dataset.fingerprint)
+    first = next(iter(opened.values()))
+    jobs = []
+    for name, (model, card, run) in opened.items():
+        source = first[2] if same_data else run
+        dataset = _load_data(name, config, source.config if source else None, load)
+        check_fit(name, card, dataset)
+        splits = {split: getattr(dataset, split) for split in config.splits}
+        for split, images in splits.items():
+            if config.limit is not None and config.limit < len(images):
+                splits[split] = data.draw(images, config.limit, config.seed)
+        own = run.config if run else None
+        size = config.batch_size or default_batch(card.image_size, own.batch_size if own else None)
+        alpha = (own or TrainConfig()).alpha if config.alpha is None else config.alpha
+        jobs.append(
+            Job(
+                name=name,
+                model=model,
+                card=card,
+                run=run,
+                fingerprint=fingerprint(run.path / MODEL if run else Path(name)),
+                dataset=dataset,
+                splits=splits,
+                data=fingerprint_of(dataset),
+                config=replace(config, batch_size=size, alpha=alpha),
+                batch_size=size,
+                alpha=alpha,
+            )
+        )
+    return jobs
+
+
+def _open(name: str, device: torch.device) -> tuple[nn.Module, ModelCard, Run | None]:
+    model, card = load_with_card(name, device)
+    if not Path(name).is_dir():
+        return model, card, None
+    run = Run.open(Path(name))
+    if (card.arch, run.config.width or card.width) != (run.config.arch, card.width):
+        raise InputError(
+            f"{name} holds the model of another run, {card.arch} of width {card.width}: "
+            f"put its own {MODEL} back, or evaluate that file by its name"
+        )
+    read_results(run.path)  # refuses a damaged file before anything is measured for it
+    return model, card, run
+
+
+def _load_data(
+    name: str, config: MeasureConfig, own: TrainConfig | None, load: Callable[..., data.Dataset]
+) -> data.Dataset:
+    """Load the data set to measure on: the configuration's, else that of the training `own`."""
+    dataset_name, data_dir = config.dataset or (own.dataset if own else None), config.data_dir
+    if dataset_name is None:
+        raise InputError(f"{name} is a model without its run: say which images with --dataset")
+    # The run's folder has its own data set; downloaded ones may share a folder.
+    if (
+        data_dir is None
+        and own
+        and (dataset_name == own.dataset or {dataset_name, own.dataset} <= DOWNLOADS.keys())
+    ):
+        data_dir = own.data_dir
+    # A stranger's config.json must not choose a folder to download to.
+    fetch = data_dir is None or config.data_dir is not None
+    dataset = load(dataset_name, data_dir, loader=own.loader if own else "auto", fetch=fetch)
+    dataset, *_ = data.convert_if_needed(dataset, "auto", pick_device(config.device))
+    return dataset
+
+
+def check_fit(name: str, card: ModelCard, dataset: data.Dataset) -> None:
+    """Raise `InputError` unless the network takes these images and knows these classes."""
+    wanted = (card.in_channels, card.image_size, card.image_size)
+    if dataset.test.shape != wanted:
+        raise InputError(
+            f"{name} takes images of (channels, height, width) {wanted}, "
+            f"but those of {dataset.name} are {dataset.test.shape}: convert them, or choose "
+            f"other images with --dataset and --data-dir"
+        )
+    if dataset.classes != card.classes:
+        raise InputError(
+            f"{name} tells {class_names(card.classes)} apart, "
+            f"but {dataset.name} has {class_names(dataset.classes)}: "
+            f"choose images of its classes with --dataset and --data-dir"
+        )
+
+
+def class_names(classes: tuple[str, ...]) -> str:
+    """Return the number of classes and the names of the first few."""
+    return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})"
