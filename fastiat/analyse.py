@@ -42,15 +42,15 @@ from fastiat.measuring import verdicts
 from fastiat.measuring.autoattack import autoattack as run_autoattack
 from fastiat.measuring.autoattack import check_classes, library_version
 from fastiat.measuring.one_pass import default_batch, fooled, within_memory
-from fastiat.models import correct, to_pixels
+from fastiat.models import ModelCard, correct, to_pixels
 from fastiat.page.figures import drawable
-from fastiat.runs.directory import ModelCard, Run, load_with_card
+from fastiat.runs.directory import Run, load_with_card
 from fastiat.runs.results import provenance
 from fastiat.system.errors import InputError, printable
-from fastiat.system.files import check_place, finite_json, write
+from fastiat.system.files import check_place, write
 from fastiat.system.progress import Progress
-from fastiat.system.settings import expanded, from_json
-from fastiat.system.untrusted import read_json_text
+from fastiat.system.settings import expanded
+from fastiat.system.untrusted import read_as
 
 NORMS, DIAGNOSIS = "norms.json", "diagnosis.json"
 Verdict = Literal["pass", "warn", "fail", "not done"]
@@ -228,15 +228,7 @@ def _json(rows: Sequence[Any]) -> bytes:
 def _read(file: Path, kind: type[T]) -> list[T]:
     if not file.exists():
         return []
-    try:
-        rows = finite_json(read_json_text(file))
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise InputError("it is not a list of JSON objects")
-        return [from_json(kind, row) for row in rows]
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    except (ValueError, TypeError, RecursionError):
-        raise InputError(f"{file} is damaged: remove it and make it again") from None
+    return read_as(file, list[kind], "remove it and make it again")  # type: ignore[valid-type]
 
 
 def _check(name: str, layers: list[WeightNorms]) -> list[WeightNorms]:

@@ -29,8 +29,8 @@ from fastiat.images import convert
 from fastiat.images.downloads import SOURCES
 from fastiat.measuring.autoattack import ATTACKS, autoattack, check_classes, library_version
 from fastiat.measuring.one_pass import default_batch, error_rates, fooled, title, within_memory
-from fastiat.models import correct, to_pixels
-from fastiat.runs.directory import MODEL, ModelCard, Run, load_with_card
+from fastiat.models import ModelCard, correct, to_pixels
+from fastiat.runs.directory import MODEL, Run, load_with_card
 from fastiat.runs.results import Rate, add_results, figures, fingerprint, provenance, read_results
 from fastiat.system.errors import InputError, printable_lines
 from fastiat.system.progress import Progress

@@ -14,7 +14,8 @@ from fastiat import cli, data
 from fastiat.config import EvaluateConfig
 from fastiat.evaluate import read_results
 from fastiat.measuring.autoattack import autoattack
-from fastiat.runs.directory import ModelCard, Run
+from fastiat.models import ModelCard
+from fastiat.runs.directory import Run
 
 CPU = ("--device", "cpu", "--precision", "fp32")
 

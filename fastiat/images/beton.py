@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastiat.system.errors import InputError
-from fastiat.system.settings import expanded, from_json
+from fastiat.system.settings import expanded, validated
 
 # FFCV's own types, `ffcv.types` and the metadata of its RGB image and integer fields.
 HEADER = np.dtype(
@@ -242,10 +242,7 @@ def _open(path: Path, file: IO[bytes]) -> Beton:
 
 def _card(path: Path, text: bytes, n: int) -> Card:
     try:
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise InputError("it is not a JSON object")
-        card: Card = from_json(Card, values)
+        card: Card = validated(json.loads(text), Card)
     except (InputError, ValueError, RecursionError, TypeError) as error:
         raise refusal(path, f"its card is damaged ({str(error)[:60]})") from None
     good = (

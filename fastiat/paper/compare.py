@@ -26,9 +26,9 @@ from fastiat.runs.results import (
     wilson,
 )
 from fastiat.system.errors import InputError, printable
-from fastiat.system.files import finite_json, write
+from fastiat.system.files import write
 from fastiat.system.settings import fits, flag_of
-from fastiat.system.untrusted import read_json_text
+from fastiat.system.untrusted import read_json
 
 HEAD = ("row", "measure", "paper", "ours", "difference", "95 % interval")
 
@@ -97,7 +97,7 @@ class Comparison:
 def read(file: Path) -> Comparison:
     """Read what `Comparison.write` wrote as JSON; raise `InputError` for anything else."""
     try:
-        values = finite_json(read_json_text(file))
+        values = read_json(file)
         lines = tuple(_build(Line, line) for line in values["lines"])
         return _build(Comparison, {**values, "lines": lines})
     except (ValueError, TypeError, KeyError, RecursionError):

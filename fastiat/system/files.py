@@ -1,15 +1,10 @@
-"""Files of ours: written whole or not at all, JSON lines, and where a file may be put."""
+"""Writing files whole or not at all, and checking where a file can be written."""
 
 import errno
-import io
-import json
-import math
 import os
 from pathlib import Path
-from typing import Any
 
 from fastiat.system.errors import InputError
-from fastiat.system.untrusted import LARGEST_ROW, is_endless
 
 
 def no_link(file: str, flags: int) -> int:
@@ -65,57 +60,6 @@ def _keep(file: Path, older: Path) -> None:
     os.replace(beside, older)
     # The system leaves both names where they were the same file already.
     beside.unlink(missing_ok=True)
-
-
-def drop_cut_line(file: Path) -> None:
-    """Cut a file after its last whole line."""
-    try:
-        with open(file, "r+b", opener=no_link) as opened:
-            end = opened.seek(0, os.SEEK_END)
-            opened.seek(max(end - 1, 0))
-            if opened.read(1) in (b"", b"\n"):
-                return
-            opened.seek(0)
-            opened.truncate(opened.read().rfind(b"\n") + 1)
-    except FileNotFoundError:
-        pass
-
-
-def lines_of(file: Path) -> list[str]:
-    """Return the lines of a file, with their ends, or nothing if it is not there.
-
-    Raises `InputError` for a pipe or a device.
-    """
-    if is_endless(file):
-        raise InputError(f"{file} is a pipe or a device: remove it")
-    # Only "\n" ends a line: `str.splitlines` knows more.
-    text = file.read_text(errors="replace") if file.exists() else ""
-    return list(io.StringIO(text, newline="\n"))
-
-
-def row_of(line: str) -> dict[str, Any] | None:
-    """Read a line of metrics.jsonl, or return None if it is damaged."""
-    try:
-        row = json.loads(line) if len(line) <= LARGEST_ROW else None
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and line.endswith("\n") else None
-
-
-def finite_json(text: str) -> Any:
-    """Read JSON; raise `ValueError` also for NaN, infinity and numbers too large for a float."""
-
-    def number(word: str) -> float:
-        value = float(word)
-        if not math.isfinite(value):
-            raise ValueError(f"{word[:20]} is not finite")
-        return value
-
-    def whole(word: str) -> int:
-        number(word)
-        return int(word)
-
-    return json.loads(text, parse_constant=number, parse_float=number, parse_int=whole)
 
 
 def check_place(file: Path) -> None:

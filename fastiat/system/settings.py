@@ -11,7 +11,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache
@@ -41,8 +41,6 @@ class Settings:
     """The headings of `--help`, each keyed by the first field under it."""
     bare: ClassVar[dict[str, Any]] = {}
     """Values of the fields whose flag can stand without any."""
-    added: ClassVar[tuple[str, ...]] = ()
-    """Fields that files of earlier versions lack; they then have their defaults."""
 
     def __post_init__(self) -> None:
         """Take what Python callers write for a field's type (`converted`); expand `~` in paths."""
@@ -238,20 +236,30 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def from_json(kind: type[Any], values: dict[str, Any]) -> Any:
-    """Rebuild a configuration written as JSON, refusing fields it does not know and wrong types.
+def validated(values: Any, kind: Any, name: str = "it") -> Any:
+    """Return `values`, parsed from JSON, as `kind`: a dataclass, or a list or tuple of one.
 
-    Raises `InputError` that names the field.
+    The JSON must have every field of the dataclass and no other, each of its annotated type. A JSON
+    list becomes a tuple where the annotation is one, and dataclasses may be nested. Raises
+    `InputError` for the first value that is wrong; the message calls the whole `name`.
     """
-    hints = hints_of(kind)
-    for name in values:
-        if name not in hints:
-            raise InputError(f"unknown setting {name[:50]!r}; was it written by another version?")
-    turned = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for name, value in turned.items():
-        if not fits(value, hints[name]):
-            raise InputError(f"setting {name!r} cannot be {repr(value)[:50]}")
-    return kind(**turned)
+    if get_origin(kind) in (list, tuple) and isinstance(values, list):
+        return get_origin(kind)(validated(value, get_args(kind)[0], name) for value in values)
+    if isinstance(kind, type) and is_dataclass(kind):
+        if not isinstance(values, dict):
+            raise InputError(f"{name} is not a JSON object")
+        hints = hints_of(kind)
+        for field in (*values, *hints):
+            if field not in hints:
+                raise InputError(f"{name} has the unknown field {field[:50]!r}")
+            if field not in values:
+                raise InputError(f"{name} lacks the field {field!r}")
+        return kind(**{f: validated(values[f], hint, repr(f)) for f, hint in hints.items()})
+    # `converted` does not apply: it accepts text such as "8/255" for a number.
+    value = tuple(values) if isinstance(values, list) and fits(tuple(values), kind) else values
+    if not fits(value, kind):
+        raise InputError(f"{name} cannot be {repr(value)[:50]}")
+    return value
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -260,6 +268,11 @@ def fits(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(fits(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) is dict:
+        key, item = get_args(hint)
+        return isinstance(value, dict) and all(
+            fits(k, key) and fits(v, item) for k, v in value.items()
+        )
     if get_args(hint):
         return any(fits(value, option) for option in get_args(hint))
     if hint is float:
