@@ -20,7 +20,7 @@ from fastiat.runs import metrics
 from fastiat.runs.lock import Lock, alone, check_unused
 from fastiat.runs.weights import EXPECTED, pack_model, pack_state, read_model, read_state
 from fastiat.system.errors import Damaged, InputError, one_line, printable_lines
-from fastiat.system.files import no_link, write
+from fastiat.system.files import check_writable, no_link, write
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import expanded, flag_of, is_beton
 from fastiat.system.untrusted import kind_of, read_as
@@ -239,16 +239,13 @@ class Run:
         for file in (self.path / STATE, self.path / PREVIOUS):
             try:
                 if not file.exists():
-                    raise Damaged(f"{file} is missing")
-                state = self._read_state(file)
-            except Damaged as error:
-                wrong.append(str(error))
-                continue
-            try:
-                taken = take(state)
+                    raise Damaged("it is missing")
+                taken = take(self._read_state(file))
             except Damaged as error:
                 wrong.append(f"{file}: {error}")
                 continue
+            except InputError as error:
+                raise InputError(f"{file}: {error}") from None
             if wrong and ranks().first:
                 warning = one_line(f"warning: {wrong[0]}; taking {file.name}")
                 print(f"fastiat: {warning}", file=sys.stderr)
@@ -260,12 +257,12 @@ class Run:
         state = read_state(file)
         config = state.get("config")
         if not isinstance(config, dict):
-            raise Damaged(f"{file} is not a checkpoint of fastiat")
+            raise Damaged("it is not a checkpoint of fastiat")
         difference = _difference(_settings(self.config), config)
         if difference:
             name, mine, theirs = difference
             raise InputError(
-                f"{file}: it is of another run, with {flag_of(name)} {theirs} instead of {mine}: "
+                f"it is of another run, with {flag_of(name)} {theirs} instead of {mine}: "
                 "put the run's own back"
             )
         return state
@@ -311,11 +308,7 @@ def check_free(path: Path) -> None:
         file.name != LOCK and not file.name.startswith(f".{CONFIG}.") for file in path.iterdir()
     ):
         raise InputError(f"{path} is a folder with other files in it: choose another --out")
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not there.is_dir():
-        raise InputError(f"{there} is a file: choose another --out")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{there} cannot be written to: choose another --out")
+    check_writable(path)
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
@@ -339,7 +332,10 @@ def load_with_card(
         raise InputError(f"{path}: {_why_no_model(path)}")
     if other := kind_of(file):
         raise InputError(f"{file} is {other}, not a model of fastiat: {EXPECTED}")
-    model, card = read_model(file)
+    try:
+        model, card = read_model(file)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return model, card
 

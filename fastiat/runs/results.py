@@ -118,11 +118,11 @@ MEANINGLESS: dict[str, tuple[str, ...]] = {
 }
 """The fields that are null for an attack."""
 Measurement = tuple[Any, ...]
-"""What was measured: the values of the fields of `MEASUREMENT`."""
+"""The values of the fields of `MEASUREMENT`."""
 
 
 def measurement(entry: dict[str, Any]) -> Measurement:
-    """Return what an entry measures. Figures compare where it is the same, and nowhere else."""
+    """Return what an entry measures; only entries with equal measurements may be compared."""
     return tuple(_comparable(entry.get(name)) for name in MEASUREMENT)
 
 
@@ -139,24 +139,21 @@ def _comparable(value: Any) -> Any:
 
 
 def differences(measurements: Iterable[Measurement]) -> dict[Measurement, str]:
-    """Return, for each of several measurements, in what it differs from the others; "" if alone."""
+    """Return, for each of several measurements, text that says how it differs from the others."""
     several = list(dict.fromkeys(measurements))
     differ = [len(set(values)) > 1 for values in zip(*several, strict=True)]
     return {
         one: ", ".join(
             _phrase(name, value)
             for name, value, differs in zip(MEASUREMENT, one, differ, strict=True)
-            if differs and name not in _TOLD_BY_OTHERS
+            if differs and name != "steps"  # the attack's name has them: pgd-20
         )
         for one in several
     }
 
 
-_TOLD_BY_OTHERS = ("steps",)  # by the attack's name
-
-
 def _phrase(name: str, value: Any) -> str:
-    """Write the value of a field of `MEASUREMENT` so that two different values read differently."""
+    """Write a field of `MEASUREMENT`; different values give different texts."""
     title = {"random_start": "random start", "source_model": "source", "n": "images"}.get(
         name, name
     )
@@ -196,12 +193,15 @@ class Rate:
         return wilson(self.errors / self.n, self.n)
 
     def __str__(self) -> str:
-        """Write the percentage and how far its interval reaches."""
+        """Write the percentage and the distance to the farther end of its interval."""
         return f"{self.percent:.2f}±{max(abs(end - self.percent) for end in self.interval()):.2f}"
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval in percent (Wilson 1927) of a share, 0 to 1, of `n` images."""
+    """Return the 95 % confidence interval, in percent, of a share in [0, 1] of `n` images.
+
+    It is the score interval of Wilson (1927), which stays within 0 to 100.
+    """
     z = 1.959964
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -211,8 +211,8 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def read_results(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the entries of a run's evaluation.json, oldest first; [] if there are none.
 
-    This module's docstring lists their fields. What was measured on weights that the run no longer
-    has is left out. Raises `InputError` for a file that fastiat did not write.
+    `Entry` documents their fields. Entries of weights that the run no longer has are left out.
+    Raises `InputError` for a file that fastiat did not write.
     """
     run_dir = Path(expanded(run_dir))
     model = run_dir / MODEL
@@ -237,7 +237,7 @@ def add_results(run_dir: Path, entries: Iterable[dict[str, Any]]) -> None:
         for entry in new:
             kept.pop(_identity(entry), None)
             kept[_identity(entry)] = entry
-        # An entry a line: diffs and eyes can follow.
+        # One entry on each line, so that diffs are readable.
         lines = ",\n".join(json.dumps(entry) for entry in kept.values())
         write(run_dir / EVALUATION, f"[\n{lines}\n]\n".encode())
 
@@ -253,7 +253,7 @@ def figures(rate: Rate) -> dict[str, Any]:
 
 
 def provenance(device: torch.device, seconds: float, **versions: str) -> dict[str, Any]:
-    """Return where, with what and in what time a figure was measured, as the fields of an entry."""
+    """Return device, versions and duration of a measurement, as the fields of an entry."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {
         "device": f"{device.type} ({name})",

@@ -9,6 +9,7 @@ types, shapes and positions of the tensors, and text under "__metadata__"), and 
                         that JSON followed by the data section
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -32,15 +33,32 @@ EXPECTED = "name a run directory, or the model.safetensors in one"
 T = TypeVar("T")
 
 
+def _explains_damage(reader: Callable[[Path], T]) -> Callable[[Path], T]:
+    """Have `reader` raise `Damaged` in place of the errors that a damaged file causes.
+
+    An `OSError` passes, as the disk is at fault then, not the file.
+    """
+
+    @functools.wraps(reader)
+    def read(file: Path) -> T:
+        try:
+            return reader(file)
+        except (InputError, OSError):
+            raise
+        # The errors of the library and of our own code at damaged files are too many to list.
+        except Exception as error:
+            reason = printable((str(error).splitlines() or [type(error).__name__])[0])
+            raise Damaged(f"it is damaged or truncated ({reason[:100]})") from None
+
+    return read
+
+
+@_explains_damage
 def read_model(file: Path) -> tuple[nn.Module, ModelCard]:
     """Return the network of a model.safetensors, on the CPU, and its card.
 
     Raises `InputError` for a file that is damaged or holds other weights than its card says.
     """
-    return guarded(file, _read_model)
-
-
-def _read_model(file: Path) -> tuple[nn.Module, ModelCard]:
     metadata, tensors = _unpack(file)
     if "card" not in metadata:
         what = "the training state of a run" if "state" in metadata else "a safetensors file"
@@ -91,15 +109,13 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
     return _pack(tensors, describe)
 
 
+@_explains_damage
 def read_state(file: Path) -> dict[str, Any]:
-    """Return what `pack_state` was given, as far as the file says: forms and ranges are unchecked.
+    """Return the state in a state.safetensors, see `pack_state`.
 
-    Raises `Damaged` for a file that is damaged or not a checkpoint; no code in a file is run.
+    Raises `Damaged` for a file that is damaged or not a checkpoint. Whether names, shapes and
+    values are right is for the caller to check.
     """
-    return guarded(file, _read_state)
-
-
-def _read_state(file: Path) -> dict[str, Any]:
     if is_endless(file):
         raise Damaged("it is a pipe or a device")
     metadata, tensors = _unpack(file)
@@ -171,20 +187,3 @@ def alike(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(alike(one[name], other[name]) for name in other)
     return one is None and other is None
-
-
-def guarded(file: Path, reader: Callable[[Path], T]) -> T:
-    """Call `reader`; turn what a damaged file makes it raise into `Damaged`, which names the file.
-
-    An `OSError` passes: the disk is at fault, not the file.
-    """
-    try:
-        return reader(file)
-    except InputError as error:
-        raise type(error)(f"{file}: {error}") from None
-    except OSError:
-        raise
-    # The library's and our own errors at damaged files are too many to list.
-    except Exception as error:
-        reason = printable((str(error).splitlines() or [type(error).__name__])[0])
-        raise Damaged(f"{file} is damaged or truncated ({reason[:100]})") from None

@@ -127,9 +127,7 @@ _SIGNATURES = {
     b"7z\xbc\xaf": "a 7z archive",
     b"%PDF": "a PDF",
     b"\x80\x02": "a pickle, such as an old PyTorch checkpoint (torch.save)",
-    b"\x80\x03": "a pickle",
-    b"\x80\x04": "a pickle",
-    b"\x80\x05": "a pickle",
+    b"\x80": "a pickle",
 }
 
 
