@@ -41,7 +41,7 @@ def engine_name(request, monkeypatch) -> str:
 
 
 # What an update that is left out may move: the position and the draws.
-MOVES = {"step", "random", "skipped", "order_before_epoch"}
+MOVES = {"step", "random", "skipped", "skipped_in_a_row", "order_before_epoch"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -69,17 +69,15 @@ class Run:
         try:
             path.mkdir(parents=True, exist_ok=True)
             run.lock()
-            try:
-                if (path / CONFIG).exists():
-                    raise InputError(f"{path} has become another's run: choose another --out")
-                write(path / CONFIG, _text(config))
-            except BaseException:
+            if (path / CONFIG).exists():
+                raise InputError(f"{path} now holds a run of another process: choose another --out")
+            write(path / CONFIG, _text(config))
+        except BaseException:
+            if run._lock is not None:
                 (path / LOCK).unlink(missing_ok=True)
                 run.unlock()
-                raise
-        except BaseException:
             for folder in made:
-                with suppress(OSError):
+                with suppress(OSError):  # it is not empty, or was not made
                     folder.rmdir()
             raise
         return run
