@@ -145,7 +145,7 @@ cli.main({["train", *flags, "--checkpoint-every", "0", "--out", str(out)]!r})
 def test_a_kill_between_a_row_and_its_checkpoint_doubles_no_row(whole, tmp_path, monkeypatch):
     never_stopped, flags, steps = whole
     out = tmp_path / "run"
-    original = Run.say
+    original = Run.log_line
 
     def die(self, text):
         original(self, text)
@@ -153,7 +153,7 @@ def test_a_kill_between_a_row_and_its_checkpoint_doubles_no_row(whole, tmp_path,
             raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "say", die)
+        patch.setattr(Run, "log_line", die)
         with pytest.raises(SystemExit):
             cli.main(["train", *flags, "--checkpoint-every", "0", "--out", str(out)])
     assert read_state(out / STATE)["step"] == 2 * steps
