@@ -30,6 +30,7 @@ import timing  # noqa: E402
 from fastiat import cli, data  # noqa: E402
 from fastiat.config import TrainConfig  # noqa: E402
 from fastiat.runs.directory import LOG, METRICS, PREVIOUS, STATE  # noqa: E402
+from fastiat.runs.weights import read_state  # noqa: E402
 from fastiat.system.errors import InputError  # noqa: E402
 from fastiat.train import Trainer  # noqa: E402
 
@@ -193,8 +194,7 @@ def _errors(run: Path) -> dict[str, dict[str, Any]]:
 def _step(run: Path) -> int | None:
     """Return the step of the checkpoint."""
     file = run / STATE
-    load = timing.torch.load
-    return load(file, map_location="cpu", weights_only=True)["step"] if file.exists() else None
+    return read_state(file)["step"] if file.exists() else None
 
 
 def write_report(file: Path, found: dict[str, Any]) -> None:

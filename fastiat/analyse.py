@@ -20,8 +20,9 @@ from fastiat.measuring.norms import WeightNorms, weight_norms, write_norms
 from fastiat.measuring.one_pass import within_memory
 from fastiat.measuring.probe import CROSSING, USUAL_STEPS, examine
 from fastiat.measuring.verdicts import Finding, write_diagnosis
+from fastiat.models import ModelCard
 from fastiat.page import figure1
-from fastiat.runs.directory import ModelCard, Run, load_with_card
+from fastiat.runs.directory import Run, load_with_card
 from fastiat.runs.results import provenance
 from fastiat.system.errors import InputError, printable
 from fastiat.system.files import check_place

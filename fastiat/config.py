@@ -65,7 +65,6 @@ class TrainConfig(Settings):
         "device": "machine",
         "seed": "run",
     }
-    added: ClassVar[tuple[str, ...]] = ("checkpoint_every", "on_nan")
 
     preset: Preset = "paper"
     """Defaults of the other settings: "paper" (section 4.1 of the paper); "authors", the choices of

@@ -7,6 +7,7 @@ the batch at mix point 0 (after standardisation), 1 (after group 1) or 2 (after 
 
 import difflib
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -241,6 +242,33 @@ def build(
         return MLP6(num_classes, in_channels, image_size, width)
     depth = 28 if name == "wrn28_10" else 34
     return WideResNet(depth, num_classes, in_channels, width, authors=variant == "authors")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What `build` needs to rebuild a network around its weights, and the names of its classes."""
+
+    arch: str
+    width: int
+    num_classes: int
+    in_channels: int
+    """Channels of the images."""
+    image_size: int
+    """Side of the images, in pixels."""
+    classes: tuple[str, ...]
+    """A name for each class, in the order of the logits."""
+    variant: str = "standard"
+
+    def build(self) -> Network:
+        """Return a freshly initialised network of this kind."""
+        return build(
+            self.arch,
+            self.num_classes,
+            self.in_channels,
+            self.image_size,
+            self.width,
+            variant=self.variant,
+        )
 
 
 def normalisation_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

@@ -1,10 +1,10 @@
 """Training: Algorithm 1 of the paper, the trainer that repeats it, and the loop over the epochs."""
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from fastiat.config import TrainConfig
 from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
 from fastiat.engine.graphs import Engine, pick_engine, prepare
 from fastiat.mix import Mix
-from fastiat.runs.directory import ModelCard, Onlooker, Run, check_free, default_out
-from fastiat.system.errors import Damaged, InputError, out_of_memory, printable
+from fastiat.models import ModelCard
+from fastiat.runs.directory import Run, check_free, default_out
+from fastiat.system.errors import InputError
 from fastiat.system.progress import Progress, duration
 from fastiat.system.ranks import ranks
 from fastiat.system.signals import SignalInterrupt, check_interrupts
-from fastiat.system.untrusted import alike
 from fastiat.training import rows
+from fastiat.training.checkpoint import Position, checked_position
 from fastiat.training.optimise import learning_rate, make_sgd, move_average
 from fastiat.training.session import Session, explaining_failures
 from fastiat.training.step import Step, running_statistics
@@ -368,98 +369,62 @@ class Trainer:
         return int(self.ranks.all_reduce_sum_(torch.tensor(errors)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resume needs, in types that load without running code."""
+        """Return everything that a resume needs: tensors by name, and the fields of `Position`."""
+        momentum = {
+            name: self.optimizer.state[parameter]["momentum_buffer"]
+            for name, parameter in self.model.named_parameters()
+            if self.config.momentum
+        }
+        position = Position(
+            step=self.step,
+            ranks=self.ranks.count,
+            data=self.fingerprint,
+            best=self.best,
+            validated_epochs=self.validated_epochs,
+            seconds=self.seconds,
+            skipped=self.skipped,
+            skipped_in_a_row=self.skipped_in_a_row,
+        )
         return {
-            "step": self.step,
-            "ranks": self.ranks.count,
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "momentum": momentum,
             "random": {name: generator.get_state() for name, generator in self.random.items()},
             "order_before_epoch": self.order_before_epoch,
             "totals": self.totals,
-            "best": self.best,
-            "validated_epochs": self.validated_epochs,
-            "seconds": self.seconds,
-            "skipped": [self.skipped, self.skipped_in_a_row],
-            "data": self.fingerprint,
+            **asdict(position),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
+        """Take over what `state_dict` returned, in full or not at all.
 
-        Raises `InputError` if it is of other data, `Damaged` if it is not of this network.
+        Raises `InputError` for a state of other data, and `Damaged` for one that does not fit.
         """
-        if state.get("data") != self.fingerprint:
-            raise InputError("the data set is not the one that this run was started with")
-        ranks = state.get("ranks", 1)
-        if type(ranks) is not int:
-            raise Damaged("the checkpoint does not say of how many processes it is")
-        if ranks != self.ranks.count:
-            raise InputError(
-                f"it is a training of {ranks} process{'es' * (ranks != 1)}, not of "
-                f"{self.ranks.count}: start as many, "
-                + ("without torchrun" if ranks == 1 else f"say torchrun --nproc-per-node {ranks}")
-            )
         own = self.state_dict()
-        try:
-            for name in ("model", "average", "random", "order_before_epoch", "totals"):
-                if not alike(state[name], own[name]):
-                    raise ValueError(f"its {name} has another form")
-            if not alike(state["optimizer"]["state"], own["optimizer"]["state"]):
-                raise ValueError("its momentum has another form")
-            self.model.load_state_dict(state["model"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            # What follows from the settings is not taken from the file.
-            momentum = state["optimizer"]["state"]
-            self.optimizer.load_state_dict(own["optimizer"] | {"state": momentum})
-            for group in self.optimizer.param_groups:
-                group.update(lr=self.lr_tensor, fused=True)
-            # It has captured the momentum that was just replaced.
-            self.__dict__.pop("fast_step", None)
-            for name, generator in self.random.items():
-                generator.set_state(state["random"][name])
-            torch.Generator().set_state(state["order_before_epoch"])
-            self.order_before_epoch = state["order_before_epoch"]
-            self.totals.copy_(state["totals"])
-            self.step, self.best = state["step"], state["best"]
-            best = self.best and {name: type(value) for name, value in self.best.items()}
-            if type(self.step) is not int or best not in (None, {"epoch": int, "errors": int}):
-                raise TypeError("its step or best epoch is no number")
-            if self.step:  # as the last update left it
-                self.lr_tensor.fill_(self.lr)
-            self.validated_epochs, self.seconds = (
-                int(state["validated_epochs"]),
-                float(state["seconds"]),
-            )
-            there = 0 <= self.step <= self.config.epochs * len(self.loader)
-            if not (
-                there
-                and 0 <= self.epoch - self.validated_epochs <= 1
-                and 0 <= self.seconds < math.inf
-            ):
-                raise ValueError("its position lies outside of the training")
-            if self.best and not 0 <= self.best["epoch"] <= self.epoch:
-                raise ValueError("its best epoch is still to come")
-            # Earlier versions left none out; one that stops at the first has none in a row.
-            skipped, in_a_row = map(int, state.get("skipped", (0, 0)))
-            if not 0 <= skipped < len(self.loader):
-                raise ValueError("it has left out more updates than an epoch has")
-            self.skipped = skipped
-            self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
-        except (
-            LookupError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:
-            if out_of_memory(error):
-                raise
-            reason = printable((str(error).splitlines() or [type(error).__name__])[0])
-            raise Damaged(f"the checkpoint is not of this network ({reason[:100]})") from None
+        position = checked_position(
+            state,
+            own,
+            epochs=self.config.epochs,
+            steps_per_epoch=len(self.loader),
+            generators=self.random,
+        )
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        for name, buffer in own["momentum"].items():
+            buffer.copy_(state["momentum"][name])
+        for name, generator in self.random.items():
+            generator.set_state(state["random"][name])
+        self.order_before_epoch = state["order_before_epoch"]
+        self.totals.copy_(state["totals"])
+        # A captured update holds the generators as they were when it was captured.
+        self.__dict__.pop("fast_step", None)
+        self.step, self.best = position.step, position.best
+        self.validated_epochs, self.seconds = position.validated_epochs, position.seconds
+        self.skipped = position.skipped
+        # With --on-nan stop no update is skipped, whatever the checkpoint counted with "skip".
+        in_a_row = position.skipped_in_a_row
+        self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
 
 
 def _check_batch_of_one(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> None:
@@ -489,9 +454,8 @@ def train(config: TrainConfig) -> Path:
     config.check()
     path = Path(config.out) if config.out else default_out(config)
     run, job = None, ranks()
-    kind = Run if job.first else Onlooker
     if config.resume:
-        run = kind.open(path)
+        run = Run.open(path, writes=job.first)
         run.check_same(config)
     elif job.first:
         check_free(path)
@@ -504,7 +468,7 @@ def train(config: TrainConfig) -> Path:
         dataset = data.load(config.dataset, config.data_dir, loader=config.loader, fetch=fetch)
         trainer = Trainer(config, dataset)
         if run is None:
-            run = Run.create(path, config) if job.first else Onlooker(path, config)
+            run = Run.create(path, config) if job.first else Run(path, config, writes=False)
         session = Session(trainer, run)
         with explaining_failures(run), session.signals:
             check_interrupts()

@@ -13,7 +13,8 @@ from torch import nn
 from fastiat import cli, data
 from fastiat.config import EvaluateConfig
 from fastiat.measuring.autoattack import autoattack
-from fastiat.runs.directory import ModelCard, Run
+from fastiat.models import ModelCard
+from fastiat.runs.directory import Run
 from fastiat.runs.results import read_results
 
 CPU = ("--device", "cpu", "--precision", "fp32")

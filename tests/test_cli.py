@@ -21,7 +21,7 @@ from fastiat import __version__, cli, data
 from fastiat.config import PRESETS, TrainConfig
 from fastiat.system import settings
 from fastiat.system.errors import InputError
-from fastiat.system.settings import from_json
+from fastiat.system.settings import validated
 
 ROOT = Path(__file__).parent.parent
 
@@ -205,7 +205,7 @@ def test_fractions_are_numbers():
 def test_flags_override_the_preset_and_config_json_gives_the_same_back(preset):
     _, given = cli.parse(["train", "--preset", preset, "--lr", "0.5", "--mix-layers", "0", "2"])
     assert given == replace(PRESETS[preset](), lr=0.5, mix_layers=(0, 2))
-    assert from_json(TrainConfig, json.loads(json.dumps(asdict(given)))) == given
+    assert validated(json.loads(json.dumps(asdict(given))), TrainConfig) == given
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -32,6 +32,7 @@ from fastiat.config import TrainConfig
 from fastiat.data import Shard
 from fastiat.engine.device import pick_device
 from fastiat.runs.directory import METRICS, STATE
+from fastiat.runs.weights import read_state
 from fastiat.system import ranks
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer
@@ -195,7 +196,7 @@ def test_a_rank_whose_collective_fails_says_in_one_line_how_to_resume(flags, tmp
     (line,) = ended.complaints
     assert "another of the 2 processes has ended (" in line and ") at step 6; go on with: " in line
     # The checkpoint from before the first update.
-    assert torch.load(out / STATE, weights_only=True)["step"] == 0
+    assert read_state(out / STATE)["step"] == 0
 
 
 def test_an_update_that_one_rank_cannot_make_is_left_out_by_all(flags, tmp_path):
@@ -241,7 +242,7 @@ def test_under_torchrun_a_killed_rank_ends_all_and_the_checkpoint_resumes_to_the
     assert "another of the 2 processes has ended" in line
     assert "at step 12; go on with: torchrun" in line
     assert line.endswith(f" train --resume --out {out}")
-    assert torch.load(out / STATE, weights_only=True)["step"] == 12
+    assert read_state(out / STATE)["step"] == 12
     again = together(2, tmp_path / "log", command, "train", "--resume", "--out", str(out))
     assert again.statuses == [0, 0], again.complaints
     assert_same(whole, out)
@@ -292,7 +293,7 @@ def test_one_ranks_divergence_is_every_ranks_end(flags, tmp_path):
     out = tmp_path / "run"
     ended = together(2, tmp_path / "log", command_diverging, "train", *flags, "--out", str(out))
     assert "the training diverged" in one_line(ended, 2)
-    assert torch.load(out / STATE, weights_only=True)["step"] == 0
+    assert read_state(out / STATE)["step"] == 0
 
 
 def test_two_ranks_measure_a_run_as_one_process_does(run, whole, tmp_path):

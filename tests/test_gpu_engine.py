@@ -20,6 +20,7 @@ from fastiat.attack import PGD, PGDLoop, pgd
 from fastiat.config import TrainConfig
 from fastiat.engine import graphs as engine
 from fastiat.mix import Mix
+from fastiat.runs.weights import pack_state, read_state
 from fastiat.train import Trainer, algorithm1
 from fastiat.training.step import Step
 
@@ -320,9 +321,9 @@ def test_training_resumed_in_mid_epoch_is_bit_equal(name, tmp_path):
     where = "cuda" if name == "graph" else "cpu"
     config = replace(TRAINING, device=where, engine=name, deterministic=True)
     whole, first = _trained(config, 9), _trained(config, 4)
-    torch.save(first.state_dict(), tmp_path / "state.pt")
+    (tmp_path / "state").write_bytes(pack_state(first.state_dict()))
     second = Trainer(config, data.load("digits"))
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    second.load_state_dict(read_state(tmp_path / "state"))
     updates = second.epoch_updates()
     for _ in range(5):
         next(updates)

@@ -15,6 +15,7 @@ from test_train import assert_same
 
 from fastiat import cli
 from fastiat.runs.directory import LOCK, PREVIOUS, STATE, Run
+from fastiat.runs.weights import read_state
 from fastiat.train import Trainer
 
 GB = 2**30
@@ -55,7 +56,7 @@ def resume(out: Path) -> list[object]:
 
 
 def step_of(out: Path) -> int:
-    return torch.load(out / STATE, weights_only=True)["step"]
+    return read_state(out / STATE)["step"]
 
 
 def test_a_limit_on_file_sizes_ends_in_one_line_with_both_checkpoints_intact(

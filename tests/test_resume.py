@@ -1,18 +1,19 @@
 """Exact resume: a training stopped at any step, and resumed, has the bits of one never stopped."""
 
-import io
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from test_train import assert_same, signal_in
 from torture import equal
 
 from fastiat import cli, data
 from fastiat.config import PRESETS, TrainConfig
 from fastiat.engine import graphs as engine
+from fastiat.runs.weights import pack_state, read_state
 from fastiat.train import Trainer
 
 DIGITS = data.load("digits")
@@ -25,10 +26,10 @@ MLP = {"arch": "mlp6", "width": 8}
 RESNET = {"arch": "preact18", "width": 1}
 
 
-def state_of(trainer: Trainer) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(trainer.state_dict(), buffer)
-    return buffer.getvalue()
+def saved(trainer: Trainer, file: Path) -> dict[str, Any]:
+    """Return the state of a training as it comes back from a file."""
+    file.write_bytes(pack_state(trainer.state_dict()))
+    return read_state(file)
 
 
 def updates(trainer: Trainer) -> Iterator[None]:
@@ -41,19 +42,18 @@ def updates(trainer: Trainer) -> Iterator[None]:
             yield
 
 
-def assert_resumable_at_every_step(config: TrainConfig, steps: int = 6) -> None:
+def assert_resumable_at_every_step(config: TrainConfig, file: Path, steps: int = 6) -> None:
     """Stop and resume after every single update: if each link is exact, so is any chain of them."""
     whole = Trainer(config, DIGITS)
-    linked = state_of(whole)
+    linked = saved(whole, file)
     for step, _ in zip(range(1, steps + 1), updates(whole), strict=False):
         link = Trainer(config, DIGITS)
-        loaded = torch.load(io.BytesIO(linked), weights_only=True)
-        link.load_state_dict(loaded)
-        assert equal(link.state_dict(), loaded), step
+        link.load_state_dict(linked)
+        assert equal(link.state_dict(), linked), step
         next(updates(link))
-        linked = state_of(link)
-        expected, found = whole.state_dict(), torch.load(io.BytesIO(linked), weights_only=True)
-        assert [name for name in expected if not equal(expected[name], found[name])] == [], step
+        linked = saved(link, file)
+        expected = whole.state_dict()
+        assert [name for name in expected if not equal(expected[name], linked[name])] == [], step
     assert whole.step == steps
 
 
@@ -61,9 +61,9 @@ def assert_resumable_at_every_step(config: TrainConfig, steps: int = 6) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("adv", ["none", "fgsm", "pgd"])
 @pytest.mark.parametrize("mix", ["none", "mixup", "manifold"])
-def test_every_step_can_be_resumed_from(preset, precision, adv, mix):
+def test_every_step_can_be_resumed_from(preset, precision, adv, mix, tmp_path):
     config = replace(PRESETS[preset](), adv=adv, mix=mix, precision=precision, **TINY, **MLP)
-    assert_resumable_at_every_step(config)
+    assert_resumable_at_every_step(config, tmp_path / "state")
 
 
 @pytest.mark.parametrize(
@@ -75,18 +75,20 @@ def test_every_step_can_be_resumed_from(preset, precision, adv, mix):
         ("fp32", {"engine": "compile", "mix": "mixup", "attack_loss": "margin", "flip": True}),
     ],
 )
-def test_every_step_of_a_residual_network_can_be_resumed_from(precision, change, monkeypatch):
+def test_every_step_of_a_residual_network_can_be_resumed_from(
+    precision, change, tmp_path, monkeypatch
+):
     monkeypatch.setattr(engine, "compile_once", lambda function: function)
     config = TrainConfig(**{**TINY, **RESNET, "precision": precision, **change})
-    assert_resumable_at_every_step(config, 6)
+    assert_resumable_at_every_step(config, tmp_path / "state")
 
 
-def test_a_training_that_stops_early_stops_as_early_when_resumed():
+def test_a_training_that_stops_early_stops_as_early_when_resumed(tmp_path):
     config = replace(
         PRESETS["modern"](),
         **{**TINY, **MLP, "epochs": 20, "patience": 1, "holdout": 40, "lr": 1e-6},
     )
-    assert_resumable_at_every_step(config, 10)
+    assert_resumable_at_every_step(config, tmp_path / "state", 10)
     whole = Trainer(config, DIGITS)
     assert len(list(updates(whole))) == 10 and whole.finished
 

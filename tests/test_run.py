@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from torture import equal
 
 import fastiat
 from fastiat import cli
@@ -26,9 +27,10 @@ from fastiat.runs.directory import (
     STATE,
     Run,
     load_with_card,
-    write,
 )
-from fastiat.system.errors import InputError
+from fastiat.runs.weights import alike, pack_state, read_state
+from fastiat.system.errors import Damaged, InputError
+from fastiat.system.files import write
 
 
 class Bomb:
@@ -74,19 +76,21 @@ def test_config_json_rebuilds_the_settings(run):
         (b"\xff\xfe", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[1]", "not a JSON object"),
-        (b'{"colour": 1}', "unknown setting 'colour'"),
+        (b'{"colour": 1}', "unknown field 'colour'"),
         (b'{"width": 1e9}', "'width' cannot be 1000000000.0"),
         (b'{"width": -4}', "--width is -4"),
         (b'{"eps": "x"}', "'eps' cannot be 'x'"),
-        (b'{"eps": NaN}', "--eps is nan"),
-        (b'{"lr": 1e999}', "--lr is inf"),
+        (b'{"eps": NaN}', "not JSON with finite numbers"),
+        (b'{"lr": 1e999}', "not JSON with finite numbers"),
         (b'{"nesterov": 1}', "'nesterov' cannot be 1"),
         (b'{"arch": "vgg"}', "'arch' cannot be 'vgg'"),
         (b'{"mix_layers": [0, "1"]}', "'mix_layers' cannot be"),
-        (b'{"epochs": 1' + b"0" * 4000 + b"}", "--epochs is 1000"),
+        (b'{"epochs": 1' + b"0" * 4000 + b"}", "not JSON with finite numbers"),
     ],
 )
 def test_a_damaged_config_is_named_and_nothing_written(complaint, run, contents, content, named):
+    if content.startswith(b"{"):  # a change of one setting
+        content = json.dumps(json.loads((run / CONFIG).read_text()) | json.loads(content)).encode()
     (run / CONFIG).write_bytes(content)
     before = contents(run)
     for argv in (["evaluate", run], ["train", "--resume", "--out", run], ["report", run]):
@@ -175,25 +179,60 @@ def test_a_model_without_a_card_is_refused(complaint, tmp_path):
 
 def test_a_state_without_a_config_is_refused(complaint, run):
     for name in (STATE, PREVIOUS):
-        torch.save({"step": 3}, run / name)
+        (run / name).write_bytes(pack_state({"step": 3}))
     assert "not a checkpoint of fastiat" in complaint("train", "--resume", "--out", run)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"step": "x"}, {"model": {}}, {"validated_epochs": None}, {"random": 3}, {"best": [1]}],
+    [
+        *({"step": "x"}, {"step": -1}, {"step": 10**9}, {"validated_epochs": None}),
+        *({"best": [1]}, {"best": {"epoch": 9, "errors": 1}}, {"skipped": 10**6}, {"seconds": -1}),
+        *({"model": {}}, {"random": 3}, {"average": {}}, {"totals": torch.zeros(3)}),
+        {"order_before_epoch": torch.zeros(5056, dtype=torch.uint8)},
+    ],
 )
 def test_a_state_with_wrong_values_is_refused(complaint, run, change):
-    state = torch.load(run / STATE, weights_only=True)
+    state = read_state(run / STATE)
     for name in (STATE, PREVIOUS):
-        torch.save(state | change, run / name)
+        (run / name).write_bytes(pack_state(state | change))
     assert str(run) in complaint("train", "--resume", "--out", run)
+
+
+def test_a_state_comes_back_as_it_was_packed(tmp_path):
+    state = {
+        "x": torch.arange(6).reshape(2, 3).t(),
+        "group": {"a.b": torch.ones(2, dtype=torch.bfloat16), "c": torch.tensor(3)},
+        "empty": {},
+        "best": {"epoch": 1},
+        "none": None,
+        "seconds": 0.1,
+    }
+    file = tmp_path / "state"
+    file.write_bytes(pack_state(state))
+    again = read_state(file)
+    assert equal(again, state) and again.keys() == state.keys()
+    assert pack_state(again) == pack_state(state)
+
+
+def test_every_single_wrong_bit_of_a_state_is_noticed(tmp_path):
+    state = {"model": {"weight": torch.rand(3, 4), "bias": torch.rand(4)}, "step": 3, "best": None}
+    file, whole = tmp_path / "state", pack_state(state)
+    for at in range(len(whole)):
+        for bit in range(8):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            try:
+                found = read_state(file)
+            except Damaged:
+                continue
+            # A name is compared by whoever takes the state over.
+            assert not alike(found.get("model"), state["model"]), (at, bit)
 
 
 def test_a_run_that_lost_its_checkpoints_says_so(complaint, run):
     for name in (STATE, PREVIOUS):
         (run / name).unlink()
-    assert "has lost state.pt and state.previous.pt" in complaint("train", "--resume", "--out", run)
+    assert f"has lost {STATE} and {PREVIOUS}" in complaint("train", "--resume", "--out", run)
     (run / MODEL).unlink()
     assert f"{run}: no trained model in it yet" in complaint("evaluate", run)
 
@@ -290,10 +329,10 @@ def write_strangers(folder: Path) -> dict[str, Path]:
         "empty file": folder / "empty",
         "does not say which network": folder / "foreign.safetensors",
         "folder without a run": folder / "nothing",
-        "training state": folder / "state.pt",
+        "training state": folder / "state.safetensors",
     }
     torch.save(weights, files["PyTorch checkpoint"])
-    torch.save(weights, files["training state"])
+    files["training state"].write_bytes(pack_state(weights | {"step": 3}))
     torch.save(weights, files["old PyTorch"], _use_new_zipfile_serialization=False)
     torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(files["TorchScript"]))
     with zipfile.ZipFile(files["zip archive"], "w") as archive:

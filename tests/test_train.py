@@ -24,6 +24,7 @@ from torture import equal
 
 from fastiat import cli
 from fastiat.runs.directory import METRICS, MODEL, STATE, Run
+from fastiat.runs.weights import read_state
 from fastiat.train import Trainer
 
 # Updates in an epoch, and the flags of the run.
@@ -49,7 +50,7 @@ def rows_of(run: Path) -> list[dict]:
 
 def assert_same(one: Path, other: Path) -> None:
     """Two finished runs have the same bits in weights, averages and generators, and equal rows."""
-    a, b = (torch.load(run / STATE, weights_only=True) for run in (one, other))
+    a, b = (read_state(run / STATE) for run in (one, other))
     assert a.keys() == b.keys()
     assert [name for name in a if not equal(a[name], b[name])] == []
     assert equal(load_file(one / MODEL), load_file(other / MODEL))
@@ -100,7 +101,7 @@ def test_a_stopped_training_resumes_to_the_same_bits(
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith(f"fastiat: stopped at step {step}, checkpoint written")
     assert lines[-1].endswith(f"go on with: fastiat train --resume --out {out}")
-    assert torch.load(out / STATE, weights_only=True)["step"] == step
+    assert read_state(out / STATE)["step"] == step
     assert cli.main(["train", "--resume", "--out", str(out)]) == 0
     assert_same(never_stopped, out)
 
@@ -154,7 +155,7 @@ def test_a_kill_between_a_row_and_its_checkpoint_doubles_no_row(whole, tmp_path,
         patch.setattr(Run, "log_line", die)
         with pytest.raises(SystemExit):
             cli.main(["train", *flags, "--checkpoint-every", "0", "--out", str(out)])
-    assert torch.load(out / STATE, weights_only=True)["step"] == 2 * steps
+    assert read_state(out / STATE)["step"] == 2 * steps
     assert cli.main(["train", "--resume", "--out", str(out)]) == 0
     assert_same(never_stopped, out)
 
@@ -235,7 +236,7 @@ def test_a_training_that_diverges_ends_in_one_line_and_keeps_its_checkpoint(
     line = complaint("train", *small, "--checkpoint-every", "0", "--out", out)
     assert "diverged" in line and "the checkpoint of step 24 is intact" in line
     assert f"fastiat train --resume --out {out} --on-nan skip" in line
-    state = torch.load(out / STATE, weights_only=True)
+    state = read_state(out / STATE)
     assert state["step"] == 24
     assert all(value.isfinite().all() for value in state["model"].values())
 

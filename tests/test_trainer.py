@@ -14,6 +14,7 @@ from fastiat import data, models
 from fastiat.attack import count_errors, pgd
 from fastiat.config import TrainConfig, modern, paper
 from fastiat.mix import Mix
+from fastiat.runs.weights import pack_state, read_state
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer, algorithm1
 from fastiat.training.optimise import learning_rate
@@ -179,9 +180,9 @@ def test_state_taken_mid_epoch_repeats_the_rest_bit_for_bit(adv, mix, tmp_path):
     updates = first.epoch_updates()
     for _ in range(7):
         next(updates)
-    torch.save(first.state_dict(), tmp_path / "state.pt")
+    (tmp_path / "state").write_bytes(pack_state(first.state_dict()))
     second = Trainer(config, dataset)
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    second.load_state_dict(read_state(tmp_path / "state"))
     while not second.finished:
         list(second.epoch_updates())
     assert second.step == whole.step == 44

@@ -44,6 +44,7 @@ import fastiat.evaluate  # noqa: E402, F401
 from fastiat import cli  # noqa: E402
 from fastiat.runs import directory as run  # noqa: E402
 from fastiat.runs.directory import CONFIG, LOG, METRICS, MODEL, PREVIOUS, STATE, Run  # noqa: E402
+from fastiat.runs.weights import read_state  # noqa: E402
 from fastiat.system import files  # noqa: E402
 from fastiat.system.progress import Events  # noqa: E402
 from fastiat.train import train  # noqa: E402, F401
@@ -237,7 +238,7 @@ def compare(found: Figures, name: str, whole: Path, other: Path) -> None:
         found.failures.append(f"{name}: {other} has other rows than {whole}")
     if not equal(load_file(whole / MODEL), load_file(other / MODEL)):
         found.failures.append(f"{name}: {other} has other weights than {whole}")
-    a, b = (torch.load(folder / STATE, weights_only=True) for folder in (whole, other))
+    a, b = (read_state(folder / STATE) for folder in (whole, other))
     wrong = [key for key in a.keys() | b.keys() if not equal(a.get(key), b.get(key))]
     if wrong:
         found.failures.append(f"{name}: {other} has another {', '.join(wrong)} than {whole}")

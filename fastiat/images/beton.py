@@ -23,7 +23,7 @@ from PIL import Image
 
 from fastiat.images.pixels import quiet
 from fastiat.system.errors import InputError
-from fastiat.system.settings import expanded, from_json
+from fastiat.system.settings import expanded, validated
 
 # The same types as in `ffcv.types` and in FFCV's RGB image and integer fields.
 HEADER = np.dtype(
@@ -222,10 +222,7 @@ def _open(path: Path, file: IO[bytes]) -> Beton:
 
 def _card(path: Path, text: bytes, n: int) -> Card:
     try:
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise InputError("it is not a JSON object")
-        card: Card = from_json(Card, values)
+        card: Card = validated(json.loads(text), Card)
     except (InputError, ValueError, RecursionError, TypeError) as error:
         raise refusal(path, f"its card is damaged ({str(error)[:60]})") from None
     good = (

@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastiat.system.errors import InputError
-from fastiat.system.files import finite_json, write
-from fastiat.system.settings import expanded, from_json
-from fastiat.system.untrusted import read_json_text
+from fastiat.system.files import write
+from fastiat.system.settings import expanded
+from fastiat.system.untrusted import read_as
 
 T = TypeVar("T")
 
@@ -21,18 +20,9 @@ def read_rows(run_dir: str | os.PathLike[str], name: str, kind: type[T]) -> list
     Raises `InputError`, naming the file, where it is damaged.
     """
     file = Path(expanded(run_dir)) / name
-    try:
-        rows = finite_json(read_json_text(file))
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise InputError("it is not a list of JSON objects")
-        return [from_json(kind, row) for row in rows]
-    except FileNotFoundError:
+    if not file.exists():
         return []
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    # TypeError: a field without a value, of which there is no default.
-    except (ValueError, TypeError, RecursionError):
-        raise InputError(f"{file} is damaged: remove it and make it again") from None
+    return read_as(file, list[kind], "remove it and make it again")  # type: ignore[valid-type]
 
 
 def write_rows(file: Path, rows: Sequence[Any]) -> None:

@@ -18,10 +18,10 @@ from fastiat.paper.published import ROWS, SOURCE, Cell
 from fastiat.runs.directory import MODEL
 from fastiat.runs.results import fingerprint, measures, wilson
 from fastiat.system.errors import InputError
-from fastiat.system.files import finite_json, write
-from fastiat.system.settings import flag_of, from_json
+from fastiat.system.files import write
+from fastiat.system.settings import flag_of
 from fastiat.system.tables import csv_text, markdown
-from fastiat.system.untrusted import read_json_text
+from fastiat.system.untrusted import read_as
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,7 @@ class Comparison:
 
 def read(file: Path) -> Comparison:
     """Read what `Comparison.write` wrote as JSON; raise `InputError` for anything else."""
-    try:
-        values = finite_json(read_json_text(file))
-        lines = tuple(from_json(Line, line) for line in values["lines"])
-        return from_json(Comparison, values | {"lines": lines})
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(
-            f"{file} is not a table of fastiat: remove it, or run fastiat reproduce again"
-        ) from None
+    return read_as(file, Comparison, "remove it, or run fastiat reproduce again")
 
 
 def find(

@@ -1,6 +1,6 @@
 """Locks between processes: one training in a run directory, one writer of its shared files.
 
-They are `flock`s, which the system drops with the process that holds them, however it dies.
+They are `flock` locks: the system releases them when their process ends, also after kill -9.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ _held: set[int] = set()
 
 
 def _forget() -> None:
-    """Close, in a forked child, what would keep its parent's locks beyond the parent's death."""
+    """In a forked child, close the inherited descriptors: each would keep the parent's lock."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -27,9 +27,9 @@ os.register_at_fork(after_in_child=_forget)
 
 
 class Lock:
-    """A file that one process at a time holds; it says which one does.
+    """A lock file, which one process at a time holds; its content names the process.
 
-    Neither a forked child nor a started program keeps the lock.
+    Neither forked children nor started programs inherit the lock.
     """
 
     def __init__(self, file: Path) -> None:
@@ -58,57 +58,47 @@ class Lock:
             _held.add(descriptor)
             if self.intact():
                 break
-            self.release()  # it was removed while we waited to open it
-        with suppress(OSError):  # on a full disk it does without a name
+            # Another process removed the file between `open` and `flock`: lock the new one.
+            self.release()
+        with suppress(OSError):  # on a full disk the file stays without a name
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
         return True
 
     def intact(self) -> bool:
-        """Whether the file that is locked is still the one at its place."""
+        """Whether the locked file is still the one at its path."""
         try:
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self.file))
         except OSError:
             return False
 
     def release(self) -> None:
-        """Let go of the lock; the file stays."""
+        """Release the lock; the file stays."""
         if self._descriptor in _held:
             _held.remove(self._descriptor)
             os.close(self._descriptor)
         self._descriptor = -1
 
 
-def holder(file: Path) -> str | None:
-    """Return which process holds the lock on `file`, "PID on HOST", or None where none does."""
-    try:
-        descriptor = os.open(file, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.pread(descriptor, 300, 0).decode(errors="replace") or "unknown"
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-    return None
-
-
 def check_unused(file: Path) -> None:
-    """Raise `InputError` where another process holds the lock of a run directory."""
-    name = holder(file)
-    if name is not None:
-        raise InputError(
-            f"{file.parent} is in training by another process ({name}): wait for it, stop it, "
-            f"or choose another --out"
-        )
+    """Raise `InputError`, which names the process, where another one holds the lock on `file`."""
+    with suppress(OSError):  # there is no such file, or it cannot be locked
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            name = os.pread(descriptor, 300, 0).decode(errors="replace") or "unknown"
+            raise InputError(
+                f"{file.parent} is in training by another process ({name}): wait for it, stop it, "
+                f"or choose another --out"
+            ) from None
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other commands from changing the files that trainings and measurements share."""
+    """Hold the lock on `folder` while changing a file that trainings and measurements share."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # where it cannot be locked

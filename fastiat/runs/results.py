@@ -1,41 +1,21 @@
-"""The figures of a run: error rates with their interval, kept in its evaluation.json.
+"""The error rates of a run, with their intervals: evaluation.json.
 
-The file is a JSON list of entries, objects with these fields; a field that has no meaning for an
-entry's attack is null.
+The file is a JSON list of entries, one object for each measured error rate. An entry has the fields
+of `Entry`; a field that has no meaning for the entry's attack is null. Besides, an entry may have
 
-    kind                 "evaluation", "sweep", "transfer" or "autoattack": the command's part
-    dataset, split       the images: the data set's name, "test" or "train"
-    data                 fingerprint of the data set's images and labels
-    attack               "none", "fgsm", "pgd-K", "autoattack", or "worst", of several
-    attacks              "worst": those, "none" first; "autoattack": its four
-    eps, alpha           radius and step, in pixels of 0 to 1
-    steps                gradient steps: fgsm 1, pgd-K K
-    norm, loss           "linf" or "l2"; "ce" or "margin"
-    restarts             random starts of PGD, of which each image keeps the worst
-    random_start         whether PGD starts at a random point of the ball
-    precision            arithmetic that crafts, "bf16" or "fp32"; classified in fp32 always
-    seed                 of the random starts, and of the draw of `n` images where there are more;
-                         null where neither was drawn
-    source, source_model "transfer": the attacking run's directory name, and its `model`
-    model                fingerprint of the measured weights, see `fingerprint`
-    n                    images
-    errors               how many of them are misclassified
-    error_percent        100 * errors / n
-    interval_95_percent  [low, high], Wilson's
-    errors_after         "autoattack": {attack: errors after it and those before it}, "none" first
-    warnings             "autoattack": what the library found suspicious
-    batch_size           images attacked at a time, on which AutoAttack's random numbers depend
-    device               what crafted and classified
-    versions             {"fastiat", "torch", "autoattack": "name version", where it was used}
-    seconds              of the pass that gave this figure, and others of the same pass
-    time                 when it was written, ISO 8601 in UTC
+    errors_after  "autoattack": {attack: errors after it and those before it}, "none" first
+    warnings      "autoattack": what the library found suspicious
+    batch_size    images attacked at a time, which changes AutoAttack's random numbers
+    device        device of attack and classification, as text
+    versions      {"fastiat", "torch"; "autoattack": "name version" where it was used}
+    seconds       duration of the pass over the images, which may have given other entries too
+    time          when the entry was written, ISO 8601 in UTC
 
-Entries with the same settings replace each other, the newest last: those fields down to `n` are
-an entry's identity. Entries of weights that the run no longer has are dropped. Tables and charts
-compare figures whose `measurement` is the same, and tell the others apart by `differences`.
+An entry replaces the one with the same `IDENTITY`, and is appended as the newest. Entries of other
+weights than the run has now are dropped. Tables and charts compare entries whose `measurement` is
+the same, and tell the others apart by `differences`.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -45,25 +25,88 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fastiat import __version__
 from fastiat.runs.directory import MODEL
 from fastiat.runs.lock import alone
+from fastiat.runs.weights import data_sha256
 from fastiat.system.errors import InputError
-from fastiat.system.files import finite_json, write
-from fastiat.system.settings import LARGEST, expanded, fits, steps_of
-from fastiat.system.untrusted import read_json_text
+from fastiat.system.files import write
+from fastiat.system.settings import LARGEST, expanded, hints_of, steps_of, validated
+from fastiat.system.untrusted import read_json
 
 EVALUATION = "evaluation.json"
-KINDS = ("evaluation", "sweep", "transfer", "autoattack")
-IDENTITY: tuple[str, ...] = (
-    *("kind", "dataset", "data", "split", "attack", "attacks", "eps", "alpha", "steps", "norm"),
-    *("loss", "restarts", "random_start", "precision", "seed"),
-    *("source", "source_model", "model", "n"),
-)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fields of an entry that its readers rely on."""
+
+    kind: Literal["evaluation", "sweep", "transfer", "autoattack"]
+    """What measured: the command, or its part."""
+    dataset: str
+    """Name of the data set."""
+    data: str | None
+    """Fingerprint of the data set's images and labels."""
+    split: str
+    """"test" or "train"."""
+    attack: str
+    """"none", "fgsm", "pgd-K", "autoattack", or "worst": an image counts if any attack fools it."""
+    attacks: tuple[str, ...] | None
+    """"worst": its attacks, "none" first; "autoattack": its four."""
+    eps: float | None
+    """Radius, in pixels of [0, 1]."""
+    alpha: float | None
+    """Step size, in pixels of [0, 1]."""
+    steps: int | None
+    """Gradient steps: fgsm 1, pgd-K K."""
+    norm: str | None
+    """"linf" or "l2"."""
+    loss: str | None
+    """"ce" or "margin"."""
+    restarts: int | None
+    """Random starts of PGD; each image keeps the worst."""
+    random_start: bool | None
+    """Whether PGD starts at a random point of the ball."""
+    precision: str | None
+    """Arithmetic of the attack, "bf16" or "fp32"; classification is always in fp32."""
+    seed: int | None
+    """Seed of the random starts, and of the choice of `n` images where there are more."""
+    source: str | None
+    """"transfer": directory name of the attacking run."""
+    source_model: str | None
+    """"transfer": `model` of the attacking run."""
+    model: str
+    """Fingerprint of the measured weights (see `fingerprint`)."""
+    n: int
+    """Images."""
+    errors: int
+    """How many of the images are misclassified."""
+    error_percent: float
+    """100 * errors / n."""
+    interval_95_percent: tuple[float, ...]
+    """Wilson's interval of `error_percent`, (low, high)."""
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` for values that no measurement has."""
+        numbers = [v for v in vars(self).values() if isinstance(v, int | float)]
+        shares = (self.error_percent, *self.interval_95_percent)
+        if self.attack not in ("worst", "autoattack"):
+            steps_of(self.attack)
+        if not (
+            all(0 <= number <= LARGEST for number in numbers)
+            and 0 <= self.errors <= self.n != 0
+            and len(shares) == 3
+            and all(0 <= share <= 100 for share in shares)
+        ):
+            raise InputError("its figures are impossible")
+
+
+FIELDS = tuple(hints_of(Entry))
+IDENTITY = tuple(n for n in FIELDS if n not in ("errors", "error_percent", "interval_95_percent"))
 """The fields that tell entries apart."""
 MEASUREMENT = tuple(name for name in IDENTITY if name not in ("kind", "model"))
 """The fields that say what was measured: not of which weights, nor by which command."""
@@ -74,25 +117,12 @@ MEANINGLESS: dict[str, tuple[str, ...]] = {
     "autoattack": ("loss", *PGD),
 }
 """The fields that are null for an attack."""
-_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("kind", "dataset", "split", "attack", "model"), str),
-    **dict.fromkeys(("data", "norm", "loss", "precision", "source", "source_model"), str | None),
-    **dict.fromkeys(("eps", "alpha"), float | None),
-    **dict.fromkeys(("steps", "restarts", "seed", "batch_size"), int | None),
-    **dict.fromkeys(("n", "errors"), int),
-    "attacks": tuple[str, ...] | None,
-    "random_start": bool | None,
-    "error_percent": float,
-    "interval_95_percent": tuple[float, ...],
-}
-
-
 Measurement = tuple[Any, ...]
-"""What was measured: the values of the fields of `MEASUREMENT`."""
+"""The values of the fields of `MEASUREMENT`."""
 
 
 def measurement(entry: dict[str, Any]) -> Measurement:
-    """Return what an entry measures. Figures compare where it is the same, and nowhere else."""
+    """Return what an entry measures; only entries with equal measurements may be compared."""
     return tuple(_comparable(entry.get(name)) for name in MEASUREMENT)
 
 
@@ -109,24 +139,21 @@ def _comparable(value: Any) -> Any:
 
 
 def differences(measurements: Iterable[Measurement]) -> dict[Measurement, str]:
-    """Return, for each of several measurements, in what it differs from the others; "" if alone."""
+    """Return, for each of several measurements, text that says how it differs from the others."""
     several = list(dict.fromkeys(measurements))
     differ = [len(set(values)) > 1 for values in zip(*several, strict=True)]
     return {
         one: ", ".join(
             _phrase(name, value)
             for name, value, differs in zip(MEASUREMENT, one, differ, strict=True)
-            if differs and name not in _TOLD_BY_OTHERS
+            if differs and name != "steps"  # the attack's name has them: pgd-20
         )
         for one in several
     }
 
 
-_TOLD_BY_OTHERS = ("steps",)  # by the attack's name
-
-
 def _phrase(name: str, value: Any) -> str:
-    """Write the value of a field of `MEASUREMENT` so that two different values read differently."""
+    """Write a field of `MEASUREMENT`; different values give different texts."""
     title = {"random_start": "random start", "source_model": "source", "n": "images"}.get(
         name, name
     )
@@ -166,12 +193,15 @@ class Rate:
         return wilson(self.errors / self.n, self.n)
 
     def __str__(self) -> str:
-        """Write the percentage and how far its interval reaches."""
+        """Write the percentage and the distance to the farther end of its interval."""
         return f"{self.percent:.2f}±{max(abs(end - self.percent) for end in self.interval()):.2f}"
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval in percent (Wilson 1927) of a share, 0 to 1, of `n` images."""
+    """Return the 95 % confidence interval, in percent, of a share in [0, 1] of `n` images.
+
+    It is the score interval of Wilson (1927), which stays within 0 to 100.
+    """
     z = 1.959964
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -181,8 +211,8 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def read_results(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the entries of a run's evaluation.json, oldest first; [] if there are none.
 
-    This module's docstring lists their fields. What was measured on weights that the run no longer
-    has is left out. Raises `InputError` for a file that fastiat did not write.
+    `Entry` documents their fields. Entries of weights that the run no longer has are left out.
+    Raises `InputError` for a file that fastiat did not write.
     """
     run_dir = Path(expanded(run_dir))
     model = run_dir / MODEL
@@ -207,7 +237,7 @@ def add_results(run_dir: Path, entries: Iterable[dict[str, Any]]) -> None:
         for entry in new:
             kept.pop(_identity(entry), None)
             kept[_identity(entry)] = entry
-        # An entry a line: diffs and eyes can follow.
+        # One entry on each line, so that diffs are readable.
         lines = ",\n".join(json.dumps(entry) for entry in kept.values())
         write(run_dir / EVALUATION, f"[\n{lines}\n]\n".encode())
 
@@ -223,7 +253,7 @@ def figures(rate: Rate) -> dict[str, Any]:
 
 
 def provenance(device: torch.device, seconds: float, **versions: str) -> dict[str, Any]:
-    """Return where, with what and in what time a figure was measured, as the fields of an entry."""
+    """Return device, versions and duration of a measurement, as the fields of an entry."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {
         "device": f"{device.type} ({name})",
@@ -233,9 +263,9 @@ def provenance(device: torch.device, seconds: float, **versions: str) -> dict[st
 
 
 def fingerprint(model: Path) -> str:
-    """Return 16 hex digits of a SHA-256 over the weights in a model.safetensors.
+    """Return 16 hex digits of the SHA-256 of the weights in a model.safetensors.
 
-    The header is left out: its order of metadata differs from save to save.
+    The header is left out, so that the version of fastiat in it does not count.
     """
     stat = model.stat()
     return _fingerprint(model, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size)
@@ -243,11 +273,8 @@ def fingerprint(model: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _fingerprint(model: Path, *_: int) -> str:
-    with open(model, "rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-        # What a damaged file claims may be more than can be skipped.
-        file.seek(min(header, model.stat().st_size), os.SEEK_CUR)
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    """Hash a file once for every state that its `stat` tells apart."""
+    return data_sha256(model)[:16]
 
 
 @cache
@@ -263,47 +290,24 @@ def _identity(entry: dict[str, Any]) -> str:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
+    remedy = "remove it and measure again"
     try:
-        entries = finite_json(read_json_text(file))
+        entries = read_json(file, remedy)
     except FileNotFoundError:
         return []
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    except (ValueError, RecursionError):
-        raise InputError(
-            f"{file} is damaged: it is not JSON with finite numbers; remove it and measure again"
-        ) from None
     if not (isinstance(entries, list) and all(map(_is_entry, entries))):
-        raise InputError(f"{file} was not written by fastiat: remove it and measure again")
+        raise InputError(f"{file} was not written by fastiat: {remedy}")
     return entries
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether this has what a reader must rely on."""
     return isinstance(entry, dict) and set(IDENTITY) <= entry.keys() and is_figure(entry)
 
 
 def is_figure(entry: dict[str, Any]) -> bool:
-    """Whether an entry's fields have their types and make sense; one that is missing is null."""
-    values: dict[str, Any] = {name: entry.get(name) for name in _TYPES}
-    values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
-    if not all(fits(value, _TYPES[name]) for name, value in values.items()):
-        return False
-    span, percent = values["interval_95_percent"], values["error_percent"]
-    numbers = [v for v in values.values() if isinstance(v, int | float)]
-    # A comparison with NaN is false.
-    return (
-        values["kind"] in KINDS
-        and _is_attack(values["attack"])
-        and all(0 <= number <= LARGEST for number in numbers)
-        and 0 <= values["errors"] <= values["n"] != 0
-        and len(span) == 2
-        and all(0 <= share <= 100 for share in (*span, percent))
-    )
-
-
-def _is_attack(name: str) -> bool:
+    """Whether an entry's fields make an `Entry`; a missing field counts as null."""
     try:
-        return name in ("worst", "autoattack") or steps_of(name) >= 0
+        validated({name: entry.get(name) for name in FIELDS}, Entry)
     except InputError:
         return False
+    return True

@@ -1,6 +1,6 @@
-"""Settings: what every configuration shares, the checks of values, and JSON.
+"""The base of every configuration: conversion and checks of values, also of values from JSON.
 
-Nothing here imports torch, so that help is printed at once.
+Nothing here imports torch, which takes seconds, so that `--help` is printed at once.
 """
 
 import ast
@@ -11,7 +11,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache
@@ -23,29 +23,27 @@ Arch = Literal["preact18", "wrn28_10", "wrn34_10", "mlp6"]
 DatasetName = Literal["cifar10", "svhn", "fashion-mnist", "digits", "folder"]
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 LARGEST = 2**32
-"""No number of ours is larger; what is would overflow further in."""
+"""The largest number in a setting or a result: larger ones could overflow in later sums."""
 SMALLEST_SIDE = 8
-"""Pixels of the smallest images that the networks take."""
+"""Side, in pixels, of the smallest images that the networks take."""
 MOST_STEPS = 999_999
-"""No attack takes more steps."""
+"""The most steps of an attack."""
 PATHS = {"out", "data_dir", "dataset", "runs", "run", "partner", "dir"}
-"""Settings that are, or may be, paths."""
+"""Settings that are paths, or may be."""
 
 
 class Settings:
-    """What every configuration shares: the field docstrings, readable at run time."""
+    """Base of the configurations: frozen dataclasses with a docstring under each field."""
 
     positional: ClassVar[tuple[str, ...]] = ()
-    """Fields that are arguments of the command line, not flags."""
+    """Fields that are positional arguments on the command line, not flags."""
     groups: ClassVar[dict[str, str]] = {}
     """The headings of `--help`, each keyed by the first field under it."""
     bare: ClassVar[dict[str, Any]] = {}
-    """Values of the fields whose flag can stand without any."""
-    added: ClassVar[tuple[str, ...]] = ()
-    """Fields that files of earlier versions lack; they then have their defaults."""
+    """For fields whose flag may be given without a value: the value that it then stands for."""
 
     def __post_init__(self) -> None:
-        """Take what Python callers write for a field's type (`converted`); expand `~` in paths."""
+        """Convert each value to its field's type (see `converted`), and expand `~` in paths."""
         for name, hint in hints_of(type(self)).items():
             value = converted(getattr(self, name), hint)
             if name in PATHS and isinstance(value, tuple):
@@ -55,7 +53,7 @@ class Settings:
             object.__setattr__(self, name, value)
 
     def check(self) -> None:
-        """Raise `InputError`, naming the flag, for a value of another type or outside its range."""
+        """Raise `InputError`, which names the flag, for a value of wrong type or out of range."""
         check_types(self)
 
     @classmethod
@@ -80,11 +78,11 @@ def hints_of(kind: type[Any]) -> dict[str, Any]:
 
 
 def converted(value: Any, hint: Any) -> Any:
-    """Return a value as the type that the annotation asks for, where no information is lost.
+    """Return a value converted to its annotated type, if that loses no information.
 
     NumPy scalars and tensors of one element become Python numbers, "8/255" and `Fraction` a float,
-    paths text, lists tuples, and a single value a tuple of one. Anything else is returned as it
-    is, for `check_types` to refuse.
+    paths text, lists tuples, and a single value a tuple of one. Anything else is returned
+    unchanged, and `check_types` refuses it.
     """
     if type(value).__module__ != "builtins" and getattr(value, "shape", None) == ():
         value = value.item()
@@ -95,10 +93,7 @@ def converted(value: Any, hint: Any) -> Any:
     options = [option for option in get_args(hint) or (hint,) if option is not type(None)]
     if get_origin(hint) is Literal:
         return value
-    several = hint if get_origin(hint) is tuple else None
-    for option in options if several is None else ():
-        if get_origin(option) is tuple:
-            several = option
+    several = next((option for option in (hint, *options) if get_origin(option) is tuple), None)
     if several is not None:
         items = value if isinstance(value, list | tuple | range) else (value,)
         turned = tuple(converted(item, get_args(several)[0]) for item in items)
@@ -133,7 +128,7 @@ def check_types(config: Any) -> None:
 
 
 def _wanted(value: Any, hint: Any) -> str:
-    """Say which values an annotation allows, and which of them may be meant."""
+    """Say which values an annotation allows, and which of them is close to the given one."""
     options = get_args(hint) if get_origin(hint) not in (Literal, tuple) else ()
     if options:
         hint = next(option for option in options if option is not type(None))
@@ -155,7 +150,7 @@ _PLURALS = {int: "whole numbers", float: "numbers such as 0.03 or 8/255", str: "
 
 
 def did_you_mean(given: Any, known: Iterable[str]) -> str:
-    """Return ", did you mean X?" for the known name that is most like what was given, or ""."""
+    """Return ", did you mean X?" for the known name closest to the given one, or ""."""
     close = difflib.get_close_matches(str(given), list(known), n=1)
     return f", did you mean {close[0]}?" if close else ""
 
@@ -182,12 +177,12 @@ def check_ranges(config: Any, positive: set[str]) -> None:
 
 
 def expanded(path: Any) -> Any:
-    """Return a path as text, with `~` or `~user` at its head expanded; anything else as it is."""
+    """Return a path as text, with `~` or `~user` expanded; any other value unchanged."""
     return os.path.expanduser(os.fspath(path)) if isinstance(path, str | os.PathLike) else path
 
 
 def is_beton(path: object) -> bool:
-    """Whether a data set is named by its .beton."""
+    """Whether a data set is given as the path of a .beton file."""
     return str(path or "").endswith(".beton")
 
 
@@ -200,7 +195,7 @@ def check_dataset(name: str | None) -> None:
 
 
 def check_once(runs: tuple[str, ...]) -> None:
-    """Raise `InputError` for a run that is named twice, however it is spelled."""
+    """Raise `InputError` for a run that is named twice, also by two spellings of its path."""
     places = [os.path.realpath(run) for run in runs]
     for run, place in zip(runs, places, strict=True):
         if places.count(place) > 1:
@@ -208,7 +203,7 @@ def check_once(runs: tuple[str, ...]) -> None:
 
 
 def check_unit(config: Any) -> None:
-    """Raise `InputError` for an eps or alpha that looks like one for pixels of 0 to 255."""
+    """Raise `InputError` for an eps or alpha above 1: it is meant for pixels of 0 to 255."""
     for name in ("eps", "alpha"):
         given = getattr(config, name)
         for value in given if isinstance(given, tuple) else (given,):
@@ -219,7 +214,7 @@ def check_unit(config: Any) -> None:
 
 
 def steps_of(attack: str) -> int:
-    """Return the gradient steps of an attack's name: none 0, fgsm 1, pgd-K K.
+    """Return how many gradient steps the attack of this name takes: none 0, fgsm 1, pgd-K K.
 
     Raises `InputError` for any other name.
     """
@@ -238,28 +233,43 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def from_json(kind: type[Any], values: dict[str, Any]) -> Any:
-    """Rebuild a configuration written as JSON, refusing fields it does not know and wrong types.
+def validated(values: Any, kind: Any, name: str = "it") -> Any:
+    """Return `values`, parsed from JSON, as `kind`: a dataclass, or a list or tuple of one.
 
-    Raises `InputError` that names the field.
+    The JSON must have every field of the dataclass and no other, each of its annotated type. A JSON
+    list becomes a tuple where the annotation is one, and dataclasses may be nested. Raises
+    `InputError` for the first value that is wrong; the message calls the whole `name`.
     """
-    hints = hints_of(kind)
-    for name in values:
-        if name not in hints:
-            raise InputError(f"unknown setting {name[:50]!r}; was it written by another version?")
-    turned = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for name, value in turned.items():
-        if not fits(value, hints[name]):
-            raise InputError(f"setting {name!r} cannot be {repr(value)[:50]}")
-    return kind(**turned)
+    if get_origin(kind) in (list, tuple) and isinstance(values, list):
+        return get_origin(kind)(validated(value, get_args(kind)[0], name) for value in values)
+    if isinstance(kind, type) and is_dataclass(kind):
+        if not isinstance(values, dict):
+            raise InputError(f"{name} is not a JSON object")
+        hints = hints_of(kind)
+        for field in (*values, *hints):
+            if field not in hints:
+                raise InputError(f"{name} has the unknown field {field[:50]!r}")
+            if field not in values:
+                raise InputError(f"{name} lacks the field {field!r}")
+        return kind(**{f: validated(values[f], hint, repr(f)) for f, hint in hints.items()})
+    # `converted` does not apply: it accepts text such as "8/255" for a number.
+    value = tuple(values) if isinstance(values, list) and fits(tuple(values), kind) else values
+    if not fits(value, kind):
+        raise InputError(f"{name} cannot be {repr(value)[:50]}")
+    return value
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is one that the annotation allows."""
+    """Whether a value has its annotated type; an int is a float, but a bool is neither."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(fits(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) is dict:
+        key, item = get_args(hint)
+        return isinstance(value, dict) and all(
+            fits(k, key) and fits(v, item) for k, v in value.items()
+        )
     if get_args(hint):
         return any(fits(value, option) for option in get_args(hint))
     if hint is float:

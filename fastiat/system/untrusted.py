@@ -1,147 +1,83 @@
-"""Files of strangers: what is checked before a parser may see them."""
+"""Files that somebody else may have written: the checks before a parser reads them."""
 
 import ast
-import io
+import json
 import math
-import pickle
-import pickletools
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from fastiat.system.errors import Damaged, InputError
+from fastiat.system.errors import InputError
+from fastiat.system.settings import validated
 
 LARGEST_JSON = 16 * 2**20
-"""Bytes, of a pickle too; parsed, they can take forty times as many."""
-LARGEST_ROW = 2**20
-"""Characters of a line of JSON."""
+"""Bytes of JSON that are parsed at most; the parsed values can take forty times as many."""
+T = TypeVar("T")
 
 
 def is_endless(path: Path) -> bool:
-    """Whether this is a pipe or a device, from which a reader might never come back."""
+    """Whether `path` is a pipe or a device: reading one may wait forever."""
     return path.exists() and not (path.is_file() or path.is_dir())
 
 
-def read_json_text(file: Path) -> str:
-    """Return a JSON file's text.
+def finite_json(text: str) -> Any:
+    """Parse JSON; raise `ValueError` also for NaN, infinity and numbers too large for a float."""
 
-    Raises `InputError` for what cannot be a file of ours, and what `Path.read_text` raises.
+    def number(word: str) -> float:
+        value = float(word)
+        if not math.isfinite(value):
+            raise ValueError(f"{word[:20]} is not a finite number")
+        return value
+
+    def whole(word: str) -> int:
+        number(word)
+        return int(word)
+
+    return json.loads(text, parse_constant=number, parse_float=number, parse_int=whole)
+
+
+def read_json(file: Path, remedy: str = "put the original back") -> Any:
+    """Return what a JSON file holds.
+
+    Raises `InputError`, which names the file and ends with `remedy`, for a file that is too large
+    or not JSON with finite numbers, and `OSError` where the file cannot be read.
     """
-    if is_endless(file):
-        raise InputError("it is a pipe or a device: remove it")
-    if file.stat().st_size > LARGEST_JSON:
-        raise InputError("it is larger than any that fastiat writes: remove it")
-    return file.read_text()
+    try:
+        if is_endless(file):
+            raise InputError("it is a pipe or a device: remove it")
+        if file.stat().st_size > LARGEST_JSON:
+            raise InputError("it is larger than any that fastiat writes: remove it")
+        return finite_json(file.read_text())
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    # Deep nesting ends in a RecursionError, bytes that are no UTF-8 in a ValueError.
+    except (ValueError, RecursionError):
+        raise InputError(
+            f"{file} is damaged: it is not JSON with finite numbers; {remedy}"
+        ) from None
 
 
-# The opcodes and names in a checkpoint, as torch writes it. None runs code, none takes more memory
-# than its bytes in the file; among those that torch lets pass besides are some that do.
-_OPCODES = {
-    *("MARK", "STOP", "PROTO", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2"),
-    *("LONG1", "BINFLOAT", "BINUNICODE", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE"),
-    *("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "SETITEM", "SETITEMS", "GLOBAL"),
-    *("REDUCE", "BUILD", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
-}
-_ITEM_BYTES = {
-    **dict.fromkeys(("DoubleStorage", "LongStorage"), 8),
-    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
-    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
-    **dict.fromkeys(("ByteStorage", "CharStorage", "BoolStorage"), 1),
-}
+def read_as(file: Path, kind: type[T], remedy: str = "put the original back") -> T:
+    """Read a JSON file as `kind`: a dataclass, or `list[...]` of one (see `settings.validated`).
 
-
-def check_checkpoint(file: Path) -> None:
-    """Raise `Damaged` unless `torch.load` can read a file without harm.
-
-    Its archive is stored, with right checksums; its pickle has nothing but containers, numbers,
-    text and dense tensors, and every tensor's storage as many bytes as the pickle says, which
-    torch believes without looking. An archive that is none raises what `zipfile` raises.
+    Raises what `read_json` raises, and `InputError` for missing, unknown or ill-typed fields.
     """
-    if is_endless(file):
-        raise Damaged("it is a pipe or a device")
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        names = [entry.filename for entry in entries]
-        pickles = [name for name in names if name.endswith(".pkl")]
-        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        total = sum(entry.file_size for entry in entries)
-        if not stored or total > file.stat().st_size or len(set(names)) < len(names):
-            raise Damaged("it is not a checkpoint of fastiat")
-        wrong = archive.testzip()
-        if wrong is not None:
-            raise Damaged(f"it is damaged: {wrong[:50]} has a wrong checksum")
-        sizes = {entry.filename: entry.file_size for entry in entries}
-        one = len(pickles) == 1 and pickles[0].endswith("/data.pkl")
-        if not one or sizes[pickles[0]] > LARGEST_JSON:
-            raise Damaged("it is not a checkpoint of fastiat")
-        folder = pickles[0].removesuffix("data.pkl")
-        content = archive.read(pickles[0])
-    _check_opcodes(content)
-    _Scan(content, sizes, f"{folder}data/").load()
-
-
-def _check_opcodes(content: bytes) -> None:
-    kept = 0
-    for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name not in _OPCODES:
-            raise pickle.UnpicklingError(f"opcode {opcode.name}")
-        if opcode.name.endswith("PUT"):
-            # The reader makes room for as many as the largest number says.
-            if argument != kept:
-                raise pickle.UnpicklingError("memo")
-            kept += 1
-
-
-class _Scan(pickle.Unpickler):
-    """Builds a checkpoint's containers, with None for every tensor."""
-
-    def __init__(self, content: bytes, sizes: dict[str, int], folder: str) -> None:
-        super().__init__(io.BytesIO(content))
-        self._sizes, self._folder = sizes, folder
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _no_tensor
-        if module == "torch" and name in _ITEM_BYTES:
-            return name
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> None:
-        kind, storage, key, _, count = pid
-        if kind != "storage" or count * _ITEM_BYTES[storage] != self._sizes[self._folder + key]:
-            raise Damaged("it is damaged: a tensor has another size than its data")
-
-
-def _no_tensor(*_: Any) -> None:
-    pass
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Whether two states have the same keys, and tensors of the same shapes and types.
-
-    What is neither a container nor a tensor is not looked at.
-    """
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        same = isinstance(one, Tensor) and isinstance(other, Tensor)
-        return same and (one.shape, one.dtype) == (other.shape, other.dtype)
-    if isinstance(one, dict) or isinstance(other, dict):
-        same = isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys()
-        return same and all(alike(value, other[key]) for key, value in one.items())
-    return True
+    values = read_json(file, remedy)
+    try:
+        return validated(values, kind)
+    except InputError as error:
+        raise InputError(f"{file}: {error}; {remedy}") from None
 
 
 def read_npz(file: Any, largest: int) -> dict[str, NDArray[Any]]:
     """Return the arrays of a .npz, a path or an open file, none of them above `largest` bytes.
 
-    Nothing is unpickled, and nothing unpacked beyond what the archive and the array's own head
-    say alike. Raises `InputError`, or what `zipfile` and NumPy raise, for a damaged file.
+    Nothing is unpickled, and an array is unpacked only where the archive and the array's own
+    header give the same size. Raises `InputError`, or what `zipfile` and NumPy raise, for a
+    damaged file.
     """
     arrays = {}
     with zipfile.ZipFile(file) as archive:
@@ -156,20 +92,86 @@ def _array(member: Any, entry: zipfile.ZipInfo, largest: int) -> NDArray[Any]:
     if magic[:8] != b"\x93NUMPY\x01\x00":
         raise InputError("it holds something else than arrays")
     size = int.from_bytes(magic[8:], "little")
-    head = ast.literal_eval(member.read(size).decode("latin1").strip())
-    dtype, shape = np.dtype(head["descr"]), head["shape"]
+    header = ast.literal_eval(member.read(size).decode("latin1").strip())
+    dtype, shape = np.dtype(header["descr"]), header["shape"]
     if dtype.hasobject or not all(type(n) is int and n >= 0 for n in shape):
         raise InputError("it holds something else than arrays of numbers")
     count = math.prod(shape) * dtype.itemsize
-    if head["fortran_order"] or count > largest or entry.file_size != 10 + size + count:
-        raise InputError("an array's size is not what its head says")
+    if header["fortran_order"] or count > largest or entry.file_size != 10 + size + count:
+        raise InputError("an array's size is not the one in its header")
     raw, done = np.empty(count, np.uint8), 0
     while done < count:
+        # In parts: one read of everything would hold the packed and the unpacked bytes.
         part = member.read(min(2**24, count - done))
         if not part:
             raise InputError("an array is cut short")
         raw[done : done + len(part)] = np.frombuffer(part, np.uint8)
         done += len(part)
-    member.read(1)  # to the end, where the checksum is compared
+    member.read(1)  # `zipfile` compares the checksum when it reaches the end
     array: NDArray[Any] = raw.view(dtype).reshape(shape)
     return array
+
+
+_SIGNATURES = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"BM": "a BMP image",
+    b"II*\0": "a TIFF image",
+    b"MM\0*": "a TIFF image",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x1f\x8b": "a gzip archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"%PDF": "a PDF",
+    b"\x80\x02": "a pickle, such as an old PyTorch checkpoint (torch.save)",
+    b"\x80": "a pickle",
+}
+
+
+def kind_of(file: Path) -> str | None:
+    """Say which kind of file was given instead of a safetensors file; None where it may be one."""
+    with open(file, "rb") as opened:
+        head = opened.read(512)
+    # Safetensors: eight bytes with the length of the header, then the header, which is JSON.
+    # This comes first, as those eight bytes may look like another format's signature.
+    if head[8:9] == b"{":
+        return None
+    if head.startswith(b"PK\3\4") or head.startswith(b"PK\5\6"):
+        return _kind_of_zip(file)
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "a WebP image"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if file.suffix == ".beton":
+        return "a data set"
+    for start, kind in _SIGNATURES.items():
+        if head.startswith(start):
+            return kind
+    if not head:
+        return "an empty file"
+    try:
+        text = head.decode()
+    except UnicodeDecodeError as error:
+        # The 512 bytes may end within a character.
+        text = head[: error.start].decode() if error.start > len(head) - 4 else "\0"
+    if all(c.isprintable() or c in "\t\n\r\f" for c in text):
+        return "a text file"
+    return None
+
+
+def _kind_of_zip(file: Path) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "a damaged zip archive or PyTorch checkpoint"
+    if any(name.endswith("constants.pkl") for name in names):
+        return "a TorchScript model (torch.jit.save)"
+    if any(name.endswith("data.pkl") for name in names):
+        return "a PyTorch checkpoint (torch.save)"
+    if names and all(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays (.npz)"
+    return "a zip archive"

@@ -136,7 +136,7 @@ class Session:
     def check_finite(self) -> dict[str, Any]:
         """Return the trainer's state; it is all finite, or the training has diverged."""
         state = self.trainer.state_dict()
-        groups = [state["model"], state["average"] or {}, *state["optimizer"]["state"].values()]
+        groups = [state["model"], state["average"] or {}, state["momentum"]]
         tensors = [state["totals"], *(tensor for group in groups for tensor in group.values())]
         # One wait for the device, instead of one for each tensor.
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():

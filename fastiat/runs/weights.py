@@ -1,0 +1,189 @@
+"""The safetensors files of a run: the model with its card, and the checkpoint of a training.
+
+A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: names,
+types, shapes and positions of the tensors, and text under "__metadata__"), and the data section.
+
+    model.safetensors   weights; metadata "card": the `ModelCard` as JSON
+    state.safetensors   tensors, called GROUP/NAME where the state has a dictionary of tensors;
+                        metadata "state": all other values as JSON, and "sha256": the SHA-256 of
+                        that JSON followed by the data section
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fastiat import __version__
+from fastiat.models import ModelCard
+from fastiat.system.errors import Damaged, InputError, printable
+from fastiat.system.settings import validated
+from fastiat.system.untrusted import LARGEST_JSON, finite_json, is_endless
+
+EXPECTED = "name a run directory, or the model.safetensors in one"
+T = TypeVar("T")
+
+
+def _explains_damage(reader: Callable[[Path], T]) -> Callable[[Path], T]:
+    """Have `reader` raise `Damaged` in place of the errors that a damaged file causes.
+
+    An `OSError` passes, as the disk is at fault then, not the file.
+    """
+
+    @functools.wraps(reader)
+    def read(file: Path) -> T:
+        try:
+            return reader(file)
+        except (InputError, OSError):
+            raise
+        # The errors of the library and of our own code at damaged files are too many to list.
+        except Exception as error:
+            reason = printable((str(error).splitlines() or [type(error).__name__])[0])
+            raise Damaged(f"it is damaged or truncated ({reason[:100]})") from None
+
+    return read
+
+
+@_explains_damage
+def read_model(file: Path) -> tuple[nn.Module, ModelCard]:
+    """Return the network of a model.safetensors, on the CPU, and its card.
+
+    Raises `InputError` for a file that is damaged or holds other weights than its card says.
+    """
+    metadata, tensors = _unpack(file)
+    if "card" not in metadata:
+        what = "the training state of a run" if "state" in metadata else "a safetensors file"
+        raise InputError(
+            f"it is {what}, not a model of fastiat, as it does not say which network: {EXPECTED}"
+        )
+    card: ModelCard = validated(_parsed(metadata["card"]), ModelCard)
+    # On the meta device a network takes no memory, whatever width the card claims.
+    with torch.device("meta"):
+        model = card.build()
+    if not alike(tensors, model.state_dict()):
+        raise InputError(f"it does not hold the weights of {card.arch} of width {card.width}")
+    if len(card.classes) != card.num_classes:
+        raise InputError(f"it names {len(card.classes)} classes of {card.num_classes}")
+    model.load_state_dict(tensors, assign=True)
+    return model, card
+
+
+def pack_model(weights: Mapping[str, Tensor], card: ModelCard) -> bytes:
+    """Return the content of a model.safetensors; equal weights and cards give equal bytes."""
+    metadata = {"format": "pt", "fastiat": __version__, "card": json.dumps(asdict(card))}
+    return _pack(weights, lambda data: metadata)
+
+
+def pack_state(state: Mapping[str, Any]) -> bytes:
+    """Return the content of a state.safetensors.
+
+    The values of `state` are tensors, dictionaries of tensors, or what JSON can hold.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, value in state.items():
+        group = value if isinstance(value, Mapping) else {}
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif any(isinstance(item, Tensor) for item in group.values()):
+            tensors |= {f"{name}/{key}": tensor for key, tensor in group.items()}
+        else:
+            values[name] = value
+    text = json.dumps(values)
+
+    def describe(data: memoryview) -> dict[str, str]:
+        # Names and shapes need no checksum: `alike` compares them with the training's own.
+        checksum = hashlib.sha256(text.encode())
+        checksum.update(data)
+        return {"state": text, "sha256": checksum.hexdigest()}
+
+    return _pack(tensors, describe)
+
+
+@_explains_damage
+def read_state(file: Path) -> dict[str, Any]:
+    """Return the state in a state.safetensors, see `pack_state`.
+
+    Raises `Damaged` for a file that is damaged or not a checkpoint. Whether names, shapes and
+    values are right is for the caller to check.
+    """
+    if is_endless(file):
+        raise Damaged("it is a pipe or a device")
+    metadata, tensors = _unpack(file)
+    text = metadata.get("state")
+    if text is None:
+        raise Damaged("it is not a checkpoint of fastiat")
+    if metadata.get("sha256") != data_sha256(file, text):
+        raise Damaged("it is damaged: it has a wrong checksum")
+    state = _parsed(text)
+    for name, tensor in tensors.items():
+        group, slash, key = name.partition("/")
+        if slash:
+            state.setdefault(group, {})[key] = tensor
+        else:
+            state[name] = tensor
+    return state
+
+
+def data_sha256(file: Path, text: str = "") -> str:
+    """Return the SHA-256, in hexadecimal, of `text` and the data section of a safetensors file."""
+    checksum = hashlib.sha256(text.encode())
+    with open(file, "rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+        # A damaged length may be more than `seek` takes.
+        opened.seek(min(header, file.stat().st_size), os.SEEK_CUR)
+        hashlib.file_digest(opened, lambda: checksum)
+    return checksum.hexdigest()
+
+
+def _pack(tensors: Mapping[str, Tensor], describe: Callable[[memoryview], dict[str, str]]) -> bytes:
+    """Return a safetensors file; `describe` gives the metadata for the data section.
+
+    The library writes metadata in an order that differs from call to call; here it is sorted.
+    """
+    packed = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    )
+    start = 8 + int.from_bytes(packed[:8], "little")
+    header, data = json.loads(packed[8:start]), memoryview(packed)[start:]
+    header = {"__metadata__": dict(sorted(describe(data).items()))} | header
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data section is aligned to 8 bytes, as the library's
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def _unpack(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a safetensors file."""
+    with open(file, "rb") as opened:
+        if int.from_bytes(opened.read(8), "little") > LARGEST_JSON:
+            raise Damaged("it is damaged: its header is larger than any that fastiat writes")
+    with safe_open(file, "pt") as opened:
+        names = opened.keys()
+        # Cloned, as the library maps the file into memory: with the file cut short later, a
+        # process that reads such a tensor would die of SIGBUS.
+        return opened.metadata() or {}, {name: opened.get_tensor(name).clone() for name in names}
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    values = finite_json(text)
+    if not isinstance(values, dict):
+        raise Damaged("it is damaged: its metadata is not a JSON object")
+    return values
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values are tensors of one shape and type, dictionaries of such, or both None."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return (one.shape, one.dtype) == (other.shape, other.dtype)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(alike(one[name], other[name]) for name in other)
+    return one is None and other is None
