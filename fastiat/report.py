@@ -19,7 +19,6 @@ import torch
 
 from fastiat import __version__, data
 from fastiat.analyse import read_diagnosis
-from fastiat.cli import resolve
 from fastiat.config import ReportConfig, TrainConfig
 from fastiat.page import figure1, figures
 from fastiat.page.charts import Label, Measured, label, norm_pictures, sweeps, tradeoff
@@ -304,7 +303,7 @@ def _examples(run: Run, load: Any, labels: dict[Path, Label]) -> Safe:
 def _section(run: Run, labels: dict[Path, Label]) -> Safe:
     """Return a run's settings, command and curves, and write RUN/curves.png and .svg."""
     config = run.config
-    start = resolve(TrainConfig, {"preset": config.preset, "dataset": config.dataset})
+    start = TrainConfig(preset=config.preset, dataset=config.dataset)
     command = tables.command_of("train", config, start)
     if config.preset != "paper":
         command += f" --preset {config.preset}"
