@@ -76,13 +76,13 @@ bench: $(TOOLS)
 	$(BIN)/python -m pytest bench --benchmark-only
 
 gpu:
-	$(ANY) bench/gpu.py $(ARGS)
+	$(ANY) bench/gpu/run.py $(ARGS)
 
 gpu-train:
-	$(ANY) bench/gpu_train.py --data-dir $(DATA) --out $(RUN) $(ARGS)
+	$(ANY) bench/gpu/train.py --data-dir $(DATA) --out $(RUN) $(ARGS)
 
 gpu-results:
-	$(ANY) bench/gpu_results.py --data-dir $(DATA) --out $(RUN) $(ARGS)
+	$(ANY) bench/gpu/sessions.py --data-dir $(DATA) --out $(RUN) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info

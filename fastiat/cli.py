@@ -137,12 +137,11 @@ def _find_caches() -> None:
             folder = tempfile.mkdtemp(prefix="fastiat-cache-")
     except OSError:
         return  # there is no temporary folder either; the libraries report that themselves
+    # Not XDG_CACHE_HOME: data sets are too large to go to a temporary folder without being asked.
     for variable, name in {
         "MPLCONFIGDIR": "matplotlib",
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
         "TRITON_CACHE_DIR": "triton",
-        # A home that can be read, but not written to, may hold data sets.
-        **({} if os.path.isdir(home) else {"XDG_CACHE_HOME": "cache"}),
     }.items():
         if variable not in os.environ:
             os.environ[variable] = os.path.join(folder, name)

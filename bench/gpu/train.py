@@ -1,6 +1,6 @@
 """Train IAT on an image tree for a number of minutes and measure it: `make gpu-train`.
 
-    python bench/gpu_train.py --data-dir DIR --out DIR [--minutes 25] [--session 9] [FLAG ...]
+    python bench/gpu/train.py --data-dir DIR --out DIR [--minutes 25] [--session 9] [FLAG ...]
 
 The first session times an epoch and takes as many as fit into `--minutes`, so that the schedule
 ends with the time. A session ends after `--session` minutes with a checkpoint; the same command
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import timing  # noqa: E402
@@ -60,7 +60,7 @@ def main() -> int:
                 found |= _plan(config, arguments.minutes, arguments.session)
             found["sessions"] = []
     except InputError as error:
-        print(f"gpu_train.py: {error}", file=sys.stderr)
+        print(f"gpu/train.py: {error}", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
     write_report(report, found)
@@ -82,7 +82,7 @@ def main() -> int:
     )
     write_report(report, found)
     if status == 128 + signal.SIGTERM:
-        print("gpu_train.py: the session is over; the same command goes on", flush=True)
+        print("gpu/train.py: the session is over; the same command goes on", flush=True)
         return 0
     if status != 0:
         return 1
@@ -96,7 +96,7 @@ def main() -> int:
     found["measured"] = all(attack in found["errors"] for attack in ATTACKS)
     write_report(report, found)
     if not found["measured"]:
-        print("gpu_train.py: trained, but not measured in time; the same command does it")
+        print("gpu/train.py: trained, but not measured in time; the same command does it")
     return int(status not in (0, 128 + signal.SIGTERM, -signal.SIGTERM))
 
 

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command of at most nine minutes: `make gpu`.
 
-    python bench/gpu.py [--out DIR] [--parts ceilings tests ...] [--minutes 9]
+    python bench/gpu/run.py [--out DIR] [--parts ceilings tests ...] [--minutes 9]
 
 Runs the GPU tests, then measures: ceilings of the device, attack and step of both networks under
 every engine, kernels, a profile. Needs PyTorch 2.11 or newer and a few packages, no network and no
@@ -23,7 +23,11 @@ import time
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from gpu.summary import summary  # noqa: E402
+
 PARTS = {
     "ceilings": 20,
     "tests": 150,
@@ -52,7 +56,10 @@ def main() -> int:
     if arguments.device != "cpu" and not importlib.util.find_spec("triton"):
         missing.append("triton")
     if missing:
-        print(f"gpu.py: {sys.executable} lacks {', '.join(missing)}: install them", file=sys.stderr)
+        print(
+            f"gpu/run.py: {sys.executable} lacks {', '.join(missing)}: install them",
+            file=sys.stderr,
+        )
         return 2
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -60,7 +67,7 @@ def main() -> int:
         return _measure(arguments)
     problem = _device_problem(arguments.device)
     if problem:
-        print(f"gpu.py: {problem}", file=sys.stderr)
+        print(f"gpu/run.py: {problem}", file=sys.stderr)
         return 2
     out = Path(arguments.out or os.environ.get("OUT") or _default_out(arguments.device))
     out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +87,7 @@ def main() -> int:
             later = sum(PARTS[name] for name in todo) * scale
             seconds = max(deadline - time.monotonic() - later, PARTS[part] * scale)
             seconds = max(min(seconds, deadline - time.monotonic()), 1)
-            print(f"gpu.py: {part}, at most {seconds:.0f} s", flush=True)
+            print(f"gpu/run.py: {part}, at most {seconds:.0f} s", flush=True)
             worst |= _run(arguments, out, part, seconds)
             if part == "tests":
                 _stop(warmers, started + (PARTS["ceilings"] + PARTS["tests"]) * scale)
@@ -88,7 +95,7 @@ def main() -> int:
     finally:
         _stop(warmers, 0)
     print((out / "summary.md").read_text())
-    print(f"gpu.py: {time.monotonic() - started:.0f} s, results in {out}")
+    print(f"gpu/run.py: {time.monotonic() - started:.0f} s, results in {out}")
     return worst
 
 
@@ -109,10 +116,9 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(arguments: argparse.Namespace) -> int:
     """Be the process of one part."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-    import gpu_parts
+    from gpu import parts
 
-    return gpu_parts.run(
+    return parts.run(
         arguments.only,
         Path(arguments.out),
         seconds=arguments.seconds,
@@ -197,7 +203,7 @@ def _stop(processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
         try:
             process.wait(timeout=max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
-            print(f"gpu.py: still compiling, stopped: {' '.join(process.args[2:])}")  # type: ignore[index]
+            print(f"gpu/run.py: still compiling, stopped: {' '.join(process.args[2:])}")  # type: ignore[index]
         _end(process)
 
 
@@ -211,10 +217,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _summarise(out: Path) -> None:
-    sys.path.insert(0, str(ROOT / "bench"))
-    import gpu_summary
-
-    (out / "summary.md").write_text(gpu_summary.summary(out))
+    (out / "summary.md").write_text(summary(out))
 
 
 if __name__ == "__main__":

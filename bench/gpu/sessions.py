@@ -1,6 +1,6 @@
 """First results on a GPU: a speed run, Table 3, AutoAttack and a diagnosis: `make gpu-results`.
 
-    python bench/gpu_results.py --data-dir DIR --out DIR [--session 9] [--epochs 20]
+    python bench/gpu/sessions.py --data-dir DIR --out DIR [--session 9] [--epochs 20]
 
 DIR is an image tree, CIFAR-10's for the paper's table. In order, each as far as it is missing:
 
@@ -25,11 +25,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import timing  # noqa: E402
-from gpu_train import TO_STOP, read_rows, run_fastiat, write_report  # noqa: E402
+from gpu.train import TO_STOP, read_rows, run_fastiat, write_report  # noqa: E402
 
 from fastiat.runs.directory import CONFIG, LOG, METRICS, MODEL, STATE  # noqa: E402
 
@@ -66,7 +66,7 @@ class Session:
         self.found["commands"].append({"argv": argv, "status": status, "seconds": seconds})
         write_report(self.report, self.found)
         if status not in (0, 143, -15):
-            raise SystemExit(f"gpu_results.py: failed with status {status}: {' '.join(argv)}")
+            raise SystemExit(f"gpu/sessions.py: failed with status {status}: {' '.join(argv)}")
         return status == 0
 
     def speed(self) -> bool:
@@ -141,7 +141,7 @@ class Session:
         runs = [file.parent for file in (self.out / "table3").glob("*/" + CONFIG)]
         attacked = sorted(run for run in runs if any(name in run.name for name in ATTACKED))
         if len(attacked) < len(ATTACKED):
-            raise SystemExit("gpu_results.py: the rows of Table 3 come first: --stages table3")
+            raise SystemExit("gpu/sessions.py: the rows of Table 3 come first: --stages table3")
         return attacked[:1] if self.tiny else attacked
 
     def keep(self) -> None:
@@ -160,7 +160,7 @@ def main() -> int:
     """Run one session; 0 unless something failed."""
     arguments = _arguments()
     if not Path(arguments.data_dir).is_dir():
-        print(f"gpu_results.py: {arguments.data_dir} is no folder", file=sys.stderr)
+        print(f"gpu/sessions.py: {arguments.data_dir} is no folder", file=sys.stderr)
         return 2
     session = Session(arguments)
     session.out.mkdir(parents=True, exist_ok=True)
@@ -170,9 +170,9 @@ def main() -> int:
     finally:
         session.keep()
     if left:
-        print(f"gpu_results.py: {left} is not finished; the same command goes on")
+        print(f"gpu/sessions.py: {left} is not finished; the same command goes on")
     else:
-        print(f"gpu_results.py: all done: {session.report}")
+        print(f"gpu/sessions.py: all done: {session.report}")
     return 0
 
 

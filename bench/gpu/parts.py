@@ -1,4 +1,4 @@
-"""The parts of `bench/gpu.py`: what each measures, written to its JSON as it is measured."""
+"""The parts of `bench/gpu/run.py`: what each measures, written to its JSON as it is measured."""
 
 import gc
 import importlib.util
@@ -22,7 +22,7 @@ import timing
 import torch
 from timing import DEVICE, ON_GPU, ROOT
 
-from fastiat.engine import graphs as engines
+from fastiat.engine import graphs
 
 BATCHES = (64, 128, 512)
 ENGINES = ("eager", "compile", "graph") if ON_GPU else ("eager", "compile")
@@ -82,7 +82,7 @@ def run(name: str, out: Path, *, seconds: float, tiny: bool, backend: str, warm:
 
     With `warm` only compile what it needs: for a network, that of its batch number `warm`.
     """
-    engines.BACKEND = backend
+    graphs.BACKEND = backend
     part = Part(name, out, seconds, tiny, warm)
     if not ON_GPU:
         torch.set_num_threads(1)
@@ -116,12 +116,13 @@ def _tests(part: Part) -> None:
     command += ["--continue-on-collection-errors", "-rfE", "--tb=short"]
     if ON_GPU:
         # Only files with such tests, as the others import what this machine may not have.
-        files = sorted((ROOT / "tests").glob("test_*.py"))
+        files = sorted((ROOT / "tests").rglob("test_*.py"))
         command += ["-m", "gpu", *(str(file) for file in files if _has_gpu_tests(file))]
         if importlib.util.find_spec("xdist"):
             command += ["-n", "4", "--dist", "loadfile"]
     else:
-        command += ["-m", "not gpu", "tests/test_gpu_engine.py", "-k", "random_starts"]
+        (file,) = (ROOT / "tests").rglob("test_gpu_engine.py")
+        command += ["-m", "not gpu", str(file), "-k", "random_starts"]
     log = part.file.with_suffix(".log")
     with log.open("w") as file:
         # To a file, as what a stopped process has said to a pipe is lost.
@@ -249,7 +250,7 @@ def _kernel(part: Part, name: str, direction: str, batch: int, bandwidth: float)
 
     case = bench_kernels.CASES[name]
     torch.compiler.reset()
-    compiled = torch.compile(case.plain, fullgraph=True, dynamic=False, backend=engines.BACKEND)
+    compiled = torch.compile(case.plain, fullgraph=True, dynamic=False, backend=graphs.BACKEND)
     tensors = case.inputs(batch)
     size = case.forward * batch
 
@@ -275,8 +276,8 @@ def _kernel(part: Part, name: str, direction: str, batch: int, bandwidth: float)
     if ON_GPU:
         # A replayed graph of many calls: what the kernels take, without the time to launch them.
         replays = {name: _graph_of(call, 10) for name, call in calls.items()}
-        graphs = {name: graph.replay for name, graph in replays.items() if graph is not None}
-        for implementation, seconds in timing.interleaved(graphs, **short).items():
+        captured = {name: graph.replay for name, graph in replays.items() if graph is not None}
+        for implementation, seconds in timing.interleaved(captured, **short).items():
             rows[implementation]["replayed_s"] = statistics.median(seconds) / 10
     for implementation, row in rows.items():
         best = min(row.values())
