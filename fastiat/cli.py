@@ -188,7 +188,7 @@ def explain(error: Exception) -> tuple[int | None, str]:
     if isinstance(error, BrokenPipeError):
         # Python would fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1, "the reader of the output has ended"
+        return 1, "the reader of the output went away"
     if isinstance(error, OSError):
         return 2, explain_os(error)
     if out_of_memory(error):
