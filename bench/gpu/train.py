@@ -5,8 +5,8 @@
 The first session measures the time of an epoch and chooses the number of epochs that fits into
 `--minutes`. A session ends after `--session` minutes with a checkpoint; the same command continues
 until the training has ended and is measured (no attack and PGD-20). Other flags are those of
-`fastiat train`. DIR/gpu_train.json has the times, the number of epochs, the sessions and the errors;
-DIR/run is the run directory.
+`fastiat train`. DIR/gpu_train.json has the times, the number of epochs, the sessions and the
+errors; DIR/run is the run directory.
 """
 
 import argparse
