@@ -547,8 +547,8 @@ class ConvertConfig(WithDataDir):
     quality: int = 95
     """Quality of the JPEGs, from 1 to 100."""
     max_side: int | None = None
-    """Largest side of the images in pixels; larger images are cut square and resized to it
-    (default: none if all images are squares of one size, else 224)."""
+    """Largest side of the images in pixels: every image is cut square and resized to one side, at
+    most this (default: none if all images are squares of one size, else 224)."""
     force: bool = False
     """Replace the file if it exists."""
 

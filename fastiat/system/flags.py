@@ -17,10 +17,11 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     "method": ("preset", "arch", "width", "variant", "mix", "adv"),
     "data": (
         *("dataset", "data_dir", "train_limit", "class_limit", "loader", "pad", "flip"),
+        "batch_size",
         *("format", "quality", "max_side", "force"),
     ),
     "optimisation": (
-        *("epochs", "batch_size", "lr", "schedule", "momentum", "nesterov", "weight_decay"),
+        *("epochs", "lr", "schedule", "momentum", "nesterov", "weight_decay"),
         *("decay_norm", "loss", "clean_weight", "ema", "holdout", "patience"),
     ),
     "attack": (
