@@ -17,8 +17,7 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     "method": ("preset", "arch", "width", "variant", "mix", "adv"),
     "data": (
         *("dataset", "data_dir", "train_limit", "class_limit", "loader", "pad", "flip"),
-        "batch_size",
-        *("format", "quality", "max_side", "force"),
+        *("batch_size", "format", "quality", "max_side", "force"),
     ),
     "optimisation": (
         *("epochs", "lr", "schedule", "momentum", "nesterov", "weight_decay"),
