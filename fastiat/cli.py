@@ -137,12 +137,16 @@ def _find_caches() -> None:
             folder = tempfile.mkdtemp(prefix="fastiat-cache-")
     except OSError:
         return  # there is no temporary folder either; the libraries report that themselves
-    # Not XDG_CACHE_HOME: data sets are too large to go to a temporary folder without being asked.
-    for variable, name in {
+    names = {
         "MPLCONFIGDIR": "matplotlib",
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
         "TRITON_CACHE_DIR": "triton",
-    }.items():
+    }
+    # Data sets and image caches use XDG_CACHE_HOME. It is not set for a home that can be read, as
+    # it may hold them, nor for an unknown home ("~"): then an error says which variable to set.
+    if home != "~" and not os.path.isdir(home):
+        names["XDG_CACHE_HOME"] = "cache"
+    for variable, name in names.items():
         if variable not in os.environ:
             os.environ[variable] = os.path.join(folder, name)
             os.makedirs(os.environ[variable], exist_ok=True)

@@ -137,7 +137,7 @@ for name in sys.argv[1:]:
         importlib.import_module(name)
     except Exception:
         failed.append(f"{name}: {traceback.format_exc().splitlines()[-1]}")
-sys.exit("\\n".join(failed))
+sys.exit("\\n".join(failed) or 0)
 """
     names = [f"fastiat.{name}" for name in CHECKED]
     ended = subprocess.run(
