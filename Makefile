@@ -1,14 +1,14 @@
 # make demo      train and measure a robust digits classifier
 # make test      run the test suite
-# make torture KILLS=100 INPUTS=10000   kill trainings, resume and compare them; read hostile files
+# make torture KILLS=100 INPUTS=10000   kill trainings, resume and compare; read damaged files
 # make test-gpu  the tests that need a CUDA device, real kernels included
 # make test-oldest TESTS=tests/test_engine.py   with every dependency at its lower bound
 # make lint      ruff and mypy
 # make bench     throughput of attack, training step and kernels
-# make gpu       all that needs a GPU, tests and measurements, in nine minutes; nothing is installed
-# make gpu-train DATA=DIR RUN=DIR   train IAT on an image tree by the clock, and measure it
+# make gpu       tests and measurements that need a GPU, in nine minutes; installs nothing
+# make gpu-train DATA=DIR RUN=DIR   train IAT on an image tree for a given time, and measure it
 # make gpu-results DATA=DIR RUN=DIR   speed run, Table 3, AutoAttack and diagnosis, nine minutes each
-# PYTHON=python3.12 make demo   chooses the interpreter that .venv is made with
+# PYTHON=python3.12 make demo   chooses the interpreter of .venv
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +18,7 @@ TOOLS := $(VENV)/.tools
 
 .DEFAULT_GOAL := demo
 
-# A .venv of another interpreter than the one asked for is made anew.
+# If PYTHON names another interpreter than that of .venv, .venv is made again.
 ifneq ($(origin PYTHON),file)
 IDENTITY := import sys; print(sys.version, sys.base_prefix)
 ifneq ($(shell $(PYTHON) -c '$(IDENTITY)'),$(shell $(BIN)/python -c '$(IDENTITY)' 2> /dev/null))
@@ -27,17 +27,17 @@ $(STAMP): FORCE
 endif
 endif
 
-# Every dependency at its lower bound, in a virtual environment of its own.
+# A virtual environment with every dependency at its lower bound.
 OLDEST := .venv-oldest
 TESTS ?= tests
 
-# Two at a time, each on one core: threads that share cores slow each other down.
+# Two processes with one thread each: threads that share cores slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile
 
 KILLS ?= 100
 INPUTS ?= 10000
 
-# A machine that has PyTorch but no network has no .venv and needs none.
+# A machine with PyTorch and no network can run without a .venv.
 ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DATA ?= my-images
 RUN ?= runs/gpu-train
@@ -76,13 +76,13 @@ bench: $(TOOLS)
 	$(BIN)/python -m pytest bench --benchmark-only
 
 gpu:
-	$(ANY) bench/gpu.py $(ARGS)
+	$(ANY) bench/gpu/run.py $(ARGS)
 
 gpu-train:
-	$(ANY) bench/gpu_train.py --data-dir $(DATA) --out $(RUN) $(ARGS)
+	$(ANY) bench/gpu/train.py --data-dir $(DATA) --out $(RUN) $(ARGS)
 
 gpu-results:
-	$(ANY) bench/gpu_results.py --data-dir $(DATA) --out $(RUN) $(ARGS)
+	$(ANY) bench/gpu/sessions.py --data-dir $(DATA) --out $(RUN) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info

@@ -18,7 +18,7 @@ import torch
 from conftest import describe, replay, selected
 from timing import ON_GPU
 
-from fastiat.engine import graphs as engines
+from fastiat.engine import graphs
 
 ENGINES = ("eager", "compile", "graph") if ON_GPU else ("eager", "compile")
 ARCH, WIDTH = "preact18", None if ON_GPU else 16
@@ -37,7 +37,7 @@ def times(request: pytest.FixtureRequest, batch: int) -> Iterator[Times]:
     """The seconds of every step's rounds, by engine and method; the plain step's always."""
     chosen = [item.callspec.params for item in selected(request, batch=batch)]
     pairs = {(p["engine"], m) for p in chosen for m in ("plain", p["method"])}
-    if not engines.has_compiler(timing.DEVICE):
+    if not graphs.has_compiler(timing.DEVICE):
         pairs = {pair for pair in pairs if pair[0] != "compile"}
     calls = {pair: steps.make(pair[1], pair[0], ARCH, batch, width=WIDTH) for pair in sorted(pairs)}
     once = request.config.getoption("benchmark_disable")

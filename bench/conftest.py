@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing beside a copy's, rounds timed before, tables at the end."""
+"""Fixtures of the benchmarks: rates relative to a copy, rounds timed before, tables at the end."""
 
 import re
 import statistics
@@ -17,19 +17,19 @@ BAR = "images/s"
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """On the CPU all is measured on one thread, so that machines compare."""
+    """On the CPU everything runs on one thread, so that machines can be compared."""
     timing.torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def copy_bandwidth() -> float:
-    """Bytes per second that a large copy reads and writes here."""
+    """Bytes per second that a large copy reads and writes on this device."""
     return timing.copy_bandwidth()
 
 
 @pytest.fixture(scope="session")
 def peak() -> Callable[[str], float]:
-    """FLOP per second of a large matrix product in the arithmetic that is asked for."""
+    """A function that returns the FLOP/s of a large matrix product in the given arithmetic."""
     known: dict[str, float] = {}
 
     def measured(arithmetic: str) -> float:
@@ -41,10 +41,11 @@ def peak() -> Callable[[str], float]:
 
 
 class _Replay:
-    """A clock that moves only by the seconds it is told, for rounds that were timed before.
+    """A clock that only advances by given seconds, for rounds that were timed before.
 
-    pytest-benchmark times one test's rounds after the other; with this clock as its timer, which
-    the test moves by its next round, it files rounds that were interleaved with other tests'.
+    pytest-benchmark times the rounds of one test after another. With this clock as its timer, which
+    the test advances by the seconds of its next round, pytest-benchmark records rounds that were
+    interleaved with those of other tests.
     """
 
     __name__ = "replay"
@@ -56,7 +57,7 @@ class _Replay:
         return self.now
 
     def rounds(self, benchmark: Any, seconds: list[float]) -> None:
-        """File `seconds` as the rounds of `benchmark`, whose timer this is."""
+        """Record `seconds` as the rounds of `benchmark`, whose timer this clock is."""
         left = iter(seconds)
 
         def one() -> None:
@@ -70,7 +71,7 @@ replay = _Replay()
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
-    """File rounds timed before, with figures that also go into the table at the end."""
+    """Record rounds timed before, with figures that also go into the table at the end."""
 
     def file(name: str, seconds: list[float], images: int, **figures: Any) -> None:
         replay.rounds(benchmark, seconds)
@@ -84,17 +85,17 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None
 
 
 def selected(request: pytest.FixtureRequest, **same: Any) -> list[pytest.Item]:
-    """Return the tests of this module that are to run and have these parameters."""
+    """Return the tests of this module that will run and have these parameters."""
     mine = [item for item in request.session.items if item.path == request.path]
     return [item for item in mine if same.items() <= item.callspec.params.items()]
 
 
 @pytest.fixture
 def measure(benchmark: Any, copy_bandwidth: float) -> Callable[..., None]:
-    """Time `call`, which moves `size` bytes at the least, and note the rate beside the copy's.
+    """Time `call`, which moves at least `size` bytes, and record its rate relative to a copy.
 
-    A round is many calls and one wait, so that launches overlap as they do in training; short GPU
-    calls therefore show the rate of launching, not of the kernel.
+    A round is many calls and one wait, so that launches overlap as they do in training. For short
+    GPU calls the result is therefore the rate of launches, not of the kernel.
     """
 
     def run(call: Callable[[], Any], size: int) -> None:
@@ -134,7 +135,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def _folder(config: pytest.Config) -> Path:
-    """Return where charts go: beside the JSON, or where pytest-benchmark keeps its own files."""
+    """Return the folder of charts: that of the JSON, or that of pytest-benchmark's own files."""
     json = config.getoption("benchmark_json", None)
     if not json:
         return config.rootpath / ".benchmarks"
@@ -143,5 +144,5 @@ def _folder(config: pytest.Config) -> Path:
 
 
 def describe() -> str:
-    """Say where something was measured, for titles."""
+    """Return the name of the device for titles."""
     return timing.torch.cuda.get_device_name() if ON_GPU else f"{DEVICE}, one thread"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastiat.attack import PGD
-from fastiat.engine import graphs as engines
+from fastiat.engine import graphs
 
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7
 Attack = Callable[[Tensor, Tensor], Tensor]
@@ -25,7 +25,7 @@ class Absent(Exception):
 
 
 def _fastiat(model: nn.Module, engine: str, precision: str) -> Attack:
-    if engine != "eager" and not engines.has_compiler(DEVICE):
+    if engine != "eager" and not graphs.has_compiler(DEVICE):
         raise Absent("torch.compile needs a C++ compiler, and there is none")
     if precision == "bf16" and fast_arithmetic() != "bf16":
         raise Absent(f"{DEVICE} has no fast bf16")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the device and its ceilings, timing that waits for it, FLOP counts."""
+"""What all benchmarks use: the device, its peak rates, timing that waits for it, FLOP counts."""
 
 import importlib.metadata
 import math
@@ -29,17 +29,17 @@ PACKAGES = (
     *("torchattacks", "foolbox", "adversarial-robustness-toolbox"),
 )
 SHORTEST = 0.05
-"""Seconds a timed stretch on a GPU lasts at the least, so that the wait at its end is nothing."""
+"""Least seconds of a timed interval on a GPU: the wait at its end is then negligible."""
 
 
 def wait() -> None:
-    """Wait until the device has done all it was told to."""
+    """Wait until the device has finished all work."""
     if ON_GPU:
         torch.cuda.synchronize()
 
 
 def timed(call: Callable[[], object], times: int = 1) -> float:
-    """Return the seconds one of `times` calls takes, with one wait at the end."""
+    """Return the mean seconds of `times` calls, with one wait at the end."""
     wait()
     start = time.perf_counter()
     for _ in range(times):
@@ -56,10 +56,10 @@ def interleaved(
     most: int = 15,
     shortest: float = SHORTEST,
 ) -> dict[Any, list[float]]:
-    """Time every call once a round, in a new order each round, and return the seconds of each.
+    """Time every call once per round, in a new order each round; return the seconds of each.
 
-    What slows the machine down for a while so slows all of them. Rounds go on for `budget`
-    seconds, but `least` are made whatever they take. Every call must be warm.
+    A slow phase of the machine then slows all calls. There are at most `most` rounds; they end
+    after `budget` seconds, but not before `least` rounds. Every call has to be warm.
     """
     times = dict.fromkeys(calls, 1)
     if ON_GPU:
@@ -78,7 +78,7 @@ def interleaved(
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second that a large copy reads and writes on this device: the practical ceiling."""
+    """Return the bytes per second that a large copy reads and writes on this device."""
     source = torch.ones((1 << 30) if ON_GPU else (1 << 26), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / statistics.median(
@@ -87,9 +87,9 @@ def copy_bandwidth() -> float:
 
 
 def matrix_peak(arithmetic: str, size: int | None = None) -> float:
-    """FLOP per second of a large square matrix product of random values: "bf16", "fp32", "tf32".
+    """Return the FLOP/s of a large square matrix product in "bf16", "fp32" or "tf32".
 
-    The ceiling that convolutions are held against. On a CPU it is that of the threads in use.
+    The rates of convolutions are compared with it. On a CPU it is the rate of torch's threads.
     """
     size = size or (8192 if ON_GPU else 2048)
     dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
@@ -107,9 +107,10 @@ def matrix_peak(arithmetic: str, size: int | None = None) -> float:
 def flops(
     arch: str, width: int | None = None, shape: tuple[int, int, int] = (3, 32, 32)
 ) -> tuple[int, int]:
-    """Return the FLOP that an image needs: forward with input gradient, and with full backward.
+    """Return the FLOP per image of one PGD step and of one plain training step.
 
-    A multiply and an add are two. The first is one PGD step, the second a plain training step.
+    The first is a forward pass with the input gradient, the second one with all gradients. A
+    multiplication and an addition count as two.
     """
     channels, size, _ = shape
     model = models.build(arch, 10, channels, size, width).eval()
@@ -117,7 +118,7 @@ def flops(
 
     def count(inputs: list[torch.Tensor]) -> int:
         with FlopCounterMode(display=False) as counter:
-            # The counter cannot follow a gradient into a leaf that the network is called with.
+            # The counter misses the gradient of a leaf tensor that is the network's own argument.
             torch.autograd.grad(model(x.clone()).sum(), inputs)
         return counter.get_total_flops()
 
@@ -135,26 +136,26 @@ def build(arch: str, width: int | None = None) -> nn.Module:
 
 
 def fast_arithmetic() -> str:
-    """Return the arithmetic that fastiat takes here."""
+    """Return the arithmetic that fastiat uses on this device."""
     return "bf16" if has_fast_bf16(DEVICE) else "fp32"
 
 
 def plain_arithmetic() -> str:
-    """Return what PyTorch convolves fp32 tensors in by default: TF32 on CUDA."""
+    """Return the arithmetic of PyTorch's fp32 convolutions by default: TF32 on CUDA."""
     return "tf32" if ON_GPU else "fp32"
 
 
 def pytorch_defaults() -> None:
-    """Set what is kept per process as an attack library finds it, and kernels chosen by speed."""
+    """Set PyTorch's global flags to what an attack library finds, with cuDNN's benchmark on."""
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
 
 
 def machine() -> dict[str, Any]:
-    """Return what a measurement must be read with: device, driver, versions, commit, command.
+    """Return what identifies a measurement: device, driver, versions, commit, command.
 
-    A copy without its history is told its commit by $FASTIAT_COMMIT.
+    $FASTIAT_COMMIT names the commit of a copy that has no git history.
     """
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if ON_GPU else "cpu",

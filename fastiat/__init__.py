@@ -1,9 +1,10 @@
 """fastiat: Interpolated Adversarial Training, as fast as the hardware allows.
 
-Submodules are imported when first used, so that `fastiat --help` does not wait for torch.
+A submodule is imported when it is first used, so that `fastiat --help` does not wait for torch.
 """
 
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -12,11 +13,7 @@ __all__ = ["__version__", "load"]
 if TYPE_CHECKING:
     from fastiat.runs.directory import load
 
-_SUBMODULES = (
-    *("analyse", "attack", "config", "data", "evaluate", "kernels", "mix", "models", "report"),
-    *("reproduce", "train", "engine", "images", "measuring", "page", "paper", "runs", "system"),
-    "training",
-)
+_SUBMODULES = {module.name for module in pkgutil.iter_modules(__path__)} - {"__main__"}
 
 
 def __getattr__(name: str) -> Any:

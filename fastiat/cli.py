@@ -1,4 +1,8 @@
-"""The `fastiat` command: dataclasses turned into flags, errors into one line."""
+"""The `fastiat` command: it finds the subcommand, checks its settings and calls it.
+
+An error of the user or the machine becomes one line on stderr. Only the module of the command that
+runs is imported, so that `--help` and wrong flags do not wait for torch.
+"""
 
 import argparse
 import importlib
@@ -6,20 +10,17 @@ import importlib.metadata
 import io
 import os
 import platform
-import re
 import signal
 import stat
 import sys
 import tempfile
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any
 
-import torch
-
-from fastiat import __version__, data
+from fastiat import __version__
 from fastiat.config import (
     PRESETS,
     ConvertConfig,
@@ -33,9 +34,6 @@ from fastiat.config import (
     TrainConfig,
     TransferConfig,
 )
-from fastiat.engine.device import free_memory, has_fast_bf16, pick_device, pick_precision
-from fastiat.engine.graphs import pick_engine
-from fastiat.images.ffcv import obstacle
 from fastiat.system.errors import (
     InputError,
     RankLostError,
@@ -44,53 +42,23 @@ from fastiat.system.errors import (
     one_line,
     out_of_memory,
 )
-from fastiat.system.ranks import ranks
-from fastiat.system.settings import Settings, did_you_mean, flag_of, is_beton, number
+from fastiat.system.flags import Parser, add_settings, usage
+from fastiat.system.settings import Settings, did_you_mean, flag_of, hints_of, is_beton
 from fastiat.system.signals import check_interrupts, remembering_interrupts
 
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: its settings, what it calls, and a line about it."""
-
-    config: type[Settings]
-    target: str
-    """module:function, imported only when the command runs."""
-    summary: str
-
-
-COMMANDS = {
-    "train": Command(
-        TrainConfig, "fastiat.cli:train_and_evaluate", "train a robust classifier and measure it"
-    ),
-    "evaluate": Command(
-        EvaluateConfig, "fastiat.evaluate:evaluate", "measure trained runs under attack"
-    ),
-    "sweep": Command(
-        SweepConfig, "fastiat.evaluate:sweep", "measure runs over radii or numbers of PGD steps"
-    ),
-    "transfer": Command(
-        TransferConfig, "fastiat.evaluate:transfer", "attack every run with every run's examples"
-    ),
-    "norms": Command(
-        NormsConfig, "fastiat.analyse:norms", "compare the weight matrices of runs (Figure 1)"
-    ),
-    "diagnose": Command(
-        DiagnoseConfig, "fastiat.analyse:diagnose", "check whether a run's robustness is real"
-    ),
-    "reproduce": Command(
-        ReproduceConfig, "fastiat.reproduce:reproduce", "put a table of the paper beside one's own"
-    ),
-    "convert": Command(
-        ConvertConfig,
-        "fastiat.data:convert",
-        "write images to one file for FFCV, of any size",
-    ),
-    "report": Command(ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
-    "doctor": Command(
-        DoctorConfig, "fastiat.cli:doctor", "show what this machine has and what a run takes"
-    ),
+COMMANDS: dict[str, tuple[type[Settings], str, str]] = {
+    "train": (TrainConfig, "fastiat.cli:train_and_evaluate", "train a robust classifier"),
+    "evaluate": (EvaluateConfig, "fastiat.evaluate:evaluate", "measure runs under attack"),
+    "sweep": (SweepConfig, "fastiat.evaluate:sweep", "measure runs over radii or PGD steps"),
+    "transfer": (TransferConfig, "fastiat.evaluate:transfer", "attack runs with others' examples"),
+    "norms": (NormsConfig, "fastiat.analyse:norms", "compare weight matrices of runs (Figure 1)"),
+    "diagnose": (DiagnoseConfig, "fastiat.analyse:diagnose", "check whether a run is robust"),
+    "reproduce": (ReproduceConfig, "fastiat.reproduce:reproduce", "repeat a table of the paper"),
+    "convert": (ConvertConfig, "fastiat.data:convert", "write images to a .beton file"),
+    "report": (ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
+    "doctor": (DoctorConfig, "fastiat.cli:doctor", "show what this machine has"),
 }
+"""The settings of each command, the function that runs it (MODULE:FUNCTION), and a short help."""
 
 EXAMPLES = {
     "train": "fastiat train --arch preact18 --mix manifold\n"
@@ -108,47 +76,22 @@ EXAMPLES = {
     "doctor": "fastiat doctor",
 }
 
-
-# What several processes of torchrun can do together.
-SHARED = {"train", "evaluate", "sweep", "doctor"}
-
-METAVARS = {
-    "target": "TABLE",
-    "runs": "RUN",
-    "run": "RUN",
-    "partner": "RUN",
-    "dir": "DIR",
-    "dataset": "DATASET",
-    "out": "PATH",
-    "data_dir": "DIR",
-    "attacks": "ATTACK",
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line, and which takes -1/255 for a number."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._negative_number_matcher = re.compile(r"-\.?(\d|inf|nan)")
-
-    def error(self, message: str) -> NoReturn:
-        """Print the complaint and exit with status 2."""
-        complain(f"{self.prog}: {message} (see {self.prog} --help)")
-        self.exit(2)
+DISTRIBUTED = {"train", "evaluate", "sweep", "doctor"}
+"""The commands that can run in several processes of torchrun."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for bad input, 128 + N for signal N.
+    """Run the command line and return its exit status.
 
-    It is 1 where the other processes of a job that torchrun started, or a reader, went away.
+    The status is 0 for success, 2 for wrong input, 128 + N after signal N, and 1 if another process
+    of the same torchrun, or the reader of a pipe, has ended. A bug raises its exception.
     """
     argv = sys.argv[1:] if argv is None else argv
     _open_standard_streams()
     _find_caches()
     if _processes() == "1":
         return _run(argv)
-    # Where a connection breaks, torch would write its C++ stack beside our line.
+    # When a connection breaks, torch would write its C++ stack next to our line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastiat.system.ranks import run_distributed
 
@@ -156,9 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null for what the shell has closed (`2>&-`).
+    """Open /dev/null for each standard stream that the shell has closed (`2>&-`).
 
-    A checkpoint that is opened under the number 2 would get what libraries write to stderr.
+    Otherwise the next file that is opened gets the number of the closed stream. If that file were
+    a checkpoint under number 2, it would receive what libraries write to stderr.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -168,14 +112,15 @@ def _open_standard_streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
-            # What the terminal's encoding lacks is written as Python writes it.
+            # Characters that the terminal's encoding lacks are written as Python escapes.
             stream.reconfigure(errors="backslashreplace")
 
 
 def _find_caches() -> None:
-    """Give libraries a folder for what they keep, where the user has no home to write to.
+    """Give libraries a cache folder if the user has no home directory that can be written to.
 
-    matplotlib would warn, and torch's compiler and Triton could not work. What is set stays.
+    Without one matplotlib warns, and torch's compiler and Triton fail. Variables that are set keep
+    their values.
     """
     home = os.path.expanduser("~")
     if home != "~" and os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK):
@@ -184,20 +129,23 @@ def _find_caches() -> None:
     try:
         os.mkdir(folder, 0o700)
     except FileExistsError:
-        # Nobody else may put code there that we would run.
+        # The compilers run code from this folder, so nobody else may be able to write to it.
         there = os.lstat(folder)
         ours = stat.S_ISDIR(there.st_mode) and there.st_uid == os.getuid()
         if not ours or there.st_mode & 0o022:
             folder = tempfile.mkdtemp(prefix="fastiat-cache-")
     except OSError:
-        return  # there is no place at all, which the libraries say themselves
-    for variable, name in {
+        return  # there is no temporary folder either; the libraries report that themselves
+    names = {
         "MPLCONFIGDIR": "matplotlib",
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
         "TRITON_CACHE_DIR": "triton",
-        # A home that can only be read may hold data sets.
-        **({} if os.path.isdir(home) else {"XDG_CACHE_HOME": "cache"}),
-    }.items():
+    }
+    # Data sets and image caches use XDG_CACHE_HOME. It is not set for a home that can be read, as
+    # it may hold them, nor for an unknown home ("~"): then an error says which variable to set.
+    if home != "~" and not os.path.isdir(home):
+        names["XDG_CACHE_HOME"] = "cache"
+    for variable, name in names.items():
         if variable not in os.environ:
             os.environ[variable] = os.path.join(folder, name)
             os.makedirs(os.environ[variable], exist_ok=True)
@@ -207,8 +155,12 @@ def _run(argv: Sequence[str]) -> int:
     try:
         with remembering_interrupts():
             command, config = parse(argv)
-            _check_shared(command)
-            module, function = COMMANDS[command].target.split(":")
+            if _processes() != "1" and command not in DISTRIBUTED:
+                raise InputError(
+                    f"{command} runs in one process, and torchrun has started {_processes()}: "
+                    f"give it as fastiat {command}"
+                )
+            module, function = COMMANDS[command][1].split(":")
             call = getattr(importlib.import_module(module), function)
             check_interrupts()
             call(config)
@@ -230,24 +182,15 @@ def _processes() -> str:
     return os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
 
 
-def _check_shared(command: str) -> None:
-    count = _processes()
-    if count != "1" and command not in SHARED:
-        raise InputError(
-            f"{command} runs in one process, and torchrun has started {count}: "
-            f"give it as fastiat {command}"
-        )
-
-
 def explain(error: Exception) -> tuple[int | None, str]:
-    """Return the exit status and the line for an error of the user's or the machine's making.
+    """Return the exit status and the line for an error that the user or the machine caused.
 
-    The status is None for a bug, which deserves its traceback.
+    The status is None for any other error: it is a bug, and its traceback is needed.
     """
     if isinstance(error, InputError):
         return 2, str(error)
     if isinstance(error, BrokenPipeError):
-        # The reader of our output has gone; nothing more can be told to it.
+        # Python would fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, "the reader of the output went away"
     if isinstance(error, OSError):
@@ -271,39 +214,42 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
     parser.add_argument("--version", action="version", version=f"fastiat {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     subs = {}
-    for name, command in COMMANDS.items():
-        arguments = [_argument(command.config, field) for field in command.config.positional]
+    for name, (kind, _, summary) in COMMANDS.items():
         subs[name] = commands.add_parser(
             name,
-            help=command.summary,
-            usage=" ".join(["fastiat", name, *arguments, "[SETTING ...]"]),
-            # Argument help is wrapped, the examples are not.
-            description=textwrap.fill(" ".join((command.config.__doc__ or "").split()), 78)
+            help=summary,
+            usage=usage(f"fastiat {name}", kind),
+            # The formatter wraps the help of settings, but neither the description nor examples.
+            description=textwrap.fill(" ".join((kind.__doc__ or "").split()), 78)
             + "\n\nFor example:\n"
             + textwrap.indent(EXAMPLES[name], "  "),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS,
-            # A script that says --ep would break with the next flag that starts so.
+            # A script that gives --ep would break when another flag starts with these letters.
             allow_abbrev=False,
         )
-        add_settings(subs[name], command.config)
+        presets = {name: make() for name, make in PRESETS.items()} if kind is TrainConfig else {}
+        add_settings(subs[name], kind, presets)
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
     name = given.pop("command")
+    kind = COMMANDS[name][0]
     if unknown:
-        flags = [flag_of(field.name) for field in fields(COMMANDS[name].config)]  # type: ignore[arg-type]
-        close = did_you_mean(unknown[0].split("=")[0], flags)
+        close = did_you_mean(unknown[0].split("=")[0], map(flag_of, hints_of(kind)))
         subs[name].error(f"unknown argument {unknown[0]}{close}")
-    config = resolve(COMMANDS[name].config, given)
+    config = resolve(kind, given)
     config.check()
     return name, config
 
 
 def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
-    """Lay what was given over the defaults: those of the preset, or a resumed run's settings."""
-    if kind is not TrainConfig:
-        return kind(**given)
-    config = replace(PRESETS[given.get("preset", "paper")](), **given)
+    """Return the settings: those given, and for the others the defaults or a resumed run's values.
+
+    Raises `InputError` for a data folder that holds no data set, and for a run that cannot be read.
+    """
+    config = kind(**given)
+    if not isinstance(config, TrainConfig):
+        return config
     if not config.resume and "dataset" not in given and config.data_dir:
         from fastiat.data import check_folder
 
@@ -313,105 +259,13 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
     from fastiat.runs.directory import Run, default_out
 
     out = config.out or str(default_out(config))
-    if is_beton(given.get("dataset")):  # it is where it is named now
-        given = {"data_dir": None, **given}
-    return replace(Run.open(Path(out)).config, **{**given, "out": out})
-
-
-def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
-    """Add a flag, or for a required setting an argument, for every field of the dataclass."""
-    hints, docs = get_type_hints(kind), kind.docs()
-    group: Any = parser
-    # A command's own settings come before those that it shares.
-    own = sorted(fields(kind), key=lambda field: field.name not in kind.__annotations__)  # type: ignore[arg-type]
-    for field in own:
-        if field.name in kind.groups:
-            group = parser.add_argument_group(kind.groups[field.name])
-        options = _parsing(hints[field.name])
-        if field.name in kind.bare:
-            options |= {"nargs": "*", "const": kind.bare[field.name]}
-        if field.name in METAVARS:
-            options["metavar"] = METAVARS[field.name]
-        if field.name in kind.positional:
-            parser.add_argument(field.name, help=docs[field.name], **options)
-            continue
-        default = _default(kind, field.name)
-        text = docs[field.name]
-        if default:
-            text = f"{text.removesuffix('.')} (default: {default})."
-        group.add_argument(
-            flag_of(field.name), dest=field.name, help=text.replace("%", "%%"), **options
-        )
-
-
-def _argument(kind: type[Settings], name: str) -> str:
-    """Write an argument as the usage line has it."""
-    several = get_origin(get_type_hints(kind)[name]) is tuple
-    return METAVARS[name] + (f" [{METAVARS[name]} ...]" if several else "")
-
-
-def _parsing(hint: Any) -> dict[str, Any]:
-    """Return the argparse options that read a value of this annotation."""
-    if type(None) in get_args(hint):
-        (hint,) = (option for option in get_args(hint) if option is not type(None))
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if get_origin(hint) is Literal:
-        return {"choices": get_args(hint)}
-    if get_origin(hint) is tuple:
-        return _parsing(get_args(hint)[0]) | {"nargs": "+", "action": _StoreTuple}
-    if hint is float:
-        return {"type": _number, "metavar": "X"}
-    return {"type": hint, "metavar": "N" if hint is int else "NAME"}
-
-
-class _StoreTuple(argparse.Action):
-    def __call__(
-        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
-    ) -> None:
-        setattr(namespace, self.dest, tuple(values or self.const))
-
-
-def _number(text: str) -> float:
-    try:
-        return number(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _default(kind: type[Settings], name: str) -> str:
-    """Write a field's default, and those of presets that differ; "" without any.
-
-    A field whose default is None, "what fits the others", has it told in its docstring.
-    """
-    default = next(field.default for field in fields(kind) if field.name == name)  # type: ignore[arg-type]
-    others = ""
-    if kind is TrainConfig and name != "preset":
-        presets = {preset: getattr(make(), name) for preset, make in PRESETS.items()}
-        others = "".join(
-            f"; {preset}: {_write(value)}"
-            for preset, value in presets.items()
-            if value not in (default, None)
-        )
-    if default is None and not others:
-        return ""
-    return ("none" if default is None else _write(default)) + others
-
-
-def _write(value: Any) -> str:
-    """Write a value as one would type it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, tuple):
-        return " ".join(map(_write, value))
-    if isinstance(value, float):
-        levels = round(255 * value)
-        return f"{levels}/255" if 0 < levels < 255 and value == levels / 255 else f"{value:g}"
-    return str(value)
+    # A .beton file that is named now replaces the folder that the run read its data from.
+    moved = {"data_dir": None} if is_beton(given.get("dataset")) else {}
+    return replace(Run.open(Path(out)).config, **moved | given | {"out": out})
 
 
 def train_and_evaluate(config: TrainConfig) -> None:
-    """Train, then print the errors under the paper's four attacks."""
+    """Train, then print the errors without attack and under the paper's three attacks."""
     from fastiat.evaluate import evaluate
     from fastiat.train import train
     from fastiat.training.session import stoppable_measuring
@@ -433,7 +287,13 @@ PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "torchattacks", "
 
 
 def doctor(config: DoctorConfig) -> None:
-    """Print the machine, the packages and what `fastiat train` would choose here."""
+    """Print the machine, the packages and what `fastiat train` would choose on this machine."""
+    import torch
+
+    from fastiat.engine.device import has_fast_bf16, pick_device, pick_precision
+    from fastiat.engine.graphs import pick_engine
+    from fastiat.system.ranks import ranks
+
     device = pick_device(config.device)
     rows = [
         ("fastiat", __version__),
@@ -445,7 +305,12 @@ def doctor(config: DoctorConfig) -> None:
         rows.append((f"cuda:{index}", f"{seen.name}, {seen.total_memory / 2**30:.0f} GiB"))
     if not torch.cuda.is_available():
         rows.append(("cuda", "no device"))
-    rows += [(package, _version(package)) for package in PACKAGES]
+    for package in PACKAGES:
+        # importlib.util would find a folder of that name, too.
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
     fast = "fast bf16" if has_fast_bf16(device) else "no fast bf16"
     rows += [
         ("processes", f"{ranks().count} started by torchrun" if not ranks().alone else "1"),
@@ -461,14 +326,19 @@ def doctor(config: DoctorConfig) -> None:
 
 
 def _data_dir() -> str:
+    from fastiat.data import default_dir
+
     try:
-        return str(data.default_dir())
+        return str(default_dir())
     except InputError as error:
         return str(error)
 
 
-def _loader(device: torch.device) -> str:
-    """Say which loader a run takes, and why."""
+def _loader(device: Any) -> str:
+    """Say which loader a run on this device takes, and why."""
+    from fastiat.engine.device import free_memory
+    from fastiat.images.ffcv import obstacle
+
     if reason := obstacle():
         return f"a run takes resident; {reason}"
     if device.type == "cpu":
@@ -480,10 +350,3 @@ def _loader(device: torch.device) -> str:
         f"a run takes resident for what {most}, ffcv for a .beton and for what takes more than "
         f"half of {where}'s free part, {half:.1f} GiB now"
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def bench_folder(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    for folder in ("bench", "docs"):  # docs/scaling.py
+        monkeypatch.syspath_prepend(str(ROOT / folder))
 
 
 def test_every_round_has_each_call_once_and_rounds_differ_in_order():

@@ -38,7 +38,7 @@ def test_help_documents_every_setting_within_the_terminal(monkeypatch, capsys, n
     if name is None:
         assert all(command in text for command in cli.COMMANDS)
         return
-    kind = cli.COMMANDS[name].config
+    kind = cli.COMMANDS[name][0]
     words = " ".join(text.split())
     for field in fields(kind):
         if field.name not in kind.positional:
@@ -210,7 +210,7 @@ def test_flags_override_the_preset_and_config_json_gives_the_same_back(preset):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_setting_is_documented(command):
-    kind = cli.COMMANDS[command].config
+    kind = cli.COMMANDS[command][0]
     assert set(kind.docs()) >= {field.name for field in fields(kind)}
     assert all(len(text) > 5 for text in kind.docs().values())
 

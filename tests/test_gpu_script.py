@@ -19,7 +19,7 @@ def script(name: str, *arguments: object, **environment: str) -> subprocess.Comp
     # Neither the suite's folder for $OUT nor a CUDA device, where there is one.
     inherited = {key: value for key, value in os.environ.items() if key != "OUT"}
     return subprocess.run(
-        [sys.executable, str(ROOT / "bench" / name), *map(str, arguments)],
+        [sys.executable, str(ROOT / "bench" / "gpu" / name), *map(str, arguments)],
         cwd=ROOT,
         env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | environment,
         capture_output=True,
@@ -29,7 +29,7 @@ def script(name: str, *arguments: object, **environment: str) -> subprocess.Comp
 
 def rehearse(out: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return script(
-        "gpu.py", "--device", "cpu", "--tiny", "--backend", "eager", "--out", out, *arguments
+        "run.py", "--device", "cpu", "--tiny", "--backend", "eager", "--out", out, *arguments
     )
 
 
@@ -96,7 +96,7 @@ def test_part_that_is_stopped_keeps_its_rows_and_the_next_one_runs(tmp_path):
 
 def test_goals_are_judged_by_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import gpu_summary
+    from gpu.summary import summary
 
     def step(engine, method, seconds, share, ratio):
         return {
@@ -113,7 +113,7 @@ def test_goals_are_judged_by_what_was_measured(tmp_path, monkeypatch):
     ]
     rows += [{"what": "attack 512", "error": "Traceback: out of memory"}]
     (tmp_path / "preact18.json").write_text(json.dumps({"part": "preact18", "rows": rows}))
-    text = gpu_summary.summary(tmp_path)
+    text = summary(tmp_path)
     assert "| preact18, batch 64: IAT step, share of peak | 0.25 | 0.26 | yes |" in text
     assert "| preact18, batch 64: epoch in s | 5.6 | 5.47 | yes |" in text
     assert "| preact18, batch 64: IAT over plain step | 6.7 | 6.9 | no |" in text
@@ -124,7 +124,7 @@ def test_goals_are_judged_by_what_was_measured(tmp_path, monkeypatch):
 
 
 def test_gpu_run_without_a_gpu_says_so():
-    done = script("gpu.py")
+    done = script("run.py")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "there is no CUDA device; rehearse with --device cpu --tiny" in done.stderr
@@ -142,13 +142,13 @@ def image_tree(root: Path, n_train: int = 8, classes: int = 2) -> None:
 
 @pytest.fixture
 def train(tmp_path: Path):
-    """Run a session of `gpu_train.py` on a tiny tree and return its report."""
+    """Run a session of `gpu/train.py` on a tiny tree and return its report."""
     image_tree(tmp_path / "tree")
     flags = ["--data-dir", tmp_path / "tree", "--out", tmp_path / "out", "--device", "cpu"]
     flags += ["--arch", "mlp6", "--width", 8, "--batch-size", 8, "--steps", 2, "--lr", 0.01]
 
     def session(*more: object) -> dict:
-        done = script("gpu_train.py", *flags, *more, FASTIAT_CACHE=str(tmp_path / "cache"))
+        done = script("train.py", *flags, *more, FASTIAT_CACHE=str(tmp_path / "cache"))
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads((tmp_path / "out" / "gpu_train.json").read_text())
 
@@ -184,7 +184,7 @@ def test_first_results_go_on_after_a_session_and_leave_what_is_to_be_kept(tmp_pa
 
     def session(*more: object) -> str:
         cache = str(tmp_path / "cache")
-        done = script("gpu_results.py", *flags, *more, FASTIAT_CACHE=cache, OUT=str(kept))
+        done = script("sessions.py", *flags, *more, FASTIAT_CACHE=cache, OUT=str(kept))
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()[-1]
 

@@ -37,8 +37,6 @@ class Settings:
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Fields that are positional arguments on the command line, not flags."""
-    groups: ClassVar[dict[str, str]] = {}
-    """The headings of `--help`, each keyed by the first field under it."""
     bare: ClassVar[dict[str, Any]] = {}
     """For fields whose flag may be given without a value: the value that it then stands for."""
 
@@ -60,14 +58,16 @@ class Settings:
     @cache
     def docs(cls) -> dict[str, str]:
         """Map every field to the docstring written under it."""
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-        assert isinstance(body, ast.ClassDef)
-        shared = cls.__bases__[0]
-        found = dict(shared.docs()) if issubclass(shared, Settings) else {}
-        for field, text in zip(body.body, body.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                assert isinstance(field.target, ast.Name) and isinstance(text.value, ast.Constant)
-                found[field.target.id] = " ".join(str(text.value.value).split())
+        found: dict[str, str] = {}
+        # Bases come first, so that a subclass can document a field that it redefines.
+        for kind in reversed(cls.__mro__[:-1]):
+            (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+            assert isinstance(body, ast.ClassDef)
+            for field, text in zip(body.body, body.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    assert isinstance(field.target, ast.Name)
+                    assert isinstance(text.value, ast.Constant)
+                    found[field.target.id] = " ".join(str(text.value.value).split())
         return found
 
 

@@ -1,4 +1,4 @@
-"""The parts of `bench/gpu.py`: what each measures, written to its JSON as it is measured."""
+"""The parts of `bench/gpu/run.py`: what each measures, written to its JSON as it is measured."""
 
 import gc
 import importlib.util
@@ -22,7 +22,7 @@ import timing
 import torch
 from timing import DEVICE, ON_GPU, ROOT
 
-from fastiat.engine import graphs as engines
+from fastiat.engine import graphs
 
 BATCHES = (64, 128, 512)
 ENGINES = ("eager", "compile", "graph") if ON_GPU else ("eager", "compile")
@@ -33,29 +33,29 @@ KINDS = {
     "other fused": r"^triton_",
     "convolution": r"conv|cudnn|xmma|implicit|gemm|cutlass|wgrad|dgrad|fprop|nvjet|sm90_|sm80_",
 }
-"""What a kernel's name says that it is for; the first that fits."""
+"""Kinds of kernels, with a pattern of their names; the first pattern that matches counts."""
 
 
 class Part:
-    """One part's JSON, its time and its sizes."""
+    """The JSON file of a part, its time limit and its sizes."""
 
     def __init__(self, name: str, out: Path, seconds: float, tiny: bool, warm: int | None) -> None:
         self.name, self.tiny, self.warm = name, tiny, warm
         self.file, self.result = out / f"{name}.json", {"part": name, "rows": []}
         self.deadline = time.monotonic() + seconds
         self.batches = (4,) if tiny else BATCHES
-        # Of the rehearsal's two networks one is enough to compile.
+        # In the rehearsal it is enough to compile one of the two networks.
         self.engines = ENGINES[:1] if tiny and name == "wrn28_10" else ENGINES
         self.width = {"preact18": 2, "wrn28_10": 1} if tiny else {}
         self.budget = 0.05 if tiny else 2.0
 
     @property
     def left(self) -> float:
-        """Seconds until the part has to end."""
+        """Seconds that are left until the part has to end."""
         return self.deadline - time.monotonic()
 
     def add(self, *rows: dict[str, Any], **facts: Any) -> None:
-        """Write rows and facts to the JSON, at once."""
+        """Add rows and facts to the JSON and write it."""
         if self.warm is not None:
             return
         self.result["rows"] += rows
@@ -65,7 +65,7 @@ class Part:
         os.replace(beside, self.file)
 
     def attempt(self, what: str, measure: Callable[[], None]) -> None:
-        """Call `measure`; an error is noted and the next thing is measured."""
+        """Call `measure`; an error becomes a row, so that the next measurement is made."""
         if self.left < 0:
             self.add({"what": what, "error": "no time left"})
             return
@@ -80,9 +80,9 @@ class Part:
 def run(name: str, out: Path, *, seconds: float, tiny: bool, backend: str, warm: int | None) -> int:
     """Measure a part and return 0, or 1 if something in it failed.
 
-    With `warm` only compile what it needs: for a network, that of its batch number `warm`.
+    With `warm`, only compile what the part needs: for a network, for its batch size number `warm`.
     """
-    engines.BACKEND = backend
+    graphs.BACKEND = backend
     part = Part(name, out, seconds, tiny, warm)
     if not ON_GPU:
         torch.set_num_threads(1)
@@ -101,7 +101,7 @@ def _ceilings(part: Part) -> None:
 
 
 def _ceiling(part: Part, name: str, measure: Callable[[], float]) -> float:
-    """Return a ceiling that was measured before, or measure it now."""
+    """Return a peak rate that the part `ceilings` has measured, or measure it now."""
     file = part.file.with_name("ceilings.json")
     known = json.loads(file.read_text()) if file.exists() else {}
     return known[name] if name in known else measure()
@@ -115,16 +115,17 @@ def _tests(part: Part) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "-rfE", "--tb=short"]
     if ON_GPU:
-        # Only files with such tests, as the others import what this machine may not have.
-        files = sorted((ROOT / "tests").glob("test_*.py"))
+        # Only files with GPU tests: the others import packages that may not be installed here.
+        files = sorted((ROOT / "tests").rglob("test_*.py"))
         command += ["-m", "gpu", *(str(file) for file in files if _has_gpu_tests(file))]
         if importlib.util.find_spec("xdist"):
             command += ["-n", "4", "--dist", "loadfile"]
     else:
-        command += ["-m", "not gpu", "tests/test_gpu_engine.py", "-k", "random_starts"]
+        (file,) = (ROOT / "tests").rglob("test_gpu_engine.py")
+        command += ["-m", "not gpu", str(file), "-k", "random_starts"]
     log = part.file.with_suffix(".log")
     with log.open("w") as file:
-        # To a file, as what a stopped process has said to a pipe is lost.
+        # To a file: the output of a killed process in a pipe would be lost.
         child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             status = child.wait(timeout=max(part.left, 1))
@@ -141,7 +142,7 @@ def _tests(part: Part) -> None:
 
 
 def _network(part: Part) -> None:
-    """Attack and step of the network that the part is named after."""
+    """Measure training step and attack of the network that the part is named after."""
     arithmetic = timing.fast_arithmetic()
     peak = _ceiling(part, f"{arithmetic}_flop_per_s", lambda: timing.matrix_peak(arithmetic))
     width = part.width.get(part.name)
@@ -154,7 +155,7 @@ def _network(part: Part) -> None:
 
 
 def _forget() -> None:
-    """Free what was compiled and captured."""
+    """Free the memory of compiled and captured graphs."""
     torch.compiler.reset()
     gc.collect()
     if ON_GPU:
@@ -223,7 +224,7 @@ def _attacks(part: Part, width: int | None, batch: int, peak: float) -> None:
                 "what": "attack", "network": part.name, "width": width, "batch": batch,
                 "name": name, "seconds": middle, "rounds": seconds,
                 "images_per_s": batch / middle, "loss_gain": gains[name],
-                # Of the peak of fastiat's arithmetic, so that the rows compare.
+                # Relative to the peak in fastiat's arithmetic, so that rows can be compared.
                 "of_peak": rate / peak,
             }
         )  # fmt: skip
@@ -249,7 +250,7 @@ def _kernel(part: Part, name: str, direction: str, batch: int, bandwidth: float)
 
     case = bench_kernels.CASES[name]
     torch.compiler.reset()
-    compiled = torch.compile(case.plain, fullgraph=True, dynamic=False, backend=engines.BACKEND)
+    compiled = torch.compile(case.plain, fullgraph=True, dynamic=False, backend=graphs.BACKEND)
     tensors = case.inputs(batch)
     size = case.forward * batch
 
@@ -273,10 +274,10 @@ def _kernel(part: Part, name: str, direction: str, batch: int, bandwidth: float)
     for implementation, seconds in timing.interleaved(calls, **short).items():
         rows[implementation]["launched_s"] = statistics.median(seconds)
     if ON_GPU:
-        # A replayed graph of many calls: what the kernels take, without the time to launch them.
+        # Replaying a graph of many calls measures the kernels without the time to launch them.
         replays = {name: _graph_of(call, 10) for name, call in calls.items()}
-        graphs = {name: graph.replay for name, graph in replays.items() if graph is not None}
-        for implementation, seconds in timing.interleaved(graphs, **short).items():
+        captured = {name: graph.replay for name, graph in replays.items() if graph is not None}
+        for implementation, seconds in timing.interleaved(captured, **short).items():
             rows[implementation]["replayed_s"] = statistics.median(seconds) / 10
     for implementation, row in rows.items():
         best = min(row.values())
@@ -288,7 +289,7 @@ def _kernel(part: Part, name: str, direction: str, batch: int, bandwidth: float)
 
 
 def _graph_of(call: Callable[[], object], times: int) -> torch.cuda.CUDAGraph | None:
-    """Capture `times` calls as one graph, or return None for what cannot be captured."""
+    """Capture `times` calls as one CUDA graph; return None if they cannot be captured."""
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -300,7 +301,7 @@ def _graph_of(call: Callable[[], object], times: int) -> torch.cuda.CUDAGraph | 
                 call()
     except RuntimeError as error:
         print(f"not captured: {str(error).splitlines()[0]}", file=sys.stderr)
-        # A capture that fails at its end leaves its stream current.
+        # A capture that fails at its end leaves its own stream as the current one.
         torch.cuda.set_stream(torch.cuda.default_stream())
         return None
     return graph
@@ -325,7 +326,7 @@ def _profile_step(part: Part, network: str, engine: str, batch: int) -> None:
     call = steps.make("IAT", engine, network, batch, width=part.width.get(network))
     call()
     times = 1 if part.tiny else 5
-    # By the clock without the profiler, which slows launches and spaces a graph's kernels out.
+    # Timed without the profiler, which slows launches and adds gaps between a graph's kernels.
     window = 1e6 * times * timing.timed(call, times)
     activities = [ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]
     with profile(activities=activities) as seen:
@@ -334,7 +335,7 @@ def _profile_step(part: Part, network: str, engine: str, batch: int) -> None:
         timing.wait()
     busy: Counter[str] = Counter()
     if ON_GPU:
-        # Annotations of the profiler's are shown on the device too and span the kernels in them.
+        # The profiler also lists its own annotations as device events; they contain kernels.
         kernels = [
             event
             for event in seen.events()

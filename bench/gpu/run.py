@@ -1,13 +1,14 @@
 """Everything that needs a GPU, in one command of at most nine minutes: `make gpu`.
 
-    python bench/gpu.py [--out DIR] [--parts ceilings tests ...] [--minutes 9]
+    python bench/gpu/run.py [--out DIR] [--parts ceilings tests ...] [--minutes 9]
 
-Runs the GPU tests, then measures: ceilings of the device, attack and step of both networks under
-every engine, kernels, a profile. Needs PyTorch 2.11 or newer and a few packages, no network and no
-installation. Every part is a process of its own with a time of its own, and writes PART.json as it
-goes, so that a crash or a kill loses nothing; `summary.md` is made anew after each part.
+Runs the GPU tests, then measures the peak rates of the device, attack and training step of both
+networks under every engine, the kernels, and a profile. It needs PyTorch 2.11 or newer and a few
+packages, but no network and no installation. Every part is a process with its own time limit and
+writes PART.json as it goes, so that a crash or a kill loses nothing; `summary.md` is written again
+after each part.
 
-`--device cpu --tiny` rehearses it all in less than a minute, on networks that say nothing.
+`--device cpu --tiny` rehearses everything in less than a minute; its figures mean nothing.
 """
 
 import argparse
@@ -23,7 +24,11 @@ import time
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from gpu.summary import summary  # noqa: E402
+
 PARTS = {
     "ceilings": 20,
     "tests": 150,
@@ -42,17 +47,20 @@ PACKAGES = {
     "pytest": "pytest",
     "hypothesis": "hypothesis",
 }
-"""What the measurements and the tests import, by the name it is installed by."""
+"""Package names of what the measurements and the tests import, with the module names."""
 
 
 def main() -> int:
-    """Run the parts that are asked for; 0 if all of them ended well."""
+    """Run the parts that were asked for; return 0 if all of them succeeded."""
     arguments = _arguments()
     missing = [name for name, module in PACKAGES.items() if not importlib.util.find_spec(module)]
     if arguments.device != "cpu" and not importlib.util.find_spec("triton"):
         missing.append("triton")
     if missing:
-        print(f"gpu.py: {sys.executable} lacks {', '.join(missing)}: install them", file=sys.stderr)
+        print(
+            f"gpu/run.py: {sys.executable} lacks {', '.join(missing)}: install them",
+            file=sys.stderr,
+        )
         return 2
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -60,11 +68,11 @@ def main() -> int:
         return _measure(arguments)
     problem = _device_problem(arguments.device)
     if problem:
-        print(f"gpu.py: {problem}", file=sys.stderr)
+        print(f"gpu/run.py: {problem}", file=sys.stderr)
         return 2
     out = Path(arguments.out or os.environ.get("OUT") or _default_out(arguments.device))
     out.mkdir(parents=True, exist_ok=True)
-    # Parts are in sessions of their own, so a killed command has to end them itself.
+    # Each part is in its own process session, so a killed command has to end the parts itself.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started, worst = time.monotonic(), 0
     deadline = started + 60 * arguments.minutes - 5
@@ -75,12 +83,12 @@ def main() -> int:
         while todo:
             part = todo.pop(0)
             if part == "tests":
-                # Nothing is timed while the tests run: a good time to fill the compiler's cache.
+                # Nothing is timed while the tests run, so the compiler's cache is filled meanwhile.
                 warmers = _warmers(arguments, out, todo)
             later = sum(PARTS[name] for name in todo) * scale
             seconds = max(deadline - time.monotonic() - later, PARTS[part] * scale)
             seconds = max(min(seconds, deadline - time.monotonic()), 1)
-            print(f"gpu.py: {part}, at most {seconds:.0f} s", flush=True)
+            print(f"gpu/run.py: {part}, at most {seconds:.0f} s", flush=True)
             worst |= _run(arguments, out, part, seconds)
             if part == "tests":
                 _stop(warmers, started + (PARTS["ceilings"] + PARTS["tests"]) * scale)
@@ -88,7 +96,7 @@ def main() -> int:
     finally:
         _stop(warmers, 0)
     print((out / "summary.md").read_text())
-    print(f"gpu.py: {time.monotonic() - started:.0f} s, results in {out}")
+    print(f"gpu/run.py: {time.monotonic() - started:.0f} s, results in {out}")
     return worst
 
 
@@ -100,7 +108,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, batches and times")
     parser.add_argument("--backend", default="inductor", help="what torch.compile compiles with")
-    # How it calls itself.
+    # The flags with which this script starts its parts.
     parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
@@ -108,11 +116,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    """Be the process of one part."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-    import gpu_parts
+    """Run one part in this process."""
+    from gpu import parts
 
-    return gpu_parts.run(
+    return parts.run(
         arguments.only,
         Path(arguments.out),
         seconds=arguments.seconds,
@@ -149,10 +156,10 @@ def _command(arguments: argparse.Namespace, out: Path, part: str, *more: str) ->
 
 
 def _run(arguments: argparse.Namespace, out: Path, part: str, seconds: float) -> int:
-    """Run one part; whatever becomes of it, its JSON says so. Returns 1 for a part that failed."""
+    """Run one part and write to its JSON how it ended; return 1 if it failed."""
     file = out / f"{part}.json"
     file.unlink(missing_ok=True)
-    # A part that watches its time ends a little before it is ended.
+    # The part is given less time than its limit, so that it can end before it is killed.
     command = _command(arguments, out, part, "--seconds", str(max(seconds - 8, 1)))
     begun = time.monotonic()
     child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
@@ -172,13 +179,13 @@ def _run(arguments: argparse.Namespace, out: Path, part: str, seconds: float) ->
 def _warmers(
     arguments: argparse.Namespace, out: Path, parts: list[str]
 ) -> list[subprocess.Popen[bytes]]:
-    """Start processes that compile what the parts will need, one for each network and batch."""
+    """Start processes that compile what the parts need, one for each network and batch size."""
     networks = [part for part in parts if part in ("preact18", "wrn28_10")]
     names = [(part, index) for part in networks for index in range(3)]
     names += [("kernels", 0)] * ("kernels" in parts)
     if arguments.tiny:
         names = names[:1]
-    # Each would start as many compilers as there are cores.
+    # By default each process would start as many compilers as there are cores.
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
     return [
         subprocess.Popen(
@@ -192,17 +199,17 @@ def _warmers(
 
 
 def _stop(processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
-    """Wait for the processes until `deadline`, on the monotonic clock, and end what is left."""
+    """Wait for the processes until `deadline` (monotonic clock) and kill those still running."""
     for process in processes:
         try:
             process.wait(timeout=max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
-            print(f"gpu.py: still compiling, stopped: {' '.join(process.args[2:])}")  # type: ignore[index]
+            print(f"gpu/run.py: still compiling, stopped: {' '.join(process.args[2:])}")  # type: ignore[index]
         _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and all that it started: compilers, tests."""
+    """Kill a process and all processes that it started: compilers, tests."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -211,10 +218,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _summarise(out: Path) -> None:
-    sys.path.insert(0, str(ROOT / "bench"))
-    import gpu_summary
-
-    (out / "summary.md").write_text(gpu_summary.summary(out))
+    (out / "summary.md").write_text(summary(out))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How a training's time grows with its GPUs, by arithmetic: the tables of docs/scaling.md.
 
-    python bench/scaling.py
+    python docs/scaling.py
 
 Nothing here is measured on a GPU. Inputs: FLOP counts and parameters of the networks, the shares of
 the peak that RECORDS.md predicts, and nominal bandwidths, all named below.

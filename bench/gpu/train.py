@@ -1,11 +1,11 @@
 """Train IAT on an image tree for a number of minutes and measure it: `make gpu-train`.
 
-    python bench/gpu_train.py --data-dir DIR --out DIR [--minutes 25] [--session 9] [FLAG ...]
+    python bench/gpu/train.py --data-dir DIR --out DIR [--minutes 25] [--session 9] [FLAG ...]
 
-The first session times an epoch and takes as many as fit into `--minutes`, so that the schedule
-ends with the time. A session ends after `--session` minutes with a checkpoint; the same command
-goes on from there, until the training is over and measured (no attack and PGD-20). Other flags are
-those of `fastiat train`. DIR/gpu_train.json has what was measured and chosen, the sessions and the
+The first session measures the time of an epoch and chooses the number of epochs that fits into
+`--minutes`. A session ends after `--session` minutes with a checkpoint; the same command continues
+until the training has ended and is measured (no attack and PGD-20). Other flags are those of
+`fastiat train`. DIR/gpu_train.json has the times, the number of epochs, the sessions and the
 errors; DIR/run is the run directory.
 """
 
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import timing  # noqa: E402
@@ -40,7 +40,7 @@ TO_STOP = 40.0
 
 
 def main() -> int:
-    """Run one session; 0 unless something failed."""
+    """Run one session; return 0 unless something failed."""
     arguments, flags = _arguments()
     started = time.monotonic()
     out = Path(arguments.out).resolve()
@@ -61,7 +61,7 @@ def main() -> int:
                 found |= _plan(config, arguments.minutes, arguments.session)
             found["sessions"] = []
     except InputError as error:
-        print(f"gpu_train.py: {error}", file=sys.stderr)
+        print(f"gpu/train.py: {error}", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
     write_report(report, found)
@@ -69,7 +69,7 @@ def main() -> int:
     if (run / STATE).exists() or (run / PREVIOUS).exists():
         command = ["train", "--resume", "--out", str(run), "--data-dir", common[3]]
     else:
-        # What a training left that was killed before its first checkpoint.
+        # A training that was killed before its first checkpoint may have left files.
         shutil.rmtree(run, ignore_errors=True)
         command = [*found["argv"], "--epochs", str(found["epochs"]), "--out", str(run)]
     status = run_fastiat(command, left - TO_STOP, run / LOG)
@@ -83,11 +83,11 @@ def main() -> int:
     )
     write_report(report, found)
     if status == 128 + signal.SIGTERM:
-        print("gpu_train.py: the session is over; the same command goes on", flush=True)
+        print("gpu/train.py: the session is over; the same command goes on", flush=True)
         return 0
     if status != 0:
         return 1
-    # `fastiat train` measures what it has trained, unless the session's end came first.
+    # `fastiat train` also measures, unless the session ended before that.
     missing = [attack for attack in ATTACKS if attack not in _errors(run)]
     if missing:
         left = 60 * arguments.session - (time.monotonic() - started)
@@ -97,7 +97,7 @@ def main() -> int:
     found["measured"] = all(attack in found["errors"] for attack in ATTACKS)
     write_report(report, found)
     if not found["measured"]:
-        print("gpu_train.py: trained, but not measured in time; the same command does it")
+        print("gpu/train.py: trained, but not measured in time; the same command does it")
     return int(status not in (0, 128 + signal.SIGTERM, -signal.SIGTERM))
 
 
@@ -119,19 +119,19 @@ def _plan(config: TrainConfig, minutes: float, session: float) -> dict[str, Any]
     gc.collect()
     if timing.ON_GPU:
         timing.torch.cuda.empty_cache()
-    # Each session starts anew and stops early; the measuring took a start too.
+    # Each session has a start-up and ends early; this measurement had a start-up too.
     sessions = math.ceil(minutes / session)
     usable = 60 * minutes - (sessions + 1) * measured["start_up_s"] - sessions * TO_STOP
     return {"epochs": max(int(usable / measured["epoch_s"]), 1), **measured}
 
 
 def _timed(config: TrainConfig) -> dict[str, float]:
-    """Return the seconds that a start, an update and an epoch take."""
+    """Return the seconds of a start-up, an update and an epoch, and images per second."""
     begun = time.monotonic()
     trainer = Trainer(config, data.load(config.dataset, config.data_dir))
     per_epoch = len(trainer.loader)
     updates = trainer.epoch_updates()
-    # Enough to have compiled and captured for every mix layer, all but surely.
+    # After 20 draws every mix layer has been compiled and captured, almost surely.
     for _ in range(min(20, per_epoch)):
         next(updates)
     trainer.validate({})
@@ -156,9 +156,10 @@ def _timed(config: TrainConfig) -> dict[str, float]:
 
 
 def run_fastiat(argv: list[str], seconds: float, begun: Path) -> int:
-    """Run a command of fastiat's and return its status.
+    """Run a command of fastiat and return its status.
 
-    It is ended with SIGTERM after `seconds`, if the file `begun` shows that this saves something.
+    It gets SIGTERM after `seconds`, but not before the file `begun` has grown: until then it has no
+    result that a later session could continue from.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     before = begun.stat().st_size if begun.exists() else 0

@@ -1,4 +1,4 @@
-"""The summary of `bench/gpu.py`: goals beside what was measured, then everything, as Markdown."""
+"""The summary of `bench/gpu/run.py`: goals and measurements, then all rows, in Markdown."""
 
 import json
 from pathlib import Path

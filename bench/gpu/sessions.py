@@ -1,19 +1,20 @@
 """First results on a GPU: a speed run, Table 3, AutoAttack and a diagnosis: `make gpu-results`.
 
-    python bench/gpu_results.py --data-dir DIR --out DIR [--session 9] [--epochs 20]
+    python bench/gpu/sessions.py --data-dir DIR --out DIR [--session 9] [--epochs 20]
 
-DIR is an image tree, CIFAR-10's for the paper's table. In order, each as far as it is missing:
+DIR is an image tree; for the paper's table it is that of CIFAR-10. It runs in this order what is
+still missing:
 
 - speed: `--preset modern` with few epochs, more with every try, until PGD-50 with 10 restarts at
-  eps 8/255 errs on 54 % or less (Wong et al. 2020, "Fast is better than free"), timed from the
-  start of the process to its end, compiling included;
+  eps 8/255 has an error of 54 % or less (Wong et al. 2020, "Fast is better than free"). The time
+  is that of the whole process, with compiling;
 - table3: `fastiat reproduce table3`, the paper's recipe with the schedule scaled to `--epochs`;
 - autoattack, diagnose: of adversarial training and of both rows of IAT, on 1,000 test images.
 
-A session ends after `--session` minutes, a training with a checkpoint; the same command goes on
-from there. DIR/gpu_results.json says what has been found, with machine and commands; what is worth
-keeping of every run, all but the weights, is copied to DIR/keep, and to $OUT where that is set.
-`--device cpu --tiny` rehearses it all.
+A session ends after `--session` minutes, and a training writes a checkpoint; the same command
+continues. DIR/gpu_results.json has the results, the machine and the commands. All files of a run
+except weights and checkpoints are copied to DIR/keep, and to $OUT if it is set.
+`--device cpu --tiny` rehearses everything.
 """
 
 import argparse
@@ -25,11 +26,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import timing  # noqa: E402
-from gpu_train import TO_STOP, read_rows, run_fastiat, write_report  # noqa: E402
+from gpu.train import TO_STOP, read_rows, run_fastiat, write_report  # noqa: E402
 
 from fastiat.runs.directory import CONFIG, LOG, METRICS, MODEL, STATE  # noqa: E402
 
@@ -37,12 +38,12 @@ MARK = 54.0
 """PGD-50-10 error in % that ends the speed run."""
 SPEED_EPOCHS = (6, 9, 13, 18, 25, 35, 50)
 ATTACKED = ("pgd-none", "pgd-mixup", "pgd-manifold")
-"""The rows of Table 3 whose robustness is looked into, as run directories name them."""
+"""The adversarially trained rows of Table 3, as run directories name them."""
 KEPT = ("*.json", "*.jsonl", "*.md", "*.csv", LOG)
 
 
 class Session:
-    """What is left of this session's time, and what all sessions have found."""
+    """The time limit of this session, and the results of all sessions."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -56,7 +57,7 @@ class Session:
             self.found = json.loads(self.report.read_text())
 
     def fastiat(self, argv: list[str], begun: Path) -> bool:
-        """Run a command, and whether it ended well within the session; note both."""
+        """Run a command, record it, and return whether it succeeded within the session."""
         left = self.deadline - TO_STOP - time.monotonic()
         if left <= 0:
             return False
@@ -66,17 +67,17 @@ class Session:
         self.found["commands"].append({"argv": argv, "status": status, "seconds": seconds})
         write_report(self.report, self.found)
         if status not in (0, 143, -15):
-            raise SystemExit(f"gpu_results.py: failed with status {status}: {' '.join(argv)}")
+            raise SystemExit(f"gpu/sessions.py: failed with status {status}: {' '.join(argv)}")
         return status == 0
 
     def speed(self) -> bool:
-        """Try ever longer trainings until one passes the mark; whether that is over."""
+        """Try longer trainings until one reaches the mark; return whether this is done."""
         tiny = ["--arch", "mlp6", "--width", "8", "--batch-size", "8"] if self.tiny else []
         for epochs in SPEED_EPOCHS[:1] if self.tiny else SPEED_EPOCHS:
             run = self.out / f"speed-{epochs}"
             tried = next((t for t in self.found["speed"] if t["epochs"] == epochs), None)
             if tried is None:
-                # Timed as a whole, so a try that a session cut short is made anew.
+                # The time of a whole training counts, so one that was cut short starts again.
                 shutil.rmtree(run, ignore_errors=True)
                 flags = ["--preset", "modern", "--epochs", str(epochs), *tiny]
                 flags += ["--holdout", "0", "--patience", "0", "--dataset", "folder", *self.data]
@@ -99,7 +100,7 @@ class Session:
         return True
 
     def table3(self) -> bool:
-        """Train and measure the six rows; whether that is over."""
+        """Train and measure the six rows; return whether this is done."""
         argv = ["reproduce", "table3", "--dataset", "folder", *self.data, *self.machine]
         argv += ["--epochs", str(self.arguments.epochs), "--splits", "test"]
         argv += ["--arch", "mlp6", "--width", "8"] if self.tiny else []
@@ -107,7 +108,7 @@ class Session:
         return self.fastiat([*argv, "--out", str(out)], out)
 
     def autoattack(self) -> bool:
-        """Run AutoAttack on the adversarially trained rows; whether that is over."""
+        """Run AutoAttack on the adversarially trained rows; return whether this is done."""
         return all(
             "autoattack" in _errors(run)
             or self.fastiat(
@@ -118,7 +119,7 @@ class Session:
         )
 
     def diagnose(self) -> bool:
-        """Diagnose the adversarially trained rows; whether that is over."""
+        """Diagnose the adversarially trained rows; return whether this is done."""
         return all(
             (run / "diagnosis.json").exists()
             or self.fastiat(["diagnose", str(run), *self.data, *self.machine, *self.limit], run)
@@ -132,20 +133,20 @@ class Session:
 
     @property
     def limit(self) -> list[str]:
-        """The test images that AutoAttack and the diagnosis take."""
+        """The flag for the number of test images of AutoAttack and the diagnosis."""
         return ["--limit", "8" if self.tiny else "1000"]
 
     @property
     def attacked(self) -> list[Path]:
-        """The runs that AutoAttack and the diagnosis look into."""
+        """The runs that AutoAttack and the diagnosis measure."""
         runs = [file.parent for file in (self.out / "table3").glob("*/" + CONFIG)]
         attacked = sorted(run for run in runs if any(name in run.name for name in ATTACKED))
         if len(attacked) < len(ATTACKED):
-            raise SystemExit("gpu_results.py: the rows of Table 3 come first: --stages table3")
+            raise SystemExit("gpu/sessions.py: the rows of Table 3 come first: --stages table3")
         return attacked[:1] if self.tiny else attacked
 
     def keep(self) -> None:
-        """Copy all but weights and checkpoints to where it is fetched from."""
+        """Copy all files except weights and checkpoints to DIR/keep and $OUT."""
         for place in filter(None, (str(self.out / "keep"), os.environ.get("OUT"))):
             for pattern in KEPT:
                 for file in self.out.rglob(pattern):
@@ -157,10 +158,10 @@ class Session:
 
 
 def main() -> int:
-    """Run one session; 0 unless something failed."""
+    """Run one session; return 0 unless something failed."""
     arguments = _arguments()
     if not Path(arguments.data_dir).is_dir():
-        print(f"gpu_results.py: {arguments.data_dir} is no folder", file=sys.stderr)
+        print(f"gpu/sessions.py: {arguments.data_dir} is no folder", file=sys.stderr)
         return 2
     session = Session(arguments)
     session.out.mkdir(parents=True, exist_ok=True)
@@ -170,9 +171,9 @@ def main() -> int:
     finally:
         session.keep()
     if left:
-        print(f"gpu_results.py: {left} is not finished; the same command goes on")
+        print(f"gpu/sessions.py: {left} is not finished; the same command goes on")
     else:
-        print(f"gpu_results.py: all done: {session.report}")
+        print(f"gpu/sessions.py: all done: {session.report}")
     return 0
 
 

@@ -1,0 +1,166 @@
+"""Command-line flags: each field of a settings dataclass becomes an argparse flag or argument.
+
+The annotation of the field says how its value is read, its docstring is the help text, and its
+default value is written behind the help text. Nothing here imports torch, so that `--help` is fast.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from fastiat.system.errors import complain
+from fastiat.system.settings import Settings, flag_of, hints_of, number
+
+HEADINGS: dict[str, tuple[str, ...]] = {
+    "what is measured": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
+    "method": ("preset", "arch", "width", "variant", "mix", "adv"),
+    "data": (
+        *("dataset", "data_dir", "train_limit", "class_limit", "loader", "pad", "flip"),
+        *("batch_size", "format", "quality", "max_side", "force"),
+    ),
+    "optimisation": (
+        *("epochs", "lr", "schedule", "momentum", "nesterov", "weight_decay"),
+        *("decay_norm", "loss", "clean_weight", "ema", "holdout", "patience"),
+    ),
+    "attack": (
+        *("norm", "eps", "alpha", "steps", "restarts", "random_start", "attack_loss", "bn"),
+    ),
+    "mixing": ("mix_alpha", "mix_layers", "mix_space", "lam_per_sample", "shared_mix"),
+    "machine": ("device", "engine", "precision", "deterministic"),
+    "run and output": (
+        *("seed", "seeds", "dry_run", "checkpoint_every", "on_nan", "eval_limit", "out", "resume"),
+    ),
+}
+"""The headings of `--help` with the fields under each, in the order in which they are printed.
+
+A heading is printed for the commands that have one of its fields. Every field that is not an
+argument has to be under one heading.
+"""
+
+METAVARS = {
+    "target": "TABLE",
+    "runs": "RUN",
+    "run": "RUN",
+    "partner": "RUN",
+    "dir": "DIR",
+    "dataset": "DATASET",
+    "out": "PATH",
+    "data_dir": "DIR",
+    "attacks": "ATTACK",
+}
+"""What `--help` writes for the value of a field, where its type does not say enough."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports an error in one line and reads -1/255 as a number."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # argparse takes "-1/255" or "-inf" for a flag unless this private pattern matches it.
+        self._negative_number_matcher = re.compile(r"-\.?(\d|inf|nan)")
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message in one line and exit with status 2."""
+        complain(f"{self.prog}: {message} (see {self.prog} --help)")
+        self.exit(2)
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, kind: type[Settings], presets: Mapping[str, Settings]
+) -> None:
+    """Add an argument for every positional field of the dataclass and a flag for the others.
+
+    The help text of a flag names its default, and the values of those `presets` (settings by the
+    name of the preset) that differ from it.
+    """
+    hints, docs = hints_of(kind), kind.docs()
+    for name in kind.positional:
+        parser.add_argument(name, help=docs[name], **_options(kind, name))
+    flags = hints.keys() - kind.positional
+    for heading, names in HEADINGS.items():
+        if flags.isdisjoint(names):
+            continue
+        group = parser.add_argument_group(heading)
+        for name in filter(flags.__contains__, names):
+            text, default = docs[name], _default(kind, name, presets)
+            if default:
+                text = f"{text.removesuffix('.')} (default: {default})."
+            # argparse would take a % for the start of a placeholder.
+            text = text.replace("%", "%%")
+            group.add_argument(flag_of(name), dest=name, help=text, **_options(kind, name))
+
+
+def usage(prog: str, kind: type[Settings]) -> str:
+    """Return the usage line of a command, which names its arguments and not its flags."""
+    words = [prog]
+    for name in kind.positional:
+        words.append(METAVARS[name])
+        if get_origin(hints_of(kind)[name]) is tuple:
+            words.append(f"[{METAVARS[name]} ...]")
+    return " ".join([*words, "[SETTING ...]"])
+
+
+def _options(kind: type[Settings], name: str) -> dict[str, Any]:
+    """Return the options of `add_argument` that read a value of this field."""
+    options = _reading(hints_of(kind)[name])
+    if name in kind.bare:
+        options |= {"nargs": "*", "const": kind.bare[name]}
+    return options | ({"metavar": METAVARS[name]} if name in METAVARS else {})
+
+
+def _reading(hint: Any) -> dict[str, Any]:
+    """Return the options of `add_argument` that read a value of this annotation."""
+    if type(None) in get_args(hint):
+        (hint,) = (option for option in get_args(hint) if option is not type(None))
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if get_origin(hint) is tuple:
+        return _reading(get_args(hint)[0]) | {"nargs": "+", "action": _StoreTuple}
+    if hint is float:
+        return {"type": _number, "metavar": "X"}
+    return {"type": hint, "metavar": "N" if hint is int else "NAME"}
+
+
+class _StoreTuple(argparse.Action):
+    """Store several values as a tuple; a flag without values stores its constant."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, tuple(values or self.const))
+
+
+def _number(text: str) -> float:
+    try:
+        return number(text)
+    except ValueError as error:
+        # argparse prints the message of this exception alone.
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _default(kind: type[Settings], name: str, presets: Mapping[str, Settings]) -> str:
+    """Write a field's default and the values of presets that differ; "" if there is no default.
+
+    A default of None depends on other settings, so the docstring of the field explains it.
+    """
+    default = getattr(kind, name)
+    others = {} if name == "preset" else {key: getattr(of, name) for key, of in presets.items()}
+    written = [f"{key}: {_write(v)}" for key, v in others.items() if v not in (default, None)]
+    if default is not None or written:
+        written.insert(0, "none" if default is None else _write(default))
+    return "; ".join(written)
+
+
+def _write(value: Any) -> str:
+    """Write a value as a user would type it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(map(_write, value))
+    if isinstance(value, float):
+        levels = round(255 * value)
+        return f"{levels}/255" if 0 < levels < 255 and value == levels / 255 else f"{value:g}"
+    return str(value)
