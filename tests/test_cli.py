@@ -284,7 +284,7 @@ def test_a_data_set_that_is_absent_offline_says_what_to_put_where(
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     out = tmp_path / "run"
     line = complaint("train", *small, "--dataset", "svhn", "--data-dir", tmp_path, "--out", out)
-    assert "train_32x32.mat and test_32x32.mat" in line and str(tmp_path) in line
+    assert "train_32x32.mat, test_32x32.mat" in line and str(tmp_path) in line
     assert not out.exists()
 
 
