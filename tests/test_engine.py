@@ -279,12 +279,18 @@ def test_a_training_compiles_each_pass_once_for_all_its_epochs(graphs, digits):
     assert len(graphs) == compiled
 
 
+def _matmul_weights(model: nn.Module) -> list[torch.Tensor]:
+    """Return the parameters of convolutions and linear layers, which autocast would cast."""
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    return [parameter for layer in layers for parameter in layer.parameters()]
+
+
 class _Casts(TorchDispatchMode):
     """Counts the values that are turned from fp32 into bf16 by tensors of given shapes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.shapes = {weight.shape for weight in engine.matmul_parameters(model).values()}
+        self.shapes = {weight.shape for weight in _matmul_weights(model)}
         self.values = 0
 
     def __torch_dispatch__(
@@ -312,7 +318,7 @@ def test_bf16_weights_are_made_once_per_step(name, monkeypatch):
     next(updates)
     with _Casts(trainer.model) as casts:
         next(updates)
-    assert casts.values == sum(w.numel() for w in engine.matmul_parameters(trainer.model).values())
+    assert casts.values == sum(w.numel() for w in _matmul_weights(trainer.model))
 
 
 def test_bf16_weights_are_made_once_per_attack(graphs):
@@ -321,7 +327,7 @@ def test_bf16_weights_are_made_once_per_attack(graphs):
     craft(x, y)
     casts = _nodes(graphs, aten._to_copy.default)
     casts += [n for g in graphs for n in g.graph.nodes if "convert_element" in str(n.target)]
-    weights = {weight.shape for weight in engine.matmul_parameters(model).values()}
+    weights = {weight.shape for weight in _matmul_weights(model)}
     assert not [node for node in casts if node.meta["val"].shape in weights]
     # The iterate comes in, and the loss goes out, in fp32.
     forward = graphs[0].graph

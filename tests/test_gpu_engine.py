@@ -60,16 +60,17 @@ def batch(device: str) -> tuple[Tensor, Tensor]:
     return x.to(device, memory_format=torch.channels_last), y.to(device)
 
 
-def climb_on(
+def loop_on(
     model: models.Network, x: Tensor, y: Tensor, *, pool: Any = None, **settings: Any
 ) -> PGDLoop:
-    """An un-compiled climb with these images in its buffers, captured where there is CUDA."""
+    """An un-compiled loop with these images in its buffers, captured where there is CUDA."""
     return PGDLoop(
         model,
         x.clone(),
         y.clone(),
         None,
         DEFAULTS | settings,
+        weights=lambda: engine.detached_weights(model, None, ()),
         compiled=False,
         captured=x.is_cuda,
         pool=pool,
@@ -97,20 +98,20 @@ def test_replayed_attack_is_bit_equal_to_the_plain_one(device, model, batch, bn,
     if norm == "l2":
         settings |= {"eps": 0.5, "alpha": 0.1}
     plain = copy.deepcopy(model)
-    climb = climb_on(model, *batch, generator=generator_on(device), **settings)
+    loop = loop_on(model, *batch, generator=generator_on(device), **settings)
     attack = partial(pgd, plain, **{**DEFAULTS, **settings, "generator": generator_on(device)})
     for shift in (0, 1, 2):  # the first call captures, the others replay
-        climb.x.copy_(batch[0].roll(shift, 0))
-        climb.y.copy_(batch[1].roll(shift, 0))
-        assert torch.equal(climb(), attack(climb.x, climb.y))
+        loop.x.copy_(batch[0].roll(shift, 0))
+        loop.y.copy_(batch[1].roll(shift, 0))
+        assert torch.equal(loop(), attack(loop.x, loop.y))
         assert_same_state(model, state_of(plain))
 
 
 def test_random_starts_are_fresh_at_every_replay_and_repeat_with_the_seed(device, model, batch):
     runs = []
     for _ in range(2):
-        climb = climb_on(model, *batch, generator=generator_on(device), alpha=0.0)
-        runs.append([climb().clone() for _ in range(4)])
+        loop = loop_on(model, *batch, generator=generator_on(device), alpha=0.0)
+        runs.append([loop().clone() for _ in range(4)])
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
     starts = torch.stack(runs[0])
@@ -126,7 +127,7 @@ def test_making_ready_leaves_weights_buffers_and_generators_as_they_were(device,
     default = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
     expected = generator_on(device)
     torch.empty((), dtype=torch.int64, device=device).random_(generator=expected)
-    climb_on(model, *batch, generator=mine, bn="batch")()
+    loop_on(model, *batch, generator=mine, bn="batch")()
     assert_same_state(model, before)
     assert torch.equal(mine.get_state(), expected.get_state())
     after = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
@@ -268,11 +269,11 @@ def test_graphs_of_one_pool_share_their_memory():
     x, y = torch.rand(64, 3, 32, 32, device="cuda"), torch.zeros(64, dtype=torch.int64).cuda()
 
     def reserved_by(pool: Any) -> int:
-        climbs = [climb_on(network, x, y, pool=pool) for _ in range(3)]
+        loops = [loop_on(network, x, y, pool=pool) for _ in range(3)]
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        for climb in climbs:
-            climb()
+        for loop in loops:
+            loop()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved() - before
@@ -335,6 +336,6 @@ def test_training_resumed_in_mid_epoch_is_bit_equal(name, tmp_path):
 def test_random_starts_of_the_kernel_are_those_of_the_attack(device, model, batch):
     generator = generator_on(device)
     seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=generator_on(device))
-    started = climb_on(model, *batch, generator=generator, alpha=0.0)()
+    started = loop_on(model, *batch, generator=generator, alpha=0.0)()
     expected = kernels.random_start(batch[0], 8 / 255, seed)
     torch.testing.assert_close(started, expected, rtol=0, atol=1e-7)
