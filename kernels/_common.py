@@ -118,7 +118,7 @@ def _guard_derivatives(
     with warnings.catch_warnings():
         # The dispatcher warns that a registered kernel is replaced, which is the purpose here.
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        _LIBRARY.impl(op._name, kernel, "Autograd", with_keyset=True)
+        _LIBRARY.impl(op._name, kernel, "Autograd", with_keyset=True, allow_override=True)
 
 
 def _transformed(arg: object) -> bool:

@@ -218,7 +218,7 @@ def test_bn_modes_normalise_by_running_or_batch_statistics(model):
     )
 
 
-def test_dropout_is_off_while_crafting():
+def test_dropout_is_off_during_an_attack():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(64, 10)).train()
     x, y = _digits(8)

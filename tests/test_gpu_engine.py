@@ -18,7 +18,7 @@ from torch import Tensor
 from fastiat import data, kernels, models
 from fastiat.attack import PGD, PGDLoop, pgd
 from fastiat.config import TrainConfig
-from fastiat.engine import graphs as engine
+from fastiat.engine import graphs
 from fastiat.mix import Mix
 from fastiat.train import Trainer
 from fastiat.training.step import Step, algorithm1
@@ -36,7 +36,7 @@ def repeatable() -> Iterator[None]:
     """Algorithms that repeat bit for bit, and fp32 that is fp32."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32
-    engine.prepare(torch.device("cuda" if torch.cuda.is_available() else "cpu"), True)
+    graphs.prepare(torch.device("cuda" if torch.cuda.is_available() else "cpu"), True)
     yield
     torch.use_deterministic_algorithms(False)
     cudnn.benchmark, cudnn.allow_tf32 = before
@@ -70,7 +70,7 @@ def loop_on(
         y.clone(),
         None,
         DEFAULTS | settings,
-        weights=lambda: engine.detached_weights(model, None, ()),
+        weights=lambda: graphs.detached_weights(model, None, ()),
         compiled=False,
         captured=x.is_cuda,
         pool=pool,
@@ -149,14 +149,14 @@ def _loss(network: torch.nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def _assert_as_strong(
-    network: torch.nn.Module, x: Tensor, y: Tensor, crafted: Tensor, plain: Tensor
+    network: torch.nn.Module, x: Tensor, y: Tensor, examples: Tensor, plain: Tensor
 ) -> None:
-    assert (crafted - x).abs().amax() <= DEFAULTS["eps"] + 1e-6
+    assert (examples - x).abs().amax() <= DEFAULTS["eps"] + 1e-6
     # Rounding turns the sign of a few small gradients; nearly all pixels agree all the same.
-    assert ((crafted - plain).abs() > 1e-6).float().mean() < 0.1
+    assert ((examples - plain).abs() > 1e-6).float().mean() < 0.1
     clean = _loss(network, x, y)
     expected = _loss(network, plain, y) - clean
-    assert _loss(network, crafted, y) - clean == pytest.approx(expected, rel=0.02) and expected > 0
+    assert _loss(network, examples, y) - clean == pytest.approx(expected, rel=0.02) and expected > 0
 
 
 ENGINES = ["eager", pytest.param("graph", marks=pytest.mark.gpu)]
@@ -168,9 +168,9 @@ def test_attack_follows_weights_that_change_and_leaves_no_gradient(name):
     settings = {"random_start": False, "eps": 8 / 255, "alpha": 2 / 255}
     attack = PGD(network, engine=name, precision="fp32", **settings)
     for _ in range(3):
-        crafted = attack(x, y)
+        examples = attack(x, y)
         assert all(p.grad is None for p in network.parameters())
-        _assert_as_strong(network, x, y, crafted, pgd(network, x, y, **settings))
+        _assert_as_strong(network, x, y, examples, pgd(network, x, y, **settings))
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -228,9 +228,9 @@ def test_replayed_step_is_bit_equal_to_algorithm_1_for_every_mix_layer(device, a
         compiled=False,
         captured=device == "cuda",
     )
-    craft = None
+    attack = None
     if settings is not None:
-        craft = partial(pgd, plain, **(settings | {"generator": plain_random}))
+        attack = partial(pgd, plain, **(settings | {"generator": plain_random}))
     layers = [(None, None), (0, 1), (1, 2), (2, 0), (0, 1), (2, 2), (None, 1)]
     generator = torch.Generator().manual_seed(2)
     for number, pair in enumerate(layers):
@@ -243,7 +243,7 @@ def test_replayed_step_is_bit_equal_to_algorithm_1_for_every_mix_layer(device, a
         update = step(images, y, mixes)
         plain_optimizer.zero_grad()
         draws = iter(mixes)
-        expected = algorithm1(plain, models.to_pixels(images), y, craft, lambda d=draws: next(d))
+        expected = algorithm1(plain, models.to_pixels(images), y, attack, lambda d=draws: next(d))
         plain_optimizer.step()
         for name in ("clean_loss", "adv_loss", "clean_correct", "adv_correct"):
             assert torch.equal(getattr(update, name), getattr(expected, name)), (pair, name)
@@ -258,8 +258,8 @@ def test_replayed_step_is_bit_equal_to_algorithm_1_for_every_mix_layer(device, a
         halves = {("clean", pair[0]) for pair in layers}
         halves |= {("adversarial", pair[1]) for pair in layers if attacked}
         assert set(step._captured) == {*halves, "optimizer"}
-        graphs = [captured.graph for captured in step._captured.values()]
-        assert {graph.pool() for graph in graphs if graph} == {step.pool}
+        captured = [piece.graph for piece in step._captured.values()]
+        assert {graph.pool() for graph in captured if graph} == {step.pool}
 
 
 @pytest.mark.gpu
