@@ -164,13 +164,24 @@ def per_image(values: Tensor, x: Tensor) -> Tensor:
 
 
 def run_steps(
-    x_adv: Tensor, x: Tensor, grad: Callable[[Tensor], Tensor], settings: dict[str, Any]
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Callable[[Tensor], Tensor],
+    settings: dict[str, Any],
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    """Return the iterate after all steps of PGD from `x_adv`, each along `grad(x_adv)`."""
+    """Return the iterate after all steps of PGD from `x_adv`, each along `grad(x_adv)`.
+
+    `in_place` writes every iterate into `x_adv`.
+    """
     step = kernels.pgd_step if settings["norm"] == "linf" else kernels.pgd_step_l2
+    if in_place and settings["norm"] == "linf":
+        step = kernels.pgd_step_
     sizes = settings["eps"], settings["alpha"], settings["clip"]
     for _ in range(settings["steps"]):
-        x_adv = step(x_adv, grad(x_adv), x, *sizes)
+        found = step(x_adv, grad(x_adv), x, *sizes)
+        x_adv = x_adv.copy_(found) if in_place and found is not x_adv else found
     return x_adv
 
 
@@ -227,11 +238,12 @@ class PGDLoop:
         return graphs.forward(self.model, self.weights(), self.dtype, x)
 
     def _run_steps(self) -> None:
-        s, x_adv = self.settings, self.x
+        s, start = self.settings, self.x
         # Inside of the graph: a replay has to see the weights as they are by then.
         weights = self.weights()
         if s["random_start"]:
-            x_adv = start_from_seed(self.x, s["eps"], s["norm"], s["clip"], self.seed)
+            start = start_from_seed(self.x, s["eps"], s["norm"], s["clip"], self.seed)
+        self.x_adv.copy_(start)
         # `forward` switches autocast on, if at all. The caller's is off, because Dynamo compiles
         # anew where that changes.
         with (
@@ -242,7 +254,8 @@ class PGDLoop:
             def grad(x_adv: Tensor) -> Tensor:
                 return gradient(lambda x: self._loss(weights, x, self.y), x_adv)
 
-            self.x_adv.copy_(run_steps(x_adv, self.x, grad, s))
+            # In place: Dynamo compiles anew for other strides, which a new iterate may have.
+            run_steps(self.x_adv, self.x, grad, s, in_place=True)
 
     def _changed(self) -> list[Tensor]:
         """Return what a run writes to and others read: its result and BatchNorm's statistics."""

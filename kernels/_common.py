@@ -161,7 +161,11 @@ def _one_by_one(op: "torch.library.CustomOpDef", in_place: bool) -> Callable[...
 # Dynamo calls this while it traces, and guards the level that `check_floating` reads.
 @torch.compiler.assume_constant_result
 def _refuse_duals() -> None:
-    """Raise while code is compiled for dual tensors: Inductor drops the tangents of its inputs."""
+    """Raise while code is compiled for dual tensors: Inductor drops the tangents of its inputs.
+
+    Dynamo then runs the code uncompiled; in PyTorch 2.11, and with fullgraph=True, the error
+    reaches the caller.
+    """
     interpreters = torch._C._functorch.get_interpreter_stack() or ()
     within = any(i.key() == torch._C._functorch.TransformType.Jvp for i in interpreters)
     if forward_ad._current_level >= 0 and not within:
