@@ -1,6 +1,6 @@
-"""Mixing: the lambda, the pairing and the layer of an update, and the loss on mixed logits.
+"""Mixing: lambda, partners and layer of one update, and the loss of mixed logits.
 
-Mixing is data, drawn outside the model: `logits = model(x, draw("manifold", len(x)))`.
+A `Mix` is drawn outside of the network and passed to it: `model(x, draw("manifold", len(x)))`.
 """
 
 import math
@@ -22,16 +22,17 @@ KINDS: tuple[Kind, ...] = ("none", "mixup", "manifold")
 DEFAULT_ALPHA = {"mixup": 1.0, "manifold": 2.0}
 DEFAULT_LAYERS = {"mixup": (0,), "manifold": (0, 1, 2)}
 
-# torch leaves samples with the label -100 out; here that is as wrong as any other such label.
+# By default PyTorch's losses skip samples with the label -100. Here that label is as wrong as any
+# other below 0, so the label that is skipped is one that no data set has.
 NO_LABEL = -(2**63)
 
 
 @dataclass(frozen=True)
 class Mix:
-    """One draw: interpolate `lam * h + (1 - lam) * h[perm]` at mix point `layer`."""
+    """One draw: replace h, the values at mix point `layer`, by `lam * h + (1 - lam) * h[perm]`."""
 
     layer: int
-    """Mix point: 0 is the standardised input, 1 and 2 follow the first and second group."""
+    """Mix point: 0 is the standardised input, 1 and 2 the outputs of the first and second group."""
     perm: Tensor
     """Partner of every sample: a permutation of the batch, (B,) int64."""
     lam: Tensor
@@ -50,10 +51,15 @@ def draw(
 ) -> Mix | None:
     """Draw the mixing of one update: layer uniform over `layers`, lambda ~ Beta(alpha, alpha).
 
-    `kind` "none" gives None and draws nothing, "mixup" mixes at layer 0 with alpha 1, "manifold"
-    at layer 0, 1 or 2 with alpha 2 (sections 3 and 4.1 of the paper). `generator` is a CPU
-    generator; `device` is where the tensors end up. Raises `InputError` for an unknown kind, a
-    batch below 1, an alpha that is not positive and finite, or layers that are no mix points.
+    kind: "none" returns None and draws nothing; "mixup" mixes at layer 0 with alpha 1, "manifold"
+        at layer 0, 1 or 2 with alpha 2 (sections 3 and 4.1 of the paper).
+    batch: number of images, B.
+    generator: a CPU generator; None takes torch's global one.
+    device: where the tensors of the result are.
+    per_sample: one lambda for each image, (B,), instead of one for the batch.
+
+    Raises `InputError` for an unknown kind, a batch below 1, an alpha that is not positive and
+    finite, or layers that are not mix points.
     """
     if kind not in KINDS:
         raise InputError(f"unknown mix {kind!r}: choose from {', '.join(KINDS)}")
@@ -69,7 +75,7 @@ def draw(
         raise InputError(f"mix layers are {layers}: give some of 0, 1 and 2")
     layer = layers[int(torch.randint(len(layers), (), generator=generator, device="cpu"))]
     perm = torch.randperm(batch, generator=generator, device="cpu")
-    # torch has no Beta that takes a generator: numpy draws it, seeded from the generator.
+    # torch.distributions.Beta takes no generator, so NumPy draws, with a seed from the generator.
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device="cpu"))
     values = np.random.default_rng(seed).beta(alpha, alpha, batch if per_sample else None)
     lam = torch.as_tensor(values, dtype=torch.float32, device="cpu")
@@ -81,11 +87,11 @@ def mixed_loss(
 ) -> Tensor:
     """Return the batch mean of lam * L(logits, y) + (1 - lam) * L(logits, y[perm]), a scalar.
 
-    `logits` is (B, K), `y` (B,) int64; without `mix` it is plain L. `loss` "ce" is cross-entropy,
-    section 3 of the paper; "bce" is the manifold mixup code's binary cross-entropy of the softmax
-    against the mixed one-hot labels. Logits in half precision are calculated in fp32, as is the
-    loss. Raises `InputError` for labels outside 0..K-1 on the CPU; on CUDA, where looking would
-    wait for the device, they give NaN or a device-side assertion.
+    `logits` is (B, K), `y` (B,) int64; without `mix` the result is the mean of L(logits, y). `loss`
+    "ce" is cross-entropy, section 3 of the paper; "bce" is the manifold mixup code's binary
+    cross-entropy of the softmax against the mixed one-hot labels. The loss is computed in fp32 at
+    least. Raises `InputError` for labels outside 0..K-1 on the CPU. On CUDA, where reading them
+    would wait for the device, such labels give NaN or a device-side assertion.
     """
     check_labels(y, logits.shape[1])
     if logits.dtype in (torch.float16, torch.bfloat16):
@@ -103,12 +109,13 @@ def mixed_loss(
 def _binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Return the mean over B and K of -t log p - (1 - t) log(1 - p), p = softmax(logits), (B, K).
 
-    The logarithms are taken of the logits: 1 - p of a confident prediction is 0 in fp32, and
-    `F.binary_cross_entropy` then puts -100 for its logarithm.
+    Computed from the logits, not from p: 1 - p of a confident prediction rounds to 0 in fp32, and
+    `F.binary_cross_entropy` replaces its logarithm by -100.
     """
     log_p = F.log_softmax(logits, 1)
     top = F.one_hot(logits.argmax(1), logits.shape[1]).bool()
-    # Only the largest p can be close to 1: its complement is the sum of the others.
+    # Only the largest p can be close to 1, where 1 - p would cancel: there 1 - p is the sum of the
+    # others.
     others = logits.masked_fill(top, -torch.inf).logsumexp(1, keepdim=True)
     log_rest = others - logits.logsumexp(1, keepdim=True)
     log_q = torch.where(top, log_rest, torch.log1p(-log_p.masked_fill(top, -torch.inf).exp()))
@@ -126,11 +133,12 @@ def chance_loss(classes: int, loss: Literal["ce", "bce"] = "ce") -> float:
 def check_labels(y: Tensor, classes: int) -> None:
     """Raise `InputError` unless the labels `y`, (B,) int64, are in 0..`classes`-1.
 
-    They are looked at where that needs no wait: on the CPU, and not while code is traced.
+    Labels on CUDA are not checked, as reading them would wait for the device, and neither are
+    labels of traced code.
     """
     if torch.compiler.is_compiling() or type(y) is not Tensor or not y.numel():
         return
-    # A tensor that a transform of torch.func batches has no values to look at.
+    # A tensor inside of a torch.func transform has no values that could be read.
     if y.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(y):
         return
     low, high = (int(value) for value in y.aminmax())
@@ -142,9 +150,9 @@ def check_labels(y: Tensor, classes: int) -> None:
 
 
 def mixed_correct(logits: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
-    """Return how much of a batch is predicted right, a scalar in [0, B], without a host sync.
+    """Return how many images of a batch are classified correctly: a scalar in [0, B] on the device.
 
-    Under mixing a prediction counts with the weight of the label it hits.
+    Under mixing, a prediction counts with the weight of the label that it equals.
     """
     hits = correct(logits, y).float()
     if mix is not None:

@@ -1,8 +1,9 @@
 """Networks: preact18, wrn28_10, wrn34_10 and mlp6, with per-image standardisation and mix points.
 
-Every model is `logits = model(x, mix=None)` on pixels in [0, 1]. Standardisation happens inside,
-so that an attack on the model is an attack on pixels. `mix` (a `fastiat.mix.Mix`) interpolates
-the batch at mix point 0 (after standardisation), 1 (after group 1) or 2 (after group 2).
+Every network is `logits = model(x, mix=None)` on pixels in [0, 1]. It standardises its input
+itself, so that an attack on the network is an attack on pixels. `mix` (a `fastiat.mix.Mix`)
+interpolates the batch at mix point 0 (after standardisation), 1 (after group 1) or 2 (after
+group 2).
 """
 
 import difflib
@@ -23,10 +24,10 @@ MIX_POINTS = (0, 1, 2)
 
 
 class Network(nn.Module):
-    """What the architectures share: standardise, then run the groups with the mix points between.
+    """Base class: standardise the pixels, run `stem`, the groups and `head`, and mix between them.
 
-    `groups[0]` runs between mix points 0 and 1, `groups[1]` between 1 and 2, and the rest after.
-    A subclass fills `stem`, `groups` and `head`.
+    Mix point 0 is before `stem`, 1 after `groups[0]` and 2 after `groups[1]`. Subclasses set the
+    three attributes.
     """
 
     stem: nn.Module
@@ -37,7 +38,7 @@ class Network(nn.Module):
         """Return logits, (B, num_classes), for pixels `x` in [0, 1], (B, C, H, W).
 
         `mix` is anything with `layer`, `perm` and `lam` (see `fastiat.mix.Mix`), or None. Raises
-        `InputError` for a layer that is none of `MIX_POINTS`.
+        `InputError` for a layer that is not in `MIX_POINTS`.
         """
         if mix is not None and mix.layer not in MIX_POINTS:
             raise InputError(f"mix layer is {mix.layer}: give 0, 1 or 2")
@@ -53,16 +54,16 @@ class Network(nn.Module):
 
 
 class Shortcut(nn.Conv2d):
-    """A strided 1x1 convolution that picks its pixels first where it has few channels.
+    """A strided 1x1 convolution, which on the CPU selects the pixels first if it has few channels.
 
-    On the CPU its weight gradient would write out of bounds (see `fastiat.engine.onednn`), also in
-    a training that is not ours. The sums are the same.
+    The result is the same, and oneDNN's defective weight gradient is not used, whatever code trains
+    the network: see `fastiat.engine.onednn`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and self.in_channels < onednn.CHANNELS:
             rows, columns = self.stride
-            # A copy in the layout of `x`: vmap knows no other format than the one it finds.
+            # `clone` keeps the memory format of `x`; under vmap no other one can be asked for.
             return F.conv2d(x[..., ::rows, ::columns].clone(), self.weight, self.bias)
         return super().forward(x)
 
@@ -117,9 +118,9 @@ class AuthorsWideBlock(PreActBlock):
 class PreActResNet18(Network):
     """Pre-activation ResNet-18 (He et al. 2016b): four groups of two blocks, final BatchNorm, ReLU.
 
-    `final_norm` False leaves the last two out, as the manifold mixup code does. Cross-entropy at
-    learning rate 0.1 then diverges within 20 updates (RECORDS.md). The initialisation is PyTorch's
-    default, as in the published codebases.
+    `final_norm` False omits the final BatchNorm and ReLU, as the manifold mixup code does. Training
+    with cross-entropy at learning rate 0.1 then diverges within 20 updates (RECORDS.md). The
+    initialisation is PyTorch's default, as in the published codebases.
     """
 
     def __init__(
@@ -128,12 +129,8 @@ class PreActResNet18(Network):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.groups = nn.ModuleList(
-            [
-                _group(width, width, 2, 1),
-                _group(width, 2 * width, 2, 2),
-                _group(2 * width, 4 * width, 2, 2),
-                _group(4 * width, 8 * width, 2, 2),
-            ]
+            [_group(width, width, 2, 1)]
+            + [_group(n * width, 2 * n * width, 2, 2) for n in (1, 2, 4)]
         )
         self.head = nn.Sequential(
             *((nn.BatchNorm2d(8 * width), nn.ReLU()) if final_norm else ()),
@@ -159,11 +156,8 @@ class WideResNet(Network):
         block = AuthorsWideBlock if authors else PreActBlock
         self.stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=authors)
         self.groups = nn.ModuleList(
-            [
-                _group(16, 16 * width, blocks, 1, block),
-                _group(16 * width, 32 * width, blocks, 2, block),
-                _group(32 * width, 64 * width, blocks, 2, block),
-            ]
+            [_group(16, 16 * width, blocks, 1, block)]
+            + [_group(n * width, 2 * n * width, blocks, 2, block) for n in (16, 32)]
         )
         self.head = nn.Sequential(
             nn.BatchNorm2d(64 * width, momentum=0.9 if authors else 0.1),
@@ -182,9 +176,9 @@ class WideResNet(Network):
 
 
 class MLP6(Network):
-    """Six weight matrices with ReLU between, no BatchNorm: the network of the paper's Figure 1.
+    """Six linear layers with ReLU between and no BatchNorm: the network of the paper's Figure 1.
 
-    Mix points 1 and 2 are the first and second hidden layers, after their ReLU.
+    Mix points 1 and 2 are the outputs of the first and the second hidden layer, after their ReLU.
     """
 
     def __init__(self, num_classes: int, in_channels: int, image_size: int, width: int) -> None:
@@ -214,11 +208,14 @@ def build(
 ) -> Network:
     """Return a freshly initialised network in training mode, in fp32.
 
-    `name` is one of `ARCHS`; `image_size` is the side of the square images, at least 8 pixels;
-    `width` is the base channels (preact18: 64), the widening factor (wrn: 10) or the hidden units
-    (mlp6: 512). `variant` "standard" is the network as published; "authors" is the network of the
-    manifold mixup code (preact18: no final BatchNorm and ReLU; wrn: see `WideResNet`; mlp6: no
-    difference). Raises `InputError` (a `ValueError`) for anything else.
+    name: one of `ARCHS`.
+    image_size: side of the square images in pixels, at least 8.
+    width: number of channels of the first group (preact18: 64), widening factor (wrn: 10) or number
+        of hidden units (mlp6: 512).
+    variant: "standard" is the network as published; "authors" is that of the manifold mixup code
+        (preact18: no final BatchNorm and ReLU; wrn: see `WideResNet`; mlp6: no difference).
+
+    Raises `InputError` (a `ValueError`) for other values.
     """
     if name not in ARCHS:
         close = difflib.get_close_matches(name, ARCHS, n=1)
@@ -283,13 +280,13 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
-    """Return which images are predicted right, (B,) bool, for logits (B, K) and labels (B,).
+    """Return which images are classified correctly, (B,) bool, for logits (B, K) and labels (B,).
 
-    A row of logits with a NaN in it predicts nothing, and so is wrong.
+    A row of logits that contains a NaN counts as wrong.
     """
     return (logits.argmax(1) == y) & ~logits.isnan().any(1)
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Return a batch of 0..255, uint8 as a rule, as fp32 pixels in [0, 1] in its memory format."""
+    """Return images of values 0..255, usually uint8, as fp32 pixels in [0, 1], in their layout."""
     return images.to(torch.float32) / 255

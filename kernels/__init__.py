@@ -1,9 +1,9 @@
-"""Operations of adversarial training with mixing, usable on their own.
+"""Ops of adversarial training with mixing, usable without the rest of fastiat.
 
-`from fastiat.kernels import pgd_step, mix`. Nothing here imports the rest of fastiat.
+`from fastiat.kernels import pgd_step, mix`. No module of this package imports the rest of fastiat.
 """
 
-# `import kernels` from the checkout's root would load every op a second time under another name.
+# `import kernels` in the root of a checkout would register every op a second time.
 if __name__ != "fastiat.kernels":
     raise ImportError("import fastiat.kernels, not kernels")
 

@@ -1,11 +1,15 @@
-"""What every op here shares: Triton if there is one, registration, memory layout, argument checks.
+"""What all ops share: the import of Triton, registration, memory layout, checks of arguments.
 
-An op is registered three times over: its Triton launcher for CUDA, its torch reference for the
-CPU and a shape function for tracing. Where a transform needs more than that (torch.func,
-forward-mode AD, a vmapped backward), the op is replaced by its formula in torch, which torch
-transforms; an op without a derivative refuses to be differentiated there. With
-`TRITON_INTERPRET=1` in the environment CPU tensors run the Triton launcher too, in Triton's
-interpreter, so that kernels can be tested without a GPU.
+An op has three implementations: a Triton launcher for CUDA, the reference in torch for the CPU, and
+a fake one, which returns shapes, for tracing. A custom op knows neither torch.func nor forward-mode
+AD. Where these need a derivative, or vmap a backward pass, the op is replaced by its formula in
+torch; an op without a derivative raises instead. With `TRITON_INTERPRET=1` in the environment CPU
+tensors run the Triton launcher too, in Triton's interpreter, so that kernels are tested without a
+GPU.
+
+PyTorch has no public way to ask whether a transform is active or to call a custom op's own autograd
+kernel, so a few of its private names are used: `make_autograd_impl`, `forward_ad._current_level`
+and `torch._C._functorch`. They are the same in PyTorch 2.11, 2.14 and 2.15.
 """
 
 import math
@@ -60,10 +64,13 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> "torch.library.CustomOpDef":
-    """Register `torch.ops.fastiat.<name>`: `launch` for CUDA, `cpu`, and `fake` for tracing.
+    """Register `torch.ops.fastiat.<name>` and return it.
 
-    `formula` is the op in differentiable torch code, written out of place; None for an op without
-    a derivative. `backward` and `setup_context` are those of `torch.library.register_autograd`.
+    launch, cpu, fake: its implementations for CUDA, for the CPU and for tracing.
+    mutates: names of the arguments that it writes to.
+    formula: the op in differentiable torch code, without in-place operations; None for an op
+        without a derivative.
+    backward, setup_context: those of `torch.library.register_autograd`.
     """
     op = torch.library.custom_op(
         f"fastiat::{name}", launch, mutates_args=mutates, device_types="cuda"
@@ -80,17 +87,17 @@ def register(
     return op
 
 
-# Registrations live as long as their library object.
+# A registration ends with its Library object, so this one belongs to the module.
 _LIBRARY = torch.library.Library("fastiat", "FRAGMENT")
 
 
 def _guard_derivatives(
     op: "torch.library.CustomOpDef", formula: Callable[..., Tensor] | None
 ) -> None:
-    """Put a kernel in front of autograd's that sees to the derivatives autograd's does not give.
+    """Replace the op's autograd kernel by one that handles torch.func and forward-mode AD too.
 
-    A custom op drops the tangents of forward-mode AD, and its backward knows no torch.func. The
-    dispatcher is the one place that every way to the op leads through: eager, compiled, exported.
+    PyTorch's kernel drops the tangents of forward-mode AD, and its backward does not work in
+    torch.func. The dispatcher is where all calls of the op arrive: eager, compiled and exported.
     """
     autograd_kernel = make_autograd_impl(op._opoverload, op)
 
@@ -103,29 +110,34 @@ def _guard_derivatives(
                 )
             with torch.no_grad():
                 return autograd_kernel(keys, *args)
+        # The formula consists of torch's own operations, which have all derivatives.
         if any(_transformed(arg) for arg in args):
             return formula(*args)
         return autograd_kernel(keys, *args)
 
     with warnings.catch_warnings():
+        # The dispatcher warns that a registered kernel is replaced, which is the purpose here.
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        _LIBRARY.impl(op._name, kernel, "Autograd", with_keyset=True)
+        _LIBRARY.impl(op._name, kernel, "Autograd", with_keyset=True, allow_override=True)
 
 
 def _transformed(arg: object) -> bool:
-    """Whether forward-mode AD, or torch.func in either mode, differentiates in `arg`."""
+    """Whether forward-mode AD or a transform of torch.func differentiates with respect to `arg`."""
     if not isinstance(arg, Tensor):
         return False
     in_functorch = torch._C._functorch.is_gradtrackingtensor(arg)
     if in_functorch and arg.requires_grad:
         return True
-    # Compiled code enters the one level there is, 0, without telling forward_ad of it.
+    # Compiled code enters level 0, the only level there is, without setting `_current_level`.
     in_level = in_functorch or forward_ad._current_level >= 0
     return in_level and forward_ad.unpack_dual(arg, level=0).tangent is not None
 
 
 def _one_by_one(op: "torch.library.CustomOpDef", in_place: bool) -> Callable[..., Any]:
-    """The vmap rule that calls `op`, which may write into its first argument, once per entry."""
+    """Return a vmap rule that calls `op` once for each entry of the vmapped dimension.
+
+    `in_place` says that `op` writes into its first argument.
+    """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, int | None]:
         if in_place and in_dims[0] is None:
@@ -146,9 +158,14 @@ def _one_by_one(op: "torch.library.CustomOpDef", in_place: bool) -> Callable[...
     return rule
 
 
-@torch.compiler.assume_constant_result  # runs while torch.compile traces, which guards the level
+# Dynamo calls this while it traces, and guards the level that `check_floating` reads.
+@torch.compiler.assume_constant_result
 def _refuse_duals() -> None:
-    """Refuse to be compiled for dual tensors: Inductor drops the tangents of what it is given."""
+    """Raise while code is compiled for dual tensors: Inductor drops the tangents of its inputs.
+
+    Dynamo then runs the code uncompiled; in PyTorch 2.11, and with fullgraph=True, the error
+    reaches the caller.
+    """
     interpreters = torch._C._functorch.get_interpreter_stack() or ()
     within = any(i.key() == torch._C._functorch.TransformType.Jvp for i in interpreters)
     if forward_ad._current_level >= 0 and not within:
@@ -159,7 +176,7 @@ def _refuse_duals() -> None:
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Make the device of `x` current: Triton launches on the current one, whatever its tensors."""
+    """Make the device of `x` the current one: Triton launches there, wherever its tensors are."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -174,7 +191,7 @@ def power_of_two(n: int) -> int:
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """The dense layout, images outermost, nearest to that of `x`: channels-last if `x` is."""
+    """The memory format in which `dense` lays `x` out: channels-last if `x` is, else contiguous."""
     if x.is_contiguous():
         return torch.contiguous_format
     if x.dim() == 4 and x.stride(1) == 1:
@@ -185,24 +202,24 @@ def layout(x: Tensor) -> torch.memory_format:
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """`x` itself where it is laid out as `layout` says (of `like`), else a copy that is."""
+    """`x` in the memory format `layout(like)`, or `layout(x)`: itself if it is so, else a copy."""
     return x.contiguous(memory_format=layout(x if like is None else like))
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor shaped and laid out as `dense(x)`."""
+    """An uninitialised tensor of the shape and the memory format of `dense(x)`."""
     return torch.empty_like(x, dtype=dtype, memory_format=layout(x))
 
 
 def image_rows(x: Tensor) -> Tensor:
-    """A dense batch as a (B, N) view, every row one image's values in memory order."""
+    """A dense batch as a (B, N) view, whose rows are the images' values in memory order."""
     if not x.is_contiguous():
         x = x.permute(0, *range(2, x.dim()), 1)
     return x.view(x.shape[0], math.prod(x.shape[1:]))
 
 
 def from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """`image_rows` undone: (B, N) in memory order as a batch shaped and laid out as `like`."""
+    """The inverse of `image_rows`: (B, N) as a batch of the shape and memory format of `like`."""
     if layout(like) == torch.contiguous_format:
         return rows.view(like.shape)
     batch, channels, *size = like.shape
@@ -210,18 +227,18 @@ def from_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to calculate in: half precision is for storage only."""
+    """The dtype to compute in: fp64 for fp64, else fp32. Half precision is for storage only."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_floating(name: str, x: Tensor) -> None:
-    """Refuse what is no floating-point tensor on a device that these ops run on."""
+    """Raise unless `x` is a floating-point tensor on a device that has kernels for it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, not {x.dtype}")
     check_device(name, x)
-    # torch.compile guards what it reads, so code compiled outside of a level is not used inside.
+    # Dynamo guards `_current_level`: code that is compiled outside of a level is not used inside.
     if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         _refuse_duals()
     if x.dtype == torch.float64 and x.is_cuda:
@@ -229,13 +246,13 @@ def check_floating(name: str, x: Tensor) -> None:
 
 
 def check_device(name: str, x: Tensor) -> None:
-    """Refuse devices without a kernel."""
+    """Raise where `x` is on a device without a kernel."""
     if x.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name} is on {x.device}; fastiat.kernels run on cpu and cuda")
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse `x` unless it has the shape and the device of `other`."""
+    """Raise unless `x` is a tensor of the shape and on the device of `other`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
     if x.shape != other.shape:
@@ -246,13 +263,13 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse `x` on another device than `other`."""
+    """Raise where `x` is on another device than `other`."""
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device}, but {other_name} is on {other.device}")
 
 
 def check_images(name: str, x: Tensor) -> None:
-    """Refuse a tensor without a batch dimension and at least one more."""
+    """Raise unless `x` has a batch dimension and at least one more."""
     if x.dim() < 2:
         raise ValueError(f"{name} must be (B, ...) with two dimensions or more, not {x.dim()}")
 
@@ -260,7 +277,7 @@ def check_images(name: str, x: Tensor) -> None:
 def check_vector(
     name: str, x: Tensor, length: int, dtype: torch.dtype, other_name: str, other: Tensor
 ) -> None:
-    """Refuse `x` unless it is (length,), of `dtype`, on the device of `other`."""
+    """Raise unless `x` is a tensor of shape (length,) and of `dtype`, on the device of `other`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
     if x.dtype != dtype:
@@ -271,7 +288,7 @@ def check_vector(
 
 
 def check_radius(name: str, value: float) -> float:
-    """`value` as a float, refused where it is no number, negative or NaN."""
+    """Return `value` as a float; raise where it is not a number, negative or NaN."""
     if isinstance(value, (Tensor, str)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     if not value >= 0:
@@ -280,7 +297,7 @@ def check_radius(name: str, value: float) -> float:
 
 
 def check_clip(clip: tuple[float, float]) -> tuple[float, float]:
-    """The pixel range as two floats, refused unless low <= high."""
+    """Return the pixel range as two floats; raise unless low <= high."""
     try:
         low, high = clip
     except (TypeError, ValueError):
@@ -291,10 +308,11 @@ def check_clip(clip: tuple[float, float]) -> tuple[float, float]:
 
 
 def check_writable(name: str, x: Tensor, /, **inputs: Tensor) -> None:
-    """Refuse to write into `x` where it overlaps itself or shares memory with an input.
+    """Raise where `x` overlaps itself or shares memory with an input, so that writes would be read.
 
-    For the kernels of an op alone: what is traced has neither sizes to sort nor addresses.
+    Only for the implementations of an op: a traced tensor has no address, and may have no sizes.
     """
+    # From the smallest stride on, each must be larger than the distance that those before span.
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -307,7 +325,7 @@ def check_writable(name: str, x: Tensor, /, **inputs: Tensor) -> None:
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """The addresses between which `x` lies."""
+    """The first address of `x`, and the one after its last."""
     if x.numel() == 0 or x.is_meta:
         return 0, 0
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -315,10 +333,10 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 
 def lam_tensor(lam: Tensor | float, x_name: str, x: Tensor) -> Tensor:
-    """`lam` as a () or (B,) tensor beside `x`, at least as wide as the arithmetic on `x`.
+    """Return `lam` as a () or (B,) tensor on the device of `x`, at least in its compute dtype.
 
-    A number becomes float64, so that 1 - lam is rounded only once, as Python does it. The values
-    of a tensor are not looked at here, which would wait for the device.
+    A number becomes float64, so that 1 - lam is as accurate as Python's. The values of a tensor
+    are not checked here, as reading them would wait for the device.
     """
     if not isinstance(lam, Tensor):
         if isinstance(lam, str) or not isinstance(lam, (int, float)):
@@ -337,13 +355,13 @@ def lam_tensor(lam: Tensor | float, x_name: str, x: Tensor) -> Tensor:
 
 
 def check_lam_values(lam: Tensor) -> None:
-    """Refuse values outside [0, 1], on the CPU, where looking at them is free."""
+    """Raise for values outside [0, 1]; for CPU tensors, which can be read without waiting."""
     low, high = lam.aminmax() if lam.dim() and lam.numel() else (lam, lam)
     if lam.numel() and not 0 <= low.item() <= high.item() <= 1:
         raise ValueError("lam must be in [0, 1]")
 
 
 def refuse_lam_gradient(required: bool) -> None:
-    """Refuse a `lam` that a backward would have to give a gradient."""
+    """Raise where `lam` is `required` to get a gradient in the backward pass."""
     if required:
         raise ValueError("lam requires a gradient, which this op does not give: use lam.detach()")

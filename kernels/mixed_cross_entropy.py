@@ -1,11 +1,13 @@
 """Two-label cross-entropy: the mean of lam * CE(logits, y_a) + (1 - lam) * CE(logits, y_b).
 
 (Zhang et al. 2018, section 2; the loss of section 3 of the IAT paper.) With p = softmax(logits) and
-e_y the indicator of class y, the gradient of a sample, before the mean and the chain rule, is
+e_y the one-hot vector of class y, the gradient of one sample's loss is
 
     dlogits = (lam + (1 - lam)) * p - lam * e_{y_a} - (1 - lam) * e_{y_b}
 
-where the first factor is 1. All arithmetic is in fp32 (fp64 for fp64), and so is the loss.
+where the first factor is 1, but for rounding. The loss of half-precision logits is computed and
+returned in fp32, as bf16 has three digits, too few for the sum of the exponentials. fp64 stays
+fp64.
 """
 
 # Kernel arguments are Triton values, for which there are no annotations.
@@ -32,12 +34,12 @@ from ._common import (
     triton,
 )
 
-# torch skips samples whose label is -100; here that is a label outside the classes like any other.
+# PyTorch skips samples whose label is -100, unless told another one. Here -100 is a wrong label.
 _NO_CLASS = -(2**63)
 
 
 def mixed_cross_entropy_reference(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
-    """The formula in torch: the truth of the tests and the CPU path."""
+    """The formula in torch: what the tests compare with, and the CPU implementation."""
     log_p = F.log_softmax(logits.to(compute_dtype(logits.dtype)), 1)
     own, other = lam.to(log_p.dtype), (1 - lam).to(log_p.dtype)
     loss_a = F.nll_loss(log_p, y_a, reduction="none", ignore_index=_NO_CLASS)
@@ -48,7 +50,7 @@ def mixed_cross_entropy_reference(logits: Tensor, y_a: Tensor, y_b: Tensor, lam:
 def mixed_cross_entropy_backward_reference(
     grad: Tensor, logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor
 ) -> Tensor:
-    """The gradient in torch, itself differentiable."""
+    """The gradient in torch, which autograd can differentiate again."""
     p = F.softmax(logits.to(compute_dtype(logits.dtype)), 1)
     own = lam.to(p.dtype).expand(len(p))[:, None]
     other = (1 - lam).to(p.dtype).expand(len(p))[:, None]
@@ -67,7 +69,11 @@ def _cpu(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
 
 @triton.jit
 def _top_and_total(row, valid, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The maximum and sum(exp(logits - maximum)) of ROWS rows, in one pass over the classes."""
+    """The maximum and sum(exp(logits - maximum)) of ROWS rows, in one pass over the classes.
+
+    The online softmax (Milakov & Gimelshein 2018): a block with a larger maximum rescales the sum
+    of those before it.
+    """
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, CLASSES, BLOCK):
@@ -75,7 +81,7 @@ def _top_and_total(row, valid, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK:
         mask = valid[:, None] & (k < CLASSES)[None, :]
         s = tl.load(row[:, None] + k[None, :], mask, other=float("-inf")).to(tl.float32)
         new_top = tl.maximum(top, tl.max(s, 1))
-        # A row of -inf so far has no finite maximum to subtract.
+        # Where all logits so far are -inf, -inf - -inf would be NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
         top = new_top
@@ -84,6 +90,7 @@ def _top_and_total(row, valid, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK:
 
 @triton.jit
 def _weights(lam, i, valid, PER_SAMPLE: tl.constexpr):
+    # `lam + i * 0` reads the one lambda for every row, so that both cases have the same shape.
     own = tl.load(lam + i, valid, other=0) if PER_SAMPLE else tl.load(lam + i * 0)
     return own.to(tl.float32), (1.0 - own).to(tl.float32)
 
@@ -102,6 +109,7 @@ def _mixed_cross_entropy_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # A program has ROWS samples, as one of ten classes would leave most of its threads idle.
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = i < batch
     row = logits + i * stride
@@ -109,10 +117,12 @@ def _mixed_cross_entropy_kernel(
     own, other = _weights(lam, i, valid, PER_SAMPLE)
     a = tl.load(y_a + i, valid, other=0)
     b = tl.load(y_b + i, valid, other=0)
-    # A label outside the classes makes the loss NaN: seen at once, and without a device sync.
+    # A label outside the classes makes the loss NaN: an error that shows, and needs no device sync.
     nan = float("nan")
     a_score = tl.load(row + a, valid & (a >= 0) & (a < CLASSES), other=nan).to(tl.float32)
     b_score = tl.load(row + b, valid & (b >= 0) & (b < CLASSES), other=nan).to(tl.float32)
+    # -log p of both labels. A loss for each sample, and the mean by torch: atomic additions would
+    # sum in another order in every run.
     log_total = tl.log(total)
     value = own * (top - a_score + log_total) + other * (top - b_score + log_total)
     tl.store(loss + i, value, valid)
@@ -140,23 +150,26 @@ def _mixed_cross_entropy_backward_kernel(
     own, other = _weights(lam, i, valid, PER_SAMPLE)
     a = tl.load(y_a + i, valid, other=0)[:, None]
     b = tl.load(y_b + i, valid, other=0)[:, None]
+    # The forward pass saves no softmax: computing it again costs less than writing and reading it.
     upstream = tl.load(grad).to(tl.float32) / batch
     for start in range(0, CLASSES, BLOCK):
         k = (start + tl.arange(0, BLOCK))[None, :]
         mask = valid[:, None] & (k < CLASSES)
         s = tl.load(row[:, None] + k, mask, other=float("-inf")).to(tl.float32)
         target = tl.where(k == a, own[:, None], 0.0) + tl.where(k == b, other[:, None], 0.0)
-        # Not exp(s - log(sum(exp)): the rounding of that logarithm would be all of the error.
+        # Not exp(s - log(total)): the rounding of the logarithm would dominate the error.
         d = (tl.exp(s - top[:, None]) / total[:, None] - target) * upstream
         tl.store(out + i[:, None] * CLASSES + k, d.to(out.dtype.element_ty), mask)
 
 
 def _tile(classes: int) -> dict[str, int]:
+    """The shape of a program's block: 512 logits, or up to 1024 of one sample of many classes."""
     block = min(max(power_of_two(classes), 16), 1024)
     return {"ROWS": max(512 // block, 1), "BLOCK": block, "num_warps": 4}
 
 
 def _unit_columns(logits: Tensor) -> Tensor:
+    """Logits whose classes follow each other in memory; rows may have any stride, as in a slice."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
@@ -205,7 +218,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    # Gradient mode is on only under create_graph=True: torch differentiates the formula then.
+    # Gradient mode is on only under create_graph=True; then autograd needs the formula in torch.
     twice = torch.is_grad_enabled()
     backward = mixed_cross_entropy_backward_reference if twice else _backward_op
     return backward(grad, *ctx.saved_tensors), None, None, None
@@ -225,12 +238,15 @@ _op = register(
 def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor | float) -> Tensor:
     """Return the batch mean, a scalar, of the lambda-weighted two-label cross-entropy.
 
-    `logits` is (B, K) floating point, `y_a` and `y_b` are (B,) int64 class numbers in [0, K) and
-    `lam` in [0, 1] is a number, a scalar tensor or (B,) values, all on one device. The loss is
-    float32 (float64 for float64), NaN for an empty batch as in torch. Differentiable in `logits`,
-    also twice, and in `lam` too inside of torch.func. Raises `ValueError` or `TypeError` for wrong
-    arguments. The values of the labels and of a `lam` tensor are checked on the CPU alone; on CUDA,
-    where looking would stall the device, a label outside the classes makes the loss NaN.
+    logits: (B, K) floating point.
+    y_a, y_b: class numbers in [0, K), (B,) int64.
+    lam: weight of `y_a` in [0, 1]: a number, a scalar tensor or one value for each image, (B,).
+
+    Tensors are on one device. The loss is float32 (float64 for float64), and NaN for an empty
+    batch, as in torch. Differentiable in `logits`, also twice, and in torch.func also in `lam`.
+    Raises `ValueError` or `TypeError` for wrong arguments. The values of the labels and of a `lam`
+    tensor are checked on the CPU only. On CUDA, where reading them would wait for the device, a
+    label outside the classes makes the loss NaN.
     """
     check_floating("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:

@@ -2,10 +2,11 @@
 
     x_adv <- clip(x_adv + alpha * sign(grad), max(x - eps, low), min(x + eps, high))
 
-(Madry et al. 2018, eq. 2.9; section 4.1 of the IAT paper.) sign(NaN) is 0: a NaN gradient moves
-nothing, so that its pixel is only projected; an infinite one takes its sign. A NaN pixel stays
-NaN. fp16 and bf16 are calculated in fp32 and rounded once; but their spacing in [0.5, 1) is 1/2048
-and 1/256, the size of a usual alpha, so keep iterates in fp32.
+(Madry et al. 2018, eq. 2.9; section 4.1 of the IAT paper.) sign(NaN) is 0: a pixel whose
+gradient is NaN is projected but not moved. An infinite gradient has its sign. A NaN pixel stays
+NaN. fp16 and bf16 are computed in fp32 and rounded once. Keep iterates in fp32 nevertheless: in
+[0.5, 1) neighbouring fp16 and bf16 numbers differ by 1/2048 and 1/256, which is the size of a usual
+alpha.
 """
 
 # Kernel arguments are Triton values, for which there are no annotations.
@@ -30,13 +31,15 @@ from ._common import (
     triton,
 )
 
+# Values of one Triton program. The step does almost no arithmetic, so memory bandwidth limits it:
+# 1024 values are 8 for each of 128 threads, which load 16 bytes at a time.
 _BLOCK = 1024
 
 
 def pgd_step_reference(
     x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, low: float, high: float
 ) -> Tensor:
-    """The formula in torch: the truth of the tests and the CPU path."""
+    """The formula in torch: what the tests compare with, and the CPU implementation."""
     x_adv = dense(x_adv)
     out = empty_like(x_adv, compute_dtype(x.dtype))
     _step_into(out, x_adv.to(out.dtype), grad, x.to(out.dtype), eps, alpha, low, high)
@@ -48,6 +51,7 @@ def _pgd_step_inplace_reference(
 ) -> None:
     check_writable("x_adv", x_adv, grad=grad, x=x)
     if x_adv.dtype == compute_dtype(x_adv.dtype):
+        # `out` may be `x_adv`: the step reads each value of it before it writes the value.
         _step_into(x_adv, x_adv, grad, x, eps, alpha, low, high)
     else:
         x_adv.copy_(pgd_step_reference(x_adv, grad, x, eps, alpha, low, high))
@@ -63,7 +67,8 @@ def _step_into(
     low: float,
     high: float,
 ) -> None:
-    # One temporary in all: at image sizes the CPU spends longer on fresh pages than on arithmetic.
+    # `bound` is the only temporary: the CPU spends more time on the page faults of new memory than
+    # on the arithmetic.
     bound = torch.sign(grad).to(out.dtype)
     torch.add(x_adv, bound, alpha=alpha, out=out)
     torch.maximum(out, torch.sub(x, eps, out=bound), out=out)
@@ -74,23 +79,28 @@ def _step_into(
 @triton.jit
 def sign(x):
     """-1, 0 or 1 in fp32; 0 for NaN."""
+    # Both comparisons are false for NaN.
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
 
 @triton.jit
 def clamp(x, low, high):
     """`x` in [low, high]; NaN stays NaN, as in torch."""
+    # By default Triton's maximum and minimum return the operand that is not NaN.
     x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _pgd_step_kernel(x_adv, grad, x, out, n, eps, alpha, low, high, BLOCK: tl.constexpr):
+    # The tensors are dense and share one memory order, so they are read as flat arrays, whatever
+    # their shape. int64, as a batch may have more than 2^31 values.
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < n
     g = tl.load(grad + offset, mask, other=0).to(tl.float32)
     start = tl.load(x + offset, mask, other=0).to(tl.float32)
     y = tl.load(x_adv + offset, mask, other=0).to(tl.float32) + alpha * sign(g)
+    # The pixel range last, as in the reference.
     y = clamp(clamp(y, start - eps, start + eps), low, high)
     tl.store(out + offset, y.to(out.dtype.element_ty), mask)
 
@@ -100,6 +110,8 @@ def _launch(x_adv: Tensor, grad: Tensor, x: Tensor, out: Tensor, *sizes: float) 
     if n == 0:
         return
     with on_device_of(x_adv):
+        # Without fusion the result is that of the reference, bit for bit: an FMA for
+        # x_adv + alpha * sign would round once where torch rounds twice.
         _pgd_step_kernel[(blocks(n, _BLOCK),)](
             x_adv, grad, x, out, n, *sizes, BLOCK=_BLOCK, enable_fp_fusion=False
         )
@@ -120,7 +132,7 @@ def _pgd_step_inplace_triton(
     check_writable("x_adv", x_adv, grad=grad, x=x)
     out = dense(x_adv)
     _launch(out, dense(grad, out), dense(x, out), out, eps, alpha, low, high)
-    if out is not x_adv:
+    if out is not x_adv:  # a strided tensor: the step was made in a dense copy
         x_adv.copy_(out)
 
 
@@ -142,7 +154,7 @@ _inplace_op = register(
 def check_step(
     x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, clip: tuple[float, float]
 ) -> tuple[float, float, float, float]:
-    """Refuse bad arguments of a PGD step; return (eps, alpha, low, high) as floats."""
+    """Raise for wrong arguments of a PGD step; return (eps, alpha, low, high) as floats."""
     check_floating("x", x)
     check_floating("grad", grad)
     check_like("x_adv", x_adv, "x", x)
@@ -162,11 +174,14 @@ def pgd_step(
 ) -> Tensor:
     """Return the next iterate of L-infinity PGD.
 
-    `x_adv`, `grad` and `x` share one shape, any, and one device; `x_adv` and `x` one dtype. `eps`,
-    `alpha` and `clip` are numbers in the units of `x`. The result has the dtype and the memory
-    format of `x_adv` and carries no gradient; inside of torch.func and forward-mode AD a
-    `RuntimeError` asks for `x.detach()`. Raises `ValueError` or `TypeError` for anything else,
-    among it an `eps` or `alpha` that is negative or NaN.
+    x_adv, grad, x: the iterate, the gradient and the original batch, of one shape, which may be
+        any, on one device; `x_adv` and `x` have one dtype.
+    eps, alpha, clip: radius of the ball, length of the step and pixel range, numbers in the units
+        of `x`.
+
+    The result has the dtype and the memory format of `x_adv`. It has no gradient: where torch.func
+    or forward-mode AD differentiates an argument, a `RuntimeError` asks for `x.detach()`. Raises
+    `ValueError` or `TypeError` for other arguments, such as a negative or NaN `eps` or `alpha`.
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)
     return _op(x_adv, grad, x, *sizes)
@@ -180,9 +195,9 @@ def pgd_step_(
     alpha: float,
     clip: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """`pgd_step`, writing into `x_adv` and returning it.
+    """Write the result of `pgd_step` into `x_adv` and return `x_adv`.
 
-    `x_adv` may be strided, but a `ValueError` refuses one that is expanded, overlaps itself or
+    `x_adv` may be strided. Raises `ValueError` also where `x_adv` is expanded, overlaps itself or
     shares memory with `grad` or `x`.
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)

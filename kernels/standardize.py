@@ -2,12 +2,13 @@
 
 The formula of `tf.image.per_image_standardization`, which Madry et al.'s CIFAR-10 challenge uses
 on pixels in 0..255 with the floor 1/sqrt(N); on pixels in [0, 1] the floor is 255 times smaller.
-std is the population standard deviation. The floor makes a constant image map to zeros. With
-r = 1 / max(std, floor), the gradient is
+std is the population standard deviation. Thanks to the floor a constant image becomes zeros, not
+NaN. With r = 1 / max(std, floor), the gradient is
 
-    dx = r * (g - mean(g) - z * mean(g * z))    without the last term where the floor holds
+    dx = r * (g - mean(g) - z * mean(g * z))    without the last term where std is below the floor
 
-All arithmetic is in fp32 (fp64 for fp64), whatever the storage and under autocast too.
+All arithmetic is in fp32 (fp64 for fp64), whatever the dtype and autocast: a sum of 3072 squares
+in half precision would lose most of its digits.
 """
 
 # Kernel arguments are Triton values, for which there are no annotations.
@@ -43,22 +44,22 @@ def variance_floor(x: Tensor) -> float:
 
 
 def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of x - mean, their 1 / max(std, floor), and their variance."""
+    """Return rows of x - mean, (B, N), their 1 / max(std, floor) and their variances, (B, 1)."""
     rows = image_rows(dense(x)).to(compute_dtype(x.dtype))
     rows = rows - rows.mean(1, keepdim=True)
-    # Clamping the variance, not its root, keeps the derivative finite at a constant image.
+    # The variance is clamped, not its root, whose derivative at 0 is infinite.
     variance, floor = rows.square().mean(1, keepdim=True), variance_floor(x)
     return rows, torch.rsqrt(variance.clamp_min(floor)), variance
 
 
 def standardize_reference(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The formula in torch: the truth of the tests and the CPU path."""
+    """The formula in torch: what the tests compare with, and the CPU implementation."""
     rows, scale, _ = _centre(x)
     return from_rows((rows * scale).to(dtype), x)
 
 
 def standardize_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient in torch, itself differentiable."""
+    """The gradient in torch, which autograd can differentiate again."""
     rows, scale, variance = _centre(x)
     g = image_rows(dense(grad, x)).to(rows.dtype)
     z = rows * scale
@@ -68,17 +69,23 @@ def standardize_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
 
 @triton.jit
 def _standardize_kernel(x, out, floor, N: tl.constexpr, BLOCK: tl.constexpr):
+    # One program has one image, whose N values follow each other in memory in either format, as
+    # their order does not matter. It goes over them three times: mean, variance, result.
     base = tl.program_id(0).to(tl.int64) * N
     lane = tl.arange(0, BLOCK)
+    # A partial sum for every lane, added up once at the end: fewer roundings in a row than one
+    # running sum has, and one reduction over the threads instead of one for each block.
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, N, BLOCK):
         offset = start + lane
         total += tl.load(x + base + offset, offset < N, other=0).to(tl.float32)
     mean = tl.sum(total, 0) / N
+    # A second pass, not mean(x^2) - mean^2, which cancels for an image of little contrast.
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, N, BLOCK):
         offset = start + lane
         centred = tl.load(x + base + offset, offset < N, other=0).to(tl.float32) - mean
+        # Masked lanes have 0 - mean, which does not belong to the image.
         squares += tl.where(offset < N, centred * centred, 0.0)
     variance = tl.sum(squares, 0) / N
     scale = tl.rsqrt(tl.maximum(variance, floor))
@@ -90,6 +97,8 @@ def _standardize_kernel(x, out, floor, N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _standardize_backward_kernel(grad, x, out, floor, N: tl.constexpr, BLOCK: tl.constexpr):
+    # Mean and scale are computed again: saving them for the backward pass would be two more tensors
+    # for torch.compile to carry, and the image has to be read anyway.
     base = tl.program_id(0).to(tl.int64) * N
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -107,9 +116,10 @@ def _standardize_backward_kernel(grad, x, out, floor, N: tl.constexpr, BLOCK: tl
         centred = tl.load(x + base + offset, offset < N, other=0).to(tl.float32) - mean
         g = tl.load(grad + base + offset, offset < N, other=0).to(tl.float32)
         squares += tl.where(offset < N, centred * centred, 0.0)
-        products += g * centred
+        products += g * centred  # g is 0 in masked lanes
     variance = tl.sum(squares, 0) / N
     scale = tl.rsqrt(tl.maximum(variance, floor))
+    # mean(g * z), or 0 where the scale is the floor's and does not depend on x.
     slope = tl.where(variance < floor, 0.0, tl.sum(products, 0) / N * scale)
     for start in range(0, N, BLOCK):
         offset = start + lane
@@ -120,7 +130,11 @@ def _standardize_backward_kernel(grad, x, out, floor, N: tl.constexpr, BLOCK: tl
 
 
 def _tile(n: int) -> dict[str, int]:
-    # The size of an image is a constant, so that one of a single block is read only once.
+    """The size of a program's blocks and its number of warps, for images of `n` values.
+
+    N is a constant of the kernels, so that the loops over an image of one block, such as 32x32x3,
+    have one iteration, and the compiler reads it once.
+    """
     block = min(max(power_of_two(n), 256), 4096)
     return {"BLOCK": block, "num_warps": 8 if block > 1024 else 4}
 
@@ -170,7 +184,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (x,) = ctx.saved_tensors
-    # Gradient mode is on only under create_graph=True: torch differentiates the formula then.
+    # Gradient mode is on only under create_graph=True; then autograd needs the formula in torch.
     backward = standardize_backward_reference if torch.is_grad_enabled() else _backward_op
     return backward(grad, x), None
 
@@ -187,12 +201,13 @@ _op = register(
 
 
 def standardize(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Standardise every image of a batch by itself.
+    """Return `x` with every image of the batch standardised to mean 0 and standard deviation 1.
 
-    `x` is (B, ...), (B, C, H, W) as a rule, floating point with pixels in [0, 1] or uint8 in
-    0..255. The result has the memory format of `x` and `dtype`: that of `x`, or float32 for uint8,
-    unless given. Differentiable, also twice, and at a constant image, where the output and the
-    gradient stay finite. Raises `ValueError` or `TypeError` for anything else.
+    x: (B, ...), usually (B, C, H, W): floating-point pixels in [0, 1], or uint8 ones in 0..255.
+    dtype: of the result; by default that of `x`, and float32 for uint8.
+
+    The result has the memory format of `x`. Differentiable, also twice, and at a constant image,
+    where output and gradient are finite. Raises `ValueError` or `TypeError` for other arguments.
     """
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         check_floating("x", x)

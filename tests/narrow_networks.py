@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastiat import data, models
 from fastiat.config import TrainConfig
-from fastiat.engine import graphs as engine
+from fastiat.engine import graphs
 from fastiat.train import Trainer
 
 NETWORKS = [
@@ -106,7 +106,7 @@ if __name__ == "__main__":
     # A network of ours in a loop that is not ours: before anything is set up for a training.
     for comparison in narrow:
         comparison.check()
-    engine.prepare(torch.device("cpu"), deterministic=False)
+    graphs.prepare(torch.device("cpu"), deterministic=False)
     for comparison in users:
         comparison.check()
     for arch, width, size in NETWORKS:

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastiat import data, models
-from fastiat.attack import PGD, attack_mode, count_errors, fgsm, input_gradient, objective, pgd
-from fastiat.engine import graphs as engines
+from fastiat.attack import PGD, attack_loss, attack_mode, count_errors, fgsm, input_gradient, pgd
+from fastiat.engine import graphs
 from fastiat.system.errors import InputError
 
 EPS, ALPHA = 8 / 255, 2 / 255
@@ -114,14 +114,14 @@ def test_random_start_fills_the_ball_uniformly():
     assert ball.mean(0).abs().max() < 0.03
 
 
-def test_objective_is_cross_entropy_or_the_carlini_wagner_margin():
+def test_attack_loss_is_cross_entropy_or_the_carlini_wagner_margin():
     logits = torch.tensor([[2.0, 5.0, 1.0], [3.0, 0.0, 2.5]])
     y = torch.tensor([1, 2])
-    assert objective(logits, y, "margin").tolist() == [2.0 - 5.0, 3.0 - 2.5]
+    assert attack_loss(logits, y, "margin").tolist() == [2.0 - 5.0, 3.0 - 2.5]
     expected = [
         F.cross_entropy(row[None], label[None]).item() for row, label in zip(logits, y, strict=True)
     ]
-    assert objective(logits, y, "ce").tolist() == pytest.approx(expected)
+    assert attack_loss(logits, y, "ce").tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("loss", ["ce", "margin"])
@@ -183,7 +183,7 @@ def test_flags_are_restored_after_an_error_too(model):
 def test_margin_has_the_gradient_of_its_definition():
     logits = torch.randn(40, 7, dtype=torch.float64, requires_grad=True)
     y = torch.randint(7, (40,))
-    (grad,) = torch.autograd.grad(objective(logits, y, "margin").sum(), logits)
+    (grad,) = torch.autograd.grad(attack_loss(logits, y, "margin").sum(), logits)
     expected = torch.zeros_like(logits)
     for row, label in enumerate(y.tolist()):
         others = [k for k in range(7) if k != label]
@@ -218,7 +218,7 @@ def test_bn_modes_normalise_by_running_or_batch_statistics(model):
     )
 
 
-def test_dropout_is_off_while_crafting():
+def test_dropout_is_off_during_an_attack():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(64, 10)).train()
     x, y = _digits(8)
@@ -314,7 +314,7 @@ def test_wrong_tensors_are_refused():
 @pytest.mark.parametrize("loss", ["ce", "margin"])
 @pytest.mark.parametrize("engine", ["eager", "compile"])
 def test_a_label_that_names_no_class_is_refused(label, loss, engine, monkeypatch):
-    monkeypatch.setattr(engines, "BACKEND", "aot_eager")
+    monkeypatch.setattr(graphs, "BACKEND", "aot_eager")
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(2, 3, 2, 2)
     y = torch.tensor([0, label])
     for attack in (PGD(model, engine=engine, loss=loss), lambda x, y: pgd(model, x, y, loss=loss)):
@@ -324,7 +324,7 @@ def test_a_label_that_names_no_class_is_refused(label, loss, engine, monkeypatch
     with pytest.raises(InputError, match="0 to 2"):
         fgsm(model, x, y, loss=loss)
     with pytest.raises(InputError, match="0 to 2"):
-        objective(model(x), y, loss)
+        attack_loss(model(x), y, loss)
 
 
 def test_logits_that_are_no_numbers_are_errors_whatever_the_label():

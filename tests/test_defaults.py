@@ -129,8 +129,8 @@ def calls(model: nn.Module) -> dict[str, tuple[Callable[..., object], tuple]]:
             with_generator(lambda *a, **k: attack.PGD(model, engine="eager", **k)(*a), restarts=2),
             (X, Y),
         ),
-        "objective": (attack.objective, (logits, Y, "margin")),
-        "objective of halves": (attack.objective, (half, Y, "ce")),
+        "attack_loss": (attack.attack_loss, (logits, Y, "margin")),
+        "attack_loss of halves": (attack.attack_loss, (half, Y, "ce")),
         "input_gradient": (lambda x, y: attack.input_gradient(model, x, y, "ce"), (X, Y)),
         "count_errors": (
             lambda x, y: torch.full(

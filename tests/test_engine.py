@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastiat import attack, data, models
 from fastiat.attack import PGD, pgd
 from fastiat.config import TrainConfig
-from fastiat.engine import graphs as engine
+from fastiat.engine import graphs
 from fastiat.runs.weights import pack_state, read_state
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer
@@ -31,14 +31,14 @@ aten = torch.ops.aten
 def no_recompilation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compile anew for every test, without the C++ compiler; compiling twice is an error."""
     torch._dynamo.reset()
-    monkeypatch.setattr(engine, "BACKEND", "aot_eager")
+    monkeypatch.setattr(graphs, "BACKEND", "aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
     torch._dynamo.reset()
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     """Every graph that is compiled in the test, forward and backward, as they come."""
     seen: list[torch.fx.GraphModule] = []
 
@@ -46,7 +46,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
         seen.append(graph)
         return make_boxed_func(graph.forward)
 
-    monkeypatch.setattr(engine, "BACKEND", aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    monkeypatch.setattr(graphs, "BACKEND", aot_autograd(fw_compiler=keep, bw_compiler=keep))
     return seen
 
 
@@ -67,56 +67,56 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
-def _nodes(graphs: list[torch.fx.GraphModule], target: Any) -> list[torch.fx.Node]:
-    return [n for graph in graphs for n in graph.graph.nodes if n.target is target]
+def _nodes(programs: list[torch.fx.GraphModule], target: Any) -> list[torch.fx.Node]:
+    return [n for graph in programs for n in graph.graph.nodes if n.target is target]
 
 
-def _gradients_computed(graphs: list[torch.fx.GraphModule]) -> tuple[int, int]:
+def _gradients_computed(programs: list[torch.fx.GraphModule]) -> tuple[int, int]:
     """How many convolutions' backward passes give an input gradient, and a weight gradient."""
-    masks = [node.args[10] for node in _nodes(graphs, aten.convolution_backward.default)]
+    masks = [node.args[10] for node in _nodes(programs, aten.convolution_backward.default)]
     return sum(mask[0] for mask in masks), sum(mask[1] for mask in masks)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("attack_first", [True, False])
 def test_a_compiled_attack_computes_no_weight_gradient_and_training_keeps_its_own(
-    graphs, attack_first, precision
+    programs, attack_first, precision
 ):
     model, (x, y) = _network(), _batch(2)
     reference = copy.deepcopy(model)
     F.cross_entropy(reference(x), y).backward()
-    compiled = torch.compile(model, backend=engine.BACKEND, dynamic=False)
-    craft = PGD(model, engine="compile", precision=precision, steps=2)
+    compiled = torch.compile(model, backend=graphs.BACKEND, dynamic=False)
+    attacker = PGD(model, engine="compile", precision=precision, steps=2)
 
     def attack() -> None:
-        graphs.clear()
-        craft(x, y)
-        assert _gradients_computed(graphs) == (CONVOLUTIONS, 0)
+        programs.clear()
+        attacker(x, y)
+        assert _gradients_computed(programs) == (CONVOLUTIONS, 0)
         assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
     def train() -> None:
-        graphs.clear()
+        programs.clear()
         F.cross_entropy(compiled(x), y).backward()
         # The stem's input is the data, which needs no gradient.
-        assert _gradients_computed(graphs) == (CONVOLUTIONS - 1, CONVOLUTIONS)
+        assert _gradients_computed(programs) == (CONVOLUTIONS - 1, CONVOLUTIONS)
         for p, q in zip(model.parameters(), reference.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad)
             p.grad = None
 
     for act in (attack, train) if attack_first else (train, attack):
         act()
-    graphs.clear()
-    craft(x, y)
+    programs.clear()
+    attacker(x, y)
     F.cross_entropy(compiled(x), y).backward()
-    assert graphs == [], "the second round compiled again"
+    assert programs == [], "the second round compiled again"
     # BatchNorm statistics have moved since, but every parameter must still learn.
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "weight" in name)
 
 
-def test_the_steps_attack_computes_no_weight_gradient_and_its_passes_all(graphs):
+def test_the_steps_attack_computes_no_weight_gradient_and_its_passes_all(programs):
     trainer = _trainer("compile", mix="none")
     next(trainer.epoch_updates())
-    backward = [_gradients_computed([g]) for g in graphs]
+    backward = [_gradients_computed([g]) for g in programs]
     assert [b for b in backward if b != (0, 0)] == [
         (CONVOLUTIONS - 1, CONVOLUTIONS),
         (CONVOLUTIONS, 0),
@@ -172,7 +172,7 @@ def test_the_step_in_fixed_buffers_equals_the_plain_one_bit_for_bit(
     variant, precision, compiled, monkeypatch
 ):
     if not compiled:
-        monkeypatch.setattr(engine, "compile_once", lambda function: function)
+        monkeypatch.setattr(graphs, "compile_once", lambda function: function)
     plain, fixed = (
         _trainer(name, precision=precision, **VARIANTS[variant]) for name in ("eager", "compile")
     )
@@ -199,8 +199,10 @@ def test_the_compiled_attack_equals_the_plain_one_bit_for_bit(bn, precision, set
     settings = {"bn": bn, "steps": 3, **settings}
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         expected = pgd(plain, x, y, generator=_generator(), **settings)
-    craft = PGD(compiled, engine="compile", precision=precision, generator=_generator(), **settings)
-    assert torch.equal(craft(x, y), expected)
+    attacker = PGD(
+        compiled, engine="compile", precision=precision, generator=_generator(), **settings
+    )
+    assert torch.equal(attacker(x, y), expected)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, compiled.state_dict()[name]), name
     assert all(m.training for m in compiled.modules())
@@ -208,39 +210,39 @@ def test_the_compiled_attack_equals_the_plain_one_bit_for_bit(bn, precision, set
 
 def test_attack_follows_the_callers_autocast_and_grad_mode():
     model, (x, y) = _network(), _batch()
-    craft = PGD(model, engine="compile", random_start=False, steps=2)
+    attacker = PGD(model, engine="compile", random_start=False, steps=2)
     exact = pgd(model, x, y, random_start=False, steps=2)
     with torch.autocast("cpu", torch.bfloat16):
         rough = pgd(model, x, y, random_start=False, steps=2)
-        assert torch.equal(craft(x, y), rough)
+        assert torch.equal(attacker(x, y), rough)
         full = PGD(model, engine="compile", precision="fp32", random_start=False, steps=2)
         assert torch.equal(full(x, y), exact)
     assert not torch.equal(rough, exact)
     with torch.inference_mode():
-        assert torch.equal(craft(x.clone(), y.clone()), exact)
+        assert torch.equal(attacker(x.clone(), y.clone()), exact)
     with torch.no_grad():
-        assert torch.equal(craft(x, y), exact)
-    result = craft(x, y)
-    craft(x * 0.5, y)
+        assert torch.equal(attacker(x, y), exact)
+    result = attacker(x, y)
+    attacker(x * 0.5, y)
     assert torch.equal(result, exact), "the next call overwrote the result of the last"
 
 
-def test_attack_compiles_once_per_shape_and_sees_the_weights_as_they_are(graphs):
+def test_attack_compiles_once_per_shape_and_sees_the_weights_as_they_are(programs):
     model, (x, y) = _network(), _batch(6)
-    craft = PGD(model, engine="compile", random_start=False, steps=2)
+    attacker = PGD(model, engine="compile", random_start=False, steps=2)
     for count in (6, 4, 6, 4):
-        craft(x[:count], y[:count])
-    assert len(graphs) == 2 * 2  # forward and backward of either shape
-    before = craft(x, y)
+        attacker(x[:count], y[:count])
+    assert len(programs) == 2 * 2  # forward and backward of either shape
+    before = attacker(x, y)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(-1.5)
-    after = craft(x, y)
+    after = attacker(x, y)
     assert torch.equal(after, pgd(model, x, y, random_start=False, steps=2))
     assert not torch.equal(after, before)
     model.eval()
-    craft(x, y)
-    assert len(graphs) == 2 * 2
+    attacker(x, y)
+    assert len(programs) == 2 * 2
 
 
 def test_attack_takes_wrapped_and_compiled_and_reparametrized_models():
@@ -252,29 +254,35 @@ def test_attack_takes_wrapped_and_compiled_and_reparametrized_models():
         assert torch.equal(PGD(model, engine="compile", **settings)(x, y), expected)
     nn.utils.parametrizations.spectral_norm(inner.head)
     inner.eval()
-    crafted = PGD(inner, engine="compile", **settings)(x, y)
-    assert torch.equal(crafted, pgd(inner, x, y, **settings))
+    examples = PGD(inner, engine="compile", **settings)(x, y)
+    assert torch.equal(examples, pgd(inner, x, y, **settings))
 
 
-def test_more_attacks_than_dynamo_keeps_programs_for_one_source_are_all_compiled(graphs):
+def test_more_attacks_than_dynamo_keeps_programs_for_one_source_are_all_compiled(programs):
     (x, y), limit = _batch(2), torch._dynamo.config.recompile_limit
     model = models.build("mlp6", width=2)
     for count in range(1, limit + 2):
-        graphs.clear()
+        programs.clear()
         PGD(model, engine="compile", steps=1, random_start=False)(x, y)
-        assert len(graphs) == 2, f"attack {count} was not compiled"
+        assert len(programs) == 2, f"attack {count} was not compiled"
 
 
-def test_a_training_compiles_each_pass_once_for_all_its_epochs(graphs, digits):
+def test_a_training_compiles_each_pass_once_for_all_its_epochs(programs, digits):
     config = replace(TINY, engine="compile", epochs=3, holdout=16, batch_size=8, mix="mixup")
     trainer = Trainer(config, digits)
     list(trainer.epoch_updates())
     trainer.validate({})
-    compiled = len(graphs)
+    compiled = len(programs)
     assert compiled == 2 * 2  # the pass of both halves, and the attack's
     list(trainer.epoch_updates())
     trainer.validate({})
-    assert len(graphs) == compiled
+    assert len(programs) == compiled
+
+
+def _matmul_weights(model: nn.Module) -> list[torch.Tensor]:
+    """Return the parameters of convolutions and linear layers, which autocast would cast."""
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    return [parameter for layer in layers for parameter in layer.parameters()]
 
 
 class _Casts(TorchDispatchMode):
@@ -282,7 +290,7 @@ class _Casts(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.shapes = {weight.shape for weight in engine.matmul_parameters(model).values()}
+        self.shapes = {weight.shape for weight in _matmul_weights(model)}
         self.values = 0
 
     def __torch_dispatch__(
@@ -304,25 +312,25 @@ class _Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["eager", "compile"])
 def test_bf16_weights_are_made_once_per_step(name, monkeypatch):
-    monkeypatch.setattr(engine, "compile_once", lambda function: function)
+    monkeypatch.setattr(graphs, "compile_once", lambda function: function)
     trainer = _trainer(name, precision="bf16", steps=7)
     updates = trainer.epoch_updates()
     next(updates)
     with _Casts(trainer.model) as casts:
         next(updates)
-    assert casts.values == sum(w.numel() for w in engine.matmul_parameters(trainer.model).values())
+    assert casts.values == sum(w.numel() for w in _matmul_weights(trainer.model))
 
 
-def test_bf16_weights_are_made_once_per_attack(graphs):
+def test_bf16_weights_are_made_once_per_attack(programs):
     model, (x, y) = _network(), _batch()
-    craft = PGD(model, engine="compile", precision="bf16")
-    craft(x, y)
-    casts = _nodes(graphs, aten._to_copy.default)
-    casts += [n for g in graphs for n in g.graph.nodes if "convert_element" in str(n.target)]
-    weights = {weight.shape for weight in engine.matmul_parameters(model).values()}
+    attacker = PGD(model, engine="compile", precision="bf16")
+    attacker(x, y)
+    casts = _nodes(programs, aten._to_copy.default)
+    casts += [n for g in programs for n in g.graph.nodes if "convert_element" in str(n.target)]
+    weights = {weight.shape for weight in _matmul_weights(model)}
     assert not [node for node in casts if node.meta["val"].shape in weights]
     # The iterate comes in, and the loss goes out, in fp32.
-    forward = graphs[0].graph
+    forward = programs[0].graph
     inputs = [n.meta["val"] for n in forward.nodes if n.op == "placeholder"]
     assert [t.dtype for t in inputs if t.shape == x.shape] == [torch.float32]
     output = next(n for n in forward.nodes if n.op == "output").args[0][0]
@@ -334,20 +342,21 @@ def _channels_last(tensor: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_passes_take_every_convolutions_operands_channels_last(graphs, precision):
-    trainer = _trainer("compile", precision=precision, mix_layers=(2,))
+def test_compiled_passes_take_every_convolutions_operands_channels_last(programs, precision):
+    # Wide enough that no `Shortcut` selects its pixels, which is a copy.
+    trainer = _trainer("compile", precision=precision, mix_layers=(2,), width=16)
     next(trainer.epoch_updates())
     operands = 0
-    for node in _nodes(graphs, aten.convolution.default):
+    for node in _nodes(programs, aten.convolution.default):
         for operand in (*node.args[:2], node):
             operands += 1
             assert _channels_last(operand.meta["val"]), (node, operand)
-    for node in _nodes(graphs, aten.convolution_backward.default):
+    for node in _nodes(programs, aten.convolution_backward.default):
         for operand in node.args[:3]:
             operands += 1
             assert _channels_last(operand.meta["val"]), (node, operand)
     assert operands == 3 * 2 * 2 * CONVOLUTIONS
-    for graph in graphs:
+    for graph in programs:
         for node in graph.graph.nodes:
             moved = node.target is aten.clone.default and node.meta["val"].dim() == 4
             assert not moved, f"{node} lays its input out anew"
@@ -380,14 +389,14 @@ def test_the_plain_step_takes_every_convolutions_operands_channels_last():
 
 
 def test_what_is_undone_leaves_no_trace(monkeypatch):
-    monkeypatch.setattr(engine, "compile_once", lambda function: function)
+    monkeypatch.setattr(graphs, "compile_once", lambda function: function)
     trainer = _trainer("compile")
     next(trainer.epoch_updates())
     step = trainer.fast_step
     changed = [t for t in step._changed()]
     before = [t.clone() for t in changed]
     generators = [g.get_state() for g in trainer.random.values()]
-    engine.with_state_restored(
+    graphs.with_state_restored(
         lambda: (step._half(0, 1), step._half(1, 2), step.optimizer.step()), changed, 2
     )
     for now, then in zip(changed, before, strict=True):
@@ -424,13 +433,13 @@ def test_resume_and_seed_keep_their_promise_when_compiled(adv, tmp_path, digits)
 
 def test_deterministic_asks_for_repeatable_algorithms_and_nothing_else():
     try:
-        engine.prepare(torch.device("cpu"), deterministic=True)
+        graphs.prepare(torch.device("cpu"), deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory
         trainer = _trainer("eager", deterministic=True)
         next(trainer.epoch_updates())
     finally:
-        engine.prepare(torch.device("cpu"), deterministic=False)
+        graphs.prepare(torch.device("cpu"), deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -451,25 +460,25 @@ def test_wrong_engines_are_refused_in_one_line(complaint, tmp_path):
 
 def test_engines_that_auto_takes(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert engine.pick_engine("auto", cpu) == "eager"
-    assert engine.pick_engine("auto", cuda) == "graph"
+    assert graphs.pick_engine("auto", cpu) == "eager"
+    assert graphs.pick_engine("auto", cuda) == "graph"
     model, (x, y) = _network(width=1).eval(), _batch(2)
     settings = {"steps": 1, "random_start": False}
     made = []
     monkeypatch.setattr(attack, "PGDLoop", lambda *a, **k: made.append(k) or _Stop.throw())
     with pytest.raises(_Stop):
         PGD(model, **settings)(x, y)
-    assert made == [{"compiled": True, "captured": False}]
+    assert [(k["compiled"], k["captured"]) for k in made] == [(True, False)]
     expected = pgd(model, x, y, **settings)
     # A plain function has no weights to freeze, and without a compiler nothing can be compiled.
     assert torch.equal(
         PGD(lambda x: model(x), bn="eval", **settings)(x, y),
         pgd(lambda x: model(x), x, y, **settings),
     )
-    monkeypatch.setattr(engine, "shutil", types.SimpleNamespace(which=lambda name: None))
+    monkeypatch.setattr(graphs, "shutil", types.SimpleNamespace(which=lambda name: None))
     assert torch.equal(PGD(model, **settings)(x, y), expected)
     with pytest.raises(InputError, match=r"needs a C\+\+ compiler"):
-        engine.pick_engine("compile", cpu)
+        graphs.pick_engine("compile", cpu)
 
 
 class _Stop(Exception):
@@ -497,18 +506,18 @@ def learnt() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("bn", ["eval", "batch"])
 def test_the_fast_attack_fools_as_many_images_as_the_exact_one(learnt, bn, monkeypatch):
-    monkeypatch.setattr(engine, "BACKEND", "inductor")
+    monkeypatch.setattr(graphs, "BACKEND", "inductor")
     model, x, y = learnt
     settings = {"eps": 16 / 255, "alpha": 4 / 255, "bn": bn}
     fast = PGD(model, engine="compile", precision="bf16", generator=_generator(), **settings)
     exact = PGD(model, engine="eager", precision="fp32", generator=_generator(), **settings)
     robust = []
-    for craft in (fast, exact):
+    for attacker in (fast, exact):
         hits = 0
         for start in range(0, len(x) - 598, 599):
             part = slice(start, start + 599)
             with torch.no_grad():
-                hits += (model(craft(x[part], y[part])).argmax(1) == y[part]).sum().item()
+                hits += (model(attacker(x[part], y[part])).argmax(1) == y[part]).sum().item()
         robust.append(100 * hits / len(x))
     assert len(x) == 1797
     # The comparison means something only where the attack is neither hopeless nor perfect.
@@ -518,7 +527,7 @@ def test_the_fast_attack_fools_as_many_images_as_the_exact_one(learnt, bn, monke
 
 @pytest.mark.slow
 def test_training_compiled_by_inductor_stays_close_to_the_plain_one(monkeypatch):
-    monkeypatch.setattr(engine, "BACKEND", "inductor")
+    monkeypatch.setattr(graphs, "BACKEND", "inductor")
     plain, compiled = (
         _trainer(name, arch="mlp6", width=32, mix="mixup", random_start=False)
         for name in ("eager", "compile")

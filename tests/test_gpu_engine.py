@@ -18,7 +18,7 @@ from torch import Tensor
 from fastiat import data, kernels, models
 from fastiat.attack import PGD, PGDLoop, pgd
 from fastiat.config import TrainConfig
-from fastiat.engine import graphs as engine
+from fastiat.engine import graphs
 from fastiat.mix import Mix
 from fastiat.runs.weights import pack_state, read_state
 from fastiat.train import Trainer, algorithm1
@@ -37,7 +37,7 @@ def repeatable() -> Iterator[None]:
     """Algorithms that repeat bit for bit, and fp32 that is fp32."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32
-    engine.prepare(torch.device("cuda" if torch.cuda.is_available() else "cpu"), True)
+    graphs.prepare(torch.device("cuda" if torch.cuda.is_available() else "cpu"), True)
     yield
     torch.use_deterministic_algorithms(False)
     cudnn.benchmark, cudnn.allow_tf32 = before
@@ -61,16 +61,17 @@ def batch(device: str) -> tuple[Tensor, Tensor]:
     return x.to(device, memory_format=torch.channels_last), y.to(device)
 
 
-def climb_on(
+def loop_on(
     model: models.Network, x: Tensor, y: Tensor, *, pool: Any = None, **settings: Any
 ) -> PGDLoop:
-    """An un-compiled climb with these images in its buffers, captured where there is CUDA."""
+    """An un-compiled loop with these images in its buffers, captured where there is CUDA."""
     return PGDLoop(
         model,
         x.clone(),
         y.clone(),
         None,
         DEFAULTS | settings,
+        weights=lambda: graphs.detached_weights(model, None, ()),
         compiled=False,
         captured=x.is_cuda,
         pool=pool,
@@ -98,20 +99,20 @@ def test_replayed_attack_is_bit_equal_to_the_plain_one(device, model, batch, bn,
     if norm == "l2":
         settings |= {"eps": 0.5, "alpha": 0.1}
     plain = copy.deepcopy(model)
-    climb = climb_on(model, *batch, generator=generator_on(device), **settings)
+    loop = loop_on(model, *batch, generator=generator_on(device), **settings)
     attack = partial(pgd, plain, **{**DEFAULTS, **settings, "generator": generator_on(device)})
     for shift in (0, 1, 2):  # the first call captures, the others replay
-        climb.x.copy_(batch[0].roll(shift, 0))
-        climb.y.copy_(batch[1].roll(shift, 0))
-        assert torch.equal(climb(), attack(climb.x, climb.y))
+        loop.x.copy_(batch[0].roll(shift, 0))
+        loop.y.copy_(batch[1].roll(shift, 0))
+        assert torch.equal(loop(), attack(loop.x, loop.y))
         assert_same_state(model, state_of(plain))
 
 
 def test_random_starts_are_fresh_at_every_replay_and_repeat_with_the_seed(device, model, batch):
     runs = []
     for _ in range(2):
-        climb = climb_on(model, *batch, generator=generator_on(device), alpha=0.0)
-        runs.append([climb().clone() for _ in range(4)])
+        loop = loop_on(model, *batch, generator=generator_on(device), alpha=0.0)
+        runs.append([loop().clone() for _ in range(4)])
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
     starts = torch.stack(runs[0])
@@ -127,7 +128,7 @@ def test_making_ready_leaves_weights_buffers_and_generators_as_they_were(device,
     default = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
     expected = generator_on(device)
     torch.empty((), dtype=torch.int64, device=device).random_(generator=expected)
-    climb_on(model, *batch, generator=mine, bn="batch")()
+    loop_on(model, *batch, generator=mine, bn="batch")()
     assert_same_state(model, before)
     assert torch.equal(mine.get_state(), expected.get_state())
     after = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
@@ -149,14 +150,14 @@ def _loss(network: torch.nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def _assert_as_strong(
-    network: torch.nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, plain: Tensor
+    network: torch.nn.Module, x: Tensor, y: Tensor, examples: Tensor, plain: Tensor
 ) -> None:
-    assert (x_adv - x).abs().amax() <= DEFAULTS["eps"] + 1e-6
+    assert (examples - x).abs().amax() <= DEFAULTS["eps"] + 1e-6
     # Rounding turns the sign of a few small gradients; nearly all pixels agree all the same.
-    assert ((x_adv - plain).abs() > 1e-6).float().mean() < 0.1
+    assert ((examples - plain).abs() > 1e-6).float().mean() < 0.1
     clean = _loss(network, x, y)
     expected = _loss(network, plain, y) - clean
-    assert _loss(network, x_adv, y) - clean == pytest.approx(expected, rel=0.02) and expected > 0
+    assert _loss(network, examples, y) - clean == pytest.approx(expected, rel=0.02) and expected > 0
 
 
 ENGINES = ["eager", pytest.param("graph", marks=pytest.mark.gpu)]
@@ -168,9 +169,9 @@ def test_attack_follows_weights_that_change_and_leaves_no_gradient(name):
     settings = {"random_start": False, "eps": 8 / 255, "alpha": 2 / 255}
     attack = PGD(network, engine=name, precision="fp32", **settings)
     for _ in range(3):
-        x_adv = attack(x, y)
+        examples = attack(x, y)
         assert all(p.grad is None for p in network.parameters())
-        _assert_as_strong(network, x, y, x_adv, pgd(network, x, y, **settings))
+        _assert_as_strong(network, x, y, examples, pgd(network, x, y, **settings))
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -258,8 +259,8 @@ def test_replayed_step_is_bit_equal_to_algorithm_1_for_every_mix_layer(device, a
         halves = {("clean", pair[0]) for pair in layers}
         halves |= {("adversarial", pair[1]) for pair in layers if attacked}
         assert set(step._captured) == {*halves, "optimizer"}
-        graphs = [captured.graph for captured in step._captured.values()]
-        assert {graph.pool() for graph in graphs if graph} == {step.pool}
+        captured = [piece.graph for piece in step._captured.values()]
+        assert {graph.pool() for graph in captured if graph} == {step.pool}
 
 
 @pytest.mark.gpu
@@ -269,11 +270,11 @@ def test_graphs_of_one_pool_share_their_memory():
     x, y = torch.rand(64, 3, 32, 32, device="cuda"), torch.zeros(64, dtype=torch.int64).cuda()
 
     def reserved_by(pool: Any) -> int:
-        climbs = [climb_on(network, x, y, pool=pool) for _ in range(3)]
+        loops = [loop_on(network, x, y, pool=pool) for _ in range(3)]
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        for climb in climbs:
-            climb()
+        for loop in loops:
+            loop()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved() - before
@@ -336,6 +337,6 @@ def test_training_resumed_in_mid_epoch_is_bit_equal(name, tmp_path):
 def test_random_starts_of_the_kernel_are_those_of_the_attack(device, model, batch):
     generator = generator_on(device)
     seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=generator_on(device))
-    started = climb_on(model, *batch, generator=generator, alpha=0.0)()
+    started = loop_on(model, *batch, generator=generator, alpha=0.0)()
     expected = kernels.random_start(batch[0], 8 / 255, seed)
     torch.testing.assert_close(started, expected, rtol=0, atol=1e-7)

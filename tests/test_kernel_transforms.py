@@ -4,6 +4,8 @@ The truth is the formula written out in plain torch code, in float64, under the 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -233,6 +235,16 @@ def test_compiled_transform_gives_the_value_of_the_formula(case, transform, back
     torch.testing.assert_close(actual, apply(plain, x), rtol=1e-8, atol=1e-8)
 
 
+def refused_by_old_dynamo() -> AbstractContextManager[Any]:
+    """What an op raises while it is traced reaches the caller in PyTorch 2.11.
+
+    2.14 runs the code uncompiled instead.
+    """
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):
+        return nullcontext()
+    return pytest.raises(RuntimeError, match="drops the tangents")
+
+
 @pytest.mark.parametrize("transform", ["jvp", "vmap of grad", "dual"])
 @pytest.mark.parametrize("case", ["standardize", "mix per sample", "cross-entropy"])
 def test_transform_of_compiled_code_gives_the_value_of_the_formula(case, transform):
@@ -242,14 +254,17 @@ def test_transform_of_compiled_code_gives_the_value_of_the_formula(case, transfo
     compiled = torch.compile(lambda z: 2 * op(z), backend="aot_eager")
     compiled(x)  # what was compiled for plain tensors must not be used for others
     expected = apply(lambda z: 2 * plain(z), x)
-    torch.testing.assert_close(apply(compiled, x), expected, rtol=1e-8, atol=1e-8)
+    with refused_by_old_dynamo() if transform == "dual" else nullcontext():
+        torch.testing.assert_close(apply(compiled, x), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_code_that_inductor_compiled_does_not_drop_tangents():
     model, x = models.build("mlp6", width=8, image_size=8).eval().requires_grad_(False), IMAGES_8
     compiled = torch.compile(model)
     compiled(x)
-    torch.testing.assert_close(dual(compiled, x), jvp(model, (x,), (way_of(x),))[1])
+    expected = jvp(model, (x,), (way_of(x),))[1]
+    with refused_by_old_dynamo():
+        torch.testing.assert_close(dual(compiled, x), expected)
 
 
 def test_duals_are_refused_where_the_whole_must_be_one_graph():

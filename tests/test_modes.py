@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastiat.attack import PGD, fgsm, pgd
-from fastiat.engine import graphs as engines
+from fastiat.engine import graphs
 from fastiat.system.errors import InputError
 
 SETTINGS = {"eps": 0.1, "alpha": 0.05, "steps": 3, "random_start": False}
@@ -20,7 +20,7 @@ SETTINGS = {"eps": 0.1, "alpha": 0.05, "steps": 3, "random_start": False}
 @pytest.fixture(autouse=True)
 def short_compilation(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(engines, "BACKEND", "aot_eager")
+    monkeypatch.setattr(graphs, "BACKEND", "aot_eager")
 
 
 def _network() -> nn.Sequential:
@@ -282,18 +282,18 @@ def test_an_attack_in_bf16_is_the_one_under_autocast(name):
     assert _unchanged(model, before) and all(p.grad is None for p in model.parameters())
 
 
-def _uses(model: nn.Module, x: torch.Tensor) -> engines.Uses:
-    uses = engines.Uses(model, torch.bfloat16)
-    uses.watch(x)
-    return uses
+def _castable(model: nn.Module, x: torch.Tensor) -> set[str]:
+    weights = graphs.CastableWeights(model, torch.bfloat16)
+    weights.observe(x)
+    return weights.names
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "OwnBackward"])
 def test_a_trainings_passes_in_bf16_have_autocasts_loss_and_gradients(name):
     torch.manual_seed(0)
     model, (x, y) = MODELS[name]().eval(), _tiny()
-    weights = engines.Weights(model, torch.bfloat16, _uses(model, x).cast)
-    logits = engines.forward(model, weights.copies, torch.bfloat16, x)
+    weights = graphs.Weights(model, torch.bfloat16, _castable(model, x))
+    logits = graphs.forward(model, weights.copies, torch.bfloat16, x)
     loss = F.cross_entropy(logits.float(), y)
     found = torch.autograd.grad(loss, weights.leaves)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -308,11 +308,11 @@ def test_a_trainings_passes_in_bf16_have_autocasts_loss_and_gradients(name):
 
 def test_what_only_multiplies_is_copied_and_nothing_else():
     (x, _), every = _tiny(), {"1.weight", "1.bias", "2.weight", "2.bias"}
-    assert _uses(Island(), x).cast == {"1.weight", "1.bias"}
-    assert _uses(ByHand(), x).cast == {"1.bias", "2.bias"}
-    assert _uses(Asking(), x).cast == every - {"2.weight"}
-    assert _uses(Tied(), x).cast == {"1.weight", "1.bias", "3.bias", "4.weight", "4.bias"}
-    assert "table.weight" not in _uses(Embedded(), x).cast
+    assert _castable(Island(), x) == {"1.weight", "1.bias"}
+    assert _castable(ByHand(), x) == {"1.bias", "2.bias"}
+    assert _castable(Asking(), x) == every - {"2.weight"}
+    assert _castable(Tied(), x) == {"1.weight", "1.bias", "3.bias", "4.weight", "4.bias"}
+    assert "table.weight" not in _castable(Embedded(), x)
 
 
 def _add_hook(model: nn.Module) -> object:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastiat import kernels
-from fastiat.attack import PGD, fgsm, objective, pgd
+from fastiat.attack import PGD, attack_loss, fgsm, pgd
 from fastiat.mix import Mix, draw, mixed_correct, mixed_loss
 
 SHAPE = (2, 4, 4)
@@ -119,7 +119,7 @@ def test_another_restart_never_weakens_the_attack(problem, seed, restarts):
         _assert_inside(x_adv, x, how)
         with torch.no_grad():
             logits = model(x_adv)
-        outcomes.append((logits.argmax(1) != y, objective(logits, y, how["loss"])))
+        outcomes.append((logits.argmax(1) != y, attack_loss(logits, y, how["loss"])))
     (fooled, height), (more, higher) = outcomes
     assert (more >= fooled).all()
     assert (higher >= height)[more == fooled].all()

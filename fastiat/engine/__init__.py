@@ -1,1 +1,1 @@
-"""How a network is run: devices and precisions, compiled functions and CUDA graphs."""
+"""How a network is run: device, precision, training flags, compiled code and CUDA graphs."""

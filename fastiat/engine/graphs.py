@@ -1,7 +1,8 @@
-"""Engines: how the passes of a network run. Plain PyTorch, compiled, or captured as CUDA graphs.
+"""Engines: a network's passes run by plain PyTorch, compiled, or captured as CUDA graphs.
 
-What the attack and the step share: half-precision weights that are made once for many passes, a
-compiler that keeps one program per function, and the capture of a function of fixed buffers.
+The attack and the training step share: half-precision copies of weights, made once for many
+passes; `torch.compile` with one program per function; and the capture of a function whose tensors
+are fixed buffers.
 """
 
 import os
@@ -23,16 +24,16 @@ from fastiat.system.errors import InputError
 
 Engine = Literal["auto", "eager", "compile", "graph"]
 BACKEND = "inductor"
-"""What `torch.compile` hands its graphs to."""
+"""The backend of `torch.compile`."""
 WARM_UPS = 3
 """Runs before a capture: the first compiles, and cuDNN and Triton choose their kernels."""
 
 
 def pick_engine(name: Engine, device: torch.device) -> str:
-    """Turn "auto" into the engine a training takes: "graph" on CUDA, else "eager".
+    """Turn "auto" into the engine of a training: "graph" on CUDA, else "eager".
 
     On the CPU "compile" pays only for long trainings of wide networks, as it compiles for minutes.
-    Raises `InputError` where the one asked for cannot run.
+    Raises `InputError` where the engine `name` cannot run on `device`.
     """
     if name == "auto":
         return "graph" if device.type == "cuda" else "eager"
@@ -49,23 +50,23 @@ def pick_engine(name: Engine, device: torch.device) -> str:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether `torch.compile` finds the C++ compiler that its CPU code goes through."""
+    """Whether `torch.compile` finds the C++ compiler that it needs for the CPU."""
     candidates = [os.environ.get("CXX"), "g++", "clang++"]
     return device.type != "cpu" or any(shutil.which(name) for name in candidates if name)
 
 
 def prepare(device: torch.device, deterministic: bool) -> None:
-    """Set what PyTorch keeps per process: the choice of algorithms, fast or repeatable.
+    """Set PyTorch's process-wide options: fast algorithms, or deterministic ones.
 
-    fp32 means fp32: convolutions are kept from rounding their inputs to TF32. On the CPU no
-    network's weight gradient may write out of bounds (see `fastiat.engine.onednn`).
+    fp32 means fp32: cuDNN may not round a convolution's inputs to TF32. On the CPU the defect of
+    `fastiat.engine.onednn` is avoided for every network.
     """
     if device.type == "cpu":
         onednn.replace_weight_gradient()
     torch.use_deterministic_algorithms(deterministic)
-    # Deterministic mode would also fill every new tensor, which finds bugs but costs a pass.
+    # Deterministic mode would also fill every new tensor, which costs a pass over its memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # Inductor would time kernels that sum in different orders and take the fastest.
+    # Inductor would choose by time among kernels that sum in different orders.
     inductor.deterministic = deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -74,46 +75,30 @@ def prepare(device: torch.device, deterministic: bool) -> None:
         torch.backends.cudnn.allow_tf32 = False
 
 
-def matmul_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the fp32 parameters of convolutions and linear layers, which autocast would cast.
+def placed(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `values`, one for each parameter's first name, by every name that holds the parameter.
 
-    Each has one name, the first, however many layers share it.
-    """
-    layers = (nn.modules.conv._ConvNd, nn.Linear)
-    theirs = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, layers)
-        for parameter in module.parameters(recurse=False)
-    }
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if id(parameter) in theirs and parameter.dtype == torch.float32
-    }
-
-
-def places(model: nn.Module) -> dict[str, str]:
-    """Return {name of a place that holds a parameter: the parameter's first name}.
-
-    A tied parameter has several places, those of a module that is used twice are named once:
-    `functional_call` would leave what it put into the second of them there.
+    So a tied parameter is replaced wherever it is used. A module that is registered twice counts
+    once, though: `functional_call` would not restore its second registration.
     """
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        f"{prefix}.{name}" if prefix else name: first[id(parameter)]
+    holders = {
+        name: first[id(parameter)]
         for prefix, module in model.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
+        for name, parameter in module.named_parameters(
+            prefix, recurse=False, remove_duplicate=False
+        )
     }
+    return {holder: values[name] for holder, name in holders.items() if name in values}
 
 
-# What autocast casts all arguments of, and what gives nothing of a tensor's values or type away.
+# Functions of which autocast casts every argument.
 _MULTIPLY = {
     F.linear,
     *(F.conv1d, F.conv2d, F.conv3d),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
+# Functions whose result does not depend on a tensor's values or type.
 _LOOK = {
     Tensor.size,
     Tensor.dim,
@@ -121,27 +106,34 @@ _LOOK = {
 }
 
 
-class Uses(TorchFunctionMode):
-    """Finds the weights of which copies in `dtype` do what the weights do under autocast to it.
+class CastableWeights(TorchFunctionMode):
+    """Finds the weights that may be cast to `dtype` once, instead of by autocast at every use.
 
-    These are the `matmul_parameters` that a pass uses in linear layers and convolutions alone, with
-    autocast on. The rest stays as it is, and autocast casts what is to be cast.
+    These are the fp32 parameters of which the observed passes do nothing but multiply by them, in
+    linear layers and convolutions under autocast to `dtype`. A network that uses a weight in
+    another way as well, such as for its norm, needs the weight itself: a copy would change results.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
         parameters = dict(model.named_parameters())
+        # Each pass gets aliases of the parameters, as it would get copies. A pass that uses a
+        # parameter itself, such as one of a closure, would use it past a copy too.
         aliases = {name: parameter.detach() for name, parameter in parameters.items()}
-        self.aliases = {place: aliases[name] for place, name in places(model).items()}
-        self.names = {id(alias): name for name, alias in aliases.items()}
-        # What is used past its module's attribute would be used past a copy.
+        self.aliases = placed(model, aliases)
+        self.names_of = {id(alias): name for name, alias in aliases.items()}
         self.originals = {id(parameter): name for name, parameter in parameters.items()}
-        self.well: set[str] = set()
-        self.ill: set[str] = set()
+        self.multiplied: set[str] = set()
+        self.ruled_out = {n for n, p in parameters.items() if p.dtype != torch.float32}
 
-    def watch(self, *inputs: Any) -> Tensor:
-        """Return the logits of one pass and its backward pass, which change nothing."""
+    @property
+    def names(self) -> set[str]:
+        """Names of the weights found in all passes that were observed."""
+        return self.multiplied - self.ruled_out
+
+    def observe(self, *inputs: Any) -> Tensor:
+        """Run one forward and backward pass, which change nothing, and return its logits."""
         x, logits = inputs[0].detach().clone(), torch.empty(0)
 
         def run() -> None:
@@ -150,7 +142,8 @@ class Uses(TorchFunctionMode):
                 leaf = x.requires_grad_()
                 logits = forward(self.model, self.aliases, self.dtype, leaf, *inputs[1:])
                 if logits.requires_grad:
-                    # What `grad` calls, which has the mode off while it runs.
+                    # What `torch.autograd.grad` calls. `grad` itself would switch this mode off for
+                    # the whole backward pass, in which an autograd.Function may use weights too.
                     total = logits.sum()
                     torch.autograd.Variable._execution_engine.run_backward(
                         (total,), (torch.ones_like(total),), False, False, (leaf,),
@@ -162,97 +155,89 @@ class Uses(TorchFunctionMode):
             with_state_restored(run, self.model.buffers(), 1)
         return logits.detach()
 
-    @property
-    def cast(self) -> set[str]:
-        """Names of the weights found in all passes that were watched."""
-        return (
-            (self.well - self.ill) & matmul_parameters(self.model).keys() if self.dtype else set()
-        )
-
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         for leaf in tree_leaves((args, kwargs)) if func not in _LOOK else ():
-            if not isinstance(leaf, Tensor):
-                continue
             if id(leaf) in self.originals:
-                self.ill.add(self.originals[id(leaf)])
-            elif id(leaf) in self.names:
-                casts = func in _MULTIPLY and _autocasts(leaf.device.type, self.dtype)
-                (self.well if casts else self.ill).add(self.names[id(leaf)])
+                self.ruled_out.add(self.originals[id(leaf)])
+            elif id(leaf) in self.names_of:
+                device = leaf.device.type
+                casts = func in _MULTIPLY and torch.is_autocast_enabled(device)
+                casts = casts and torch.get_autocast_dtype(device) == self.dtype
+                (self.multiplied if casts else self.ruled_out).add(self.names_of[id(leaf)])
         return func(*args, **kwargs)
-
-
-def _autocasts(device: str, dtype: torch.dtype | None) -> bool:
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == dtype
 
 
 def detached_weights(
     model: nn.Module, dtype: torch.dtype | None, cast: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return weights without a gradient: the parameters, those named in `cast` as `dtype`.
+    """Return the parameters detached, those named in `cast` as copies in `dtype`, see `placed`.
 
-    A compiled function of these computes no weight gradients, whereas one of the parameters
-    themselves would, even where only the input's gradient is asked for.
+    A compiled function of detached weights computes no weight gradient. A function of the
+    parameters would, even where only the input's gradient is asked for: what is compiled is the
+    whole backward pass.
     """
     weights = {
         name: parameter.detach().to(dtype if name in cast else parameter.dtype)
         for name, parameter in model.named_parameters()
     }
-    return {place: weights[name] for place, name in places(model).items()}
+    return placed(model, weights)
 
 
 class Weights:
     """The weights of a training's passes, with copies in `dtype` of those named in `cast`.
 
-    `refresh` makes the copies anew, in place; call it after every change of the parameters.
+    The copies are fixed buffers, which captured graphs read; `refresh` fills them anew, and must be
+    called after every change of the parameters.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, cast: Collection[str]) -> None:
-        self.parameters = dict(model.named_parameters())
-        self.masters = {name: p for name, p in self.parameters.items() if name in cast}
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
+        self.masters = [parameter for name, parameter in parameters.items() if name in cast]
         copies = {
-            name: torch.empty_like(master, dtype=dtype).requires_grad_()
-            for name, master in self.masters.items()
+            name: torch.empty_like(parameter, dtype=dtype).requires_grad_()
+            for name, parameter in parameters.items()
+            if name in cast
         }
         self.made = list(copies.values())
-        there = places(model)
-        self.copies = {place: copies[name] for place, name in there.items() if name in copies}
+        self.copies = placed(model, copies)
+        leaves = parameters | copies
         # One entry for each parameter, in the parameters' order: what a pass is differentiated by.
-        self.leaves = [copies.get(name, p) for name, p in self.parameters.items()]
-        detached = dict(zip(self.parameters, (leaf.detach() for leaf in self.leaves), strict=True))
-        self.detached = {place: detached[name] for place, name in there.items()}
+        self.leaves = list(leaves.values())
+        self.detached = placed(model, {name: leaf.detach() for name, leaf in leaves.items()})
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the parameters as they are now."""
         if self.made:
-            torch._foreach_copy_(self.made, list(self.masters.values()))
+            torch._foreach_copy_(self.made, self.masters)
 
 
 def forward(
     model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None, *inputs: Any
 ) -> Tensor:
-    """Return what `model` gives for `inputs` with `weights` in the `places` of its parameters.
+    """Return what `model` gives for `inputs` with `weights` in the place of its parameters.
 
-    It computes under autocast to `dtype`, which leaves weights that have this type alone; None is
-    the type of the inputs.
+    It computes under autocast to `dtype`, which casts no weight that has this type already; None
+    computes in the type of the inputs.
     """
     device = inputs[0].device.type
+    # No cache: autocast would keep casts of one pass for the next, and a graph their addresses.
     with torch.autocast(
         device, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
     ):
+        # `weights` has every tied name already, see `placed`.
         return torch.func.functional_call(model, weights, inputs, tie_weights=False)
 
 
 def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a plain function, for one shape of each argument.
 
-    Dynamo keeps its programs with the code object, eight at the most, and runs the ninth
-    uncompiled. Functions that are made anew from the same source share their code object, so each
-    gets one of its own here.
+    Dynamo keeps at most eight programs for a code object and runs the ninth uncompiled. Functions
+    defined by the same `def` share one code object, so each gets a copy of its own here.
     """
     assert isinstance(function, FunctionType)
     own = FunctionType(
@@ -268,7 +253,7 @@ def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
 def with_state_restored(
     function: Callable[[], object], state: Iterable[Tensor], times: int
 ) -> None:
-    """Call `function` and put `state`, which it may change, back in place, bit for bit."""
+    """Call `function` `times` times and restore `state`, which it may change, in place."""
     state = [tensor.detach() for tensor in state]
     before = [tensor.clone() for tensor in state]
     for _ in range(times):
@@ -279,9 +264,9 @@ def with_state_restored(
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream that everything on `device` is captured on.
+    """Return the stream on which all graphs of `device` are captured.
 
-    Graphs share their pool's memory only where it was allocated on the same stream.
+    Graphs share the memory of a pool only if it was allocated on the same stream.
     """
     return torch.cuda.Stream(device)
 
@@ -289,9 +274,10 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 class Captured:
     """A function of fixed buffers, captured as a CUDA graph at its first call and replayed after.
 
-    `state` lists every tensor that the function changes and that outlives it, so that the warm-up
-    leaves no trace. Graphs that share a `pool` share the memory of their intermediate results:
-    they must never run at the same time.
+    A graph holds addresses, not tensors: the function may read and write only memory that lives as
+    long as the graph. `state` returns the tensors that the function changes and that others read
+    later; they are restored after the warm-up runs. Graphs of one `pool` share the memory of their
+    intermediate results, so they must never run at the same time.
     """
 
     def __init__(
@@ -305,7 +291,7 @@ class Captured:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
-        """Run the function on what the buffers hold now."""
+        """Run the function on the current contents of its buffers."""
         with torch.cuda.device(self.device):
             if self.graph is None:
                 self.graph = self._capture()
@@ -313,13 +299,15 @@ class Captured:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         here, aside = torch.cuda.current_stream(), _capture_stream(self.device)
+        # The warm-up runs may draw random numbers; the capture must not change later draws.
         random = torch.cuda.get_rng_state()
         aside.wait_stream(here)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(aside):
             with_state_restored(self.function, self.state(), WARM_UPS)
             try:
-                # Other threads, such as a loader's that pins memory, may go on meanwhile.
+                # thread_local: other threads, such as one that pins a loader's memory, may make
+                # calls meanwhile that are forbidden during a capture.
                 with torch.cuda.graph(
                     graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"
                 ):
@@ -328,8 +316,8 @@ class Captured:
                 raise
             except RuntimeError as error:
                 raise RuntimeError(
-                    "a CUDA graph cannot be captured of this network, which waits for the GPU "
-                    "somewhere in its passes: use the engine compile"
+                    "this network cannot be captured as a CUDA graph, as one of its operations "
+                    "waits for the GPU: use the engine compile"
                 ) from error
         here.wait_stream(aside)
         torch.cuda.set_rng_state(random)

@@ -1,13 +1,13 @@
-"""Modes: how a network is set while it is attacked, and what of it a compiled attack depends on.
+"""Training flags: how a network is set during an attack, and what a compiled attack depends on.
 
-A model is any callable. What is a plain `nn.Module` shows its layers. Functions, TorchScript,
-`torch.fx` and exported programs may hide theirs, or have their modes fixed: for these BatchNorm
-cannot be chosen, and everything that they write to is put back.
+A model is any callable. A plain `nn.Module` shows its layers, whose flags are set. Functions,
+TorchScript, `torch.fx` and exported programs may hide their layers, or have their mode fixed. For
+these BatchNorm's mode cannot be chosen, and every tensor that they write to gets its value back.
 """
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, Literal
@@ -26,11 +26,11 @@ Model = Callable[[Tensor], Tensor]
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OWN = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
+"""Attributes that every module has, such as its flags and its dictionaries of parameters."""
 
 
 def is_plain(model: Model) -> bool:
-    """Whether `model` is an `nn.Module` of Python code alone, whose modes can be set."""
+    """Whether `model` is an `nn.Module` of Python code alone, whose training flags can be set."""
     if not isinstance(model, nn.Module):
         return False
     programs = (torch.jit.ScriptModule, torch.fx.GraphModule)
@@ -44,22 +44,18 @@ def check_mode(model: Model, bn: BatchNormMode) -> None:
     """Raise `InputError` where the BatchNorm layers of `model` cannot be set to `bn`."""
     if bn != "eval" and not is_plain(model):
         raise InputError(
-            f"bn {bn!r} sets the BatchNorm layers of a plain nn.Module, and a {_kind(model)} may "
-            f"hide them: give the nn.Module itself, or bn='eval'"
+            f"bn {bn!r} sets the BatchNorm layers of a plain nn.Module, and this "
+            f"{type(model).__name__} is or holds something else, which may hide them: give the "
+            f"nn.Module itself, or bn='eval'"
         )
-
-
-def _kind(model: Model) -> str:
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    hidden = (module for module in modules if not is_plain(module))
-    return type(min(hidden, key=lambda m: len(list(m.modules())), default=model)).__name__
 
 
 def modules_of(model: object) -> list[nn.Module]:
     """Return the modules that can be reached from a model, each once.
 
-    Beside the registered ones: those in lists, tuples and dictionaries that modules keep, the owner
-    of a bound method, and what a partial or a function holds.
+    Beside the registered ones these are modules in lists, tuples and dictionaries that modules
+    keep, the owner of a bound method, the arguments of a `functools.partial`, and what a function
+    has in its defaults and its closure.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
@@ -79,7 +75,9 @@ def modules_of(model: object) -> list[nn.Module]:
             held = [thing.__self__]
         elif isinstance(thing, FunctionType):
             held = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
-            held += [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+            for cell in thing.__closure__ or ():
+                with suppress(ValueError):  # a variable that has no value yet
+                    held.append(cell.cell_contents)
         else:
             held = list(thing)
         for value in held:
@@ -92,16 +90,8 @@ def modules_of(model: object) -> list[nn.Module]:
 _HOLDERS = (nn.Module, dict, list, tuple, partial, MethodType, FunctionType)
 
 
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
 class _Flags:
-    """Sets modules to eval mode, their BatchNorm layers to mode `bn`, and back."""
+    """Sets modules to eval mode and BatchNorm layers to mode `bn`, and restores their flags."""
 
     def __init__(self, bn: BatchNormMode) -> None:
         self.bn = bn
@@ -109,14 +99,14 @@ class _Flags:
 
     def set(self, modules: list[nn.Module]) -> None:
         for module in modules:
-            # A frozen ScriptModule has no mode.
+            # A frozen ScriptModule has no training flag.
             if id(module) in self.before or not hasattr(module, "training"):
                 continue
             tracks = module.track_running_stats if isinstance(module, _BatchNorm) else False
             self.before[id(module)] = module, module.training, tracks
             module.training = isinstance(module, _BatchNorm) and self.bn != "eval"
             if isinstance(module, _BatchNorm) and self.bn == "batch":
-                # In training mode it normalises by the batch then, and keeps its buffers.
+                # In training mode without tracking, it uses the batch's statistics and writes none.
                 module.track_running_stats = False
 
     def restore(self) -> None:
@@ -130,9 +120,9 @@ class _Flags:
 def attack_mode(model: Model, bn: BatchNormMode) -> Iterator[None]:
     """Put `model` in eval mode with its BatchNorm layers in mode `bn`; restore every flag after.
 
-    What is no plain `nn.Module` is followed while it runs: the modules that it calls are put in
-    eval mode as well, and tensors that it writes to, such as running statistics, get their values
-    back. Raises `InputError` for such a model and another `bn` than "eval".
+    A model that is not a plain `nn.Module` is followed while it runs: every module that it calls
+    is put in eval mode too, and tensors that it writes to, such as running statistics, get their
+    values back. Raises `InputError` for such a model with another `bn` than "eval".
     """
     check_mode(model, bn)
     flags = _Flags(bn)
@@ -141,7 +131,7 @@ def attack_mode(model: Model, bn: BatchNormMode) -> Iterator[None]:
         if is_plain(model):
             yield
         else:
-            with _following(flags), _Unwritten():
+            with _following(flags), _WritesUndone():
                 yield
     finally:
         flags.restore()
@@ -149,7 +139,10 @@ def attack_mode(model: Model, bn: BatchNormMode) -> Iterator[None]:
 
 @contextmanager
 def _following(flags: _Flags) -> Iterator[None]:
-    """Set the flags of every module that this thread calls."""
+    """Set the flags of every module that this thread calls.
+
+    A hook for all modules of the process: a function does not say which modules it will call.
+    """
     thread = threading.get_ident()
 
     def follow(module: nn.Module, _: object) -> None:
@@ -165,15 +158,15 @@ def _following(flags: _Flags) -> Iterator[None]:
         handle.remove()
 
 
-class _Unwritten(TorchDispatchMode):
-    """Gives tensors from outside of the block that were written to in it their values back."""
+class _WritesUndone(TorchDispatchMode):
+    """Restores, at its end, tensors from before it that operators have written to in it."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
         self.made: set[int] = set()
-        self.kept: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -181,26 +174,26 @@ class _Unwritten(TorchDispatchMode):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
-        for tensor in _written(func, args, kwargs):
-            key = (_memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
-            if key[0] not in self.made and key not in self.kept:
-                self.kept[key] = tensor, tensor.detach().clone()
-        # TorchScript hands tensors that are constants over as numbers.
+        # Storages, not tensors: views of the same memory are restored once, and autograd, which may
+        # have saved the tensor for a backward pass outside, does not count it as a change.
+        for storage in _storages(_written(func, args, kwargs)):
+            if storage._cdata not in self.made and storage._cdata not in self.before:
+                self.before[storage._cdata] = storage, storage.clone()
+        # TorchScript passes constant tensors as numbers, which the operator would not take.
         args = tuple(
             torch.tensor(given) if isinstance(given, _NUMBERS) and _is_tensor(argument) else given
             for given, argument in zip(args, func._schema.arguments, strict=False)
         )
-        given = {_memory(tensor) for tensor in _tensors((args, kwargs))}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **kwargs)
-        self.made.update({_memory(tensor) for tensor in _tensors(out)} - given)
+        # An in-place operator returns its argument: that is not a new tensor.
+        self.made.update({storage._cdata for storage in _storages(out)} - given)
         return out
 
     def __exit__(self, *details: Any) -> None:
         super().__exit__(*details)
-        for tensor, value in reversed(self.kept.values()):
-            # Not in view of autograd, which may have saved the tensor for a pass outside.
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.data.copy_(value)
+        for storage, before in self.before.values():
+            storage.copy_(before)
 
 
 _NUMBERS = (bool, int, float, complex)
@@ -210,67 +203,52 @@ def _is_tensor(argument: Any) -> bool:
     return isinstance(argument.type, torch.TensorType)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    """Return the memory of all tensors in `tree`; sparse tensors have none of their own."""
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [t.untyped_storage() for t in tensors if t.layout == torch.strided]
 
 
-def _memory(tensor: Tensor) -> int:
-    """Return what identifies the memory of a tensor while it lives."""
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that a call of `func` writes to."""
-    arguments = func._schema.arguments
-    # Some of these have schemas that do not say so.
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments that a call of `func` writes to."""
+    # The schemas of some normalisations do not declare that they update running statistics.
     normalises = "batch_norm" in func._schema.name and "backward" not in func._schema.name
     found = []
-    for position, argument in enumerate(arguments):
-        given = args[position] if position < len(args) else kwargs.get(argument.name)
+    for position, argument in enumerate(func._schema.arguments):
         hidden = normalises and argument.name in ("running_mean", "running_var")
         if hidden or (argument.alias_info is not None and argument.alias_info.is_write):
-            found += _tensors(given)
+            found.append(args[position] if position < len(args) else kwargs.get(argument.name))
     return found
 
 
-class Structure:
-    """What a compiled program of `model` depends on, beside its modes and its tensors' values.
+def structure(model: nn.Module, captured: bool) -> tuple[Any, ...]:
+    """Return what a compiled program of `model` depends on, for a comparison with `==`.
 
-    Modules, their classes, `forward`s, hooks and names of parameters, and which of these are tied.
-    With `captured`, also where the tensors are in memory, and the numbers and texts that modules
-    keep: a CUDA graph has them as constants.
+    That is, beside training flags and values of tensors, which programs are told: the modules,
+    their classes, `forward` methods and hooks, the names of parameters and which of them are tied.
+    Dynamo guards only a part of this. With `captured`, for a CUDA graph, also what the graph holds
+    as constants: the addresses of tensors, and numbers and strings that are attributes of modules.
     """
-
-    def __init__(self, model: nn.Module, captured: bool) -> None:
-        order: dict[int, int] = {}
-        found: list[Any] = [tuple(getattr(torch_module, f"_global{name}")) for name in HOOKS]
-        # What is told by its identity must live on, lest another take that over.
-        self.alive: list[Any] = []
-        for module in modules_of(model):
-            attributes = vars(module)
-            forwards = attributes.get("forward"), type(module).forward
-            self.alive += [module, *forwards]
-            found += [id(module), type(module), *map(id, forwards)]
-            found += [tuple(attributes[name]) for name in HOOKS]
-            found += [(name, id(child)) for name, child in module._modules.items()]
-            for name, parameter in module._parameters.items():
-                found.append(
-                    (name, parameter is None or order.setdefault(id(parameter), len(order)))
-                )
-            if captured:
-                tensors = [*module._parameters.values(), *module._buffers.values()]
-                found += [tensor.data_ptr() for tensor in tensors if tensor is not None]
-                found += [
-                    (name, value.data_ptr() if isinstance(value, Tensor) else value)
-                    for name, value in attributes.items()
-                    if name not in _OWN and isinstance(value, _VALUES)
-                ]
-        self.found = tuple(found)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Structure) and self.found == other.found
-
-    __hash__ = None  # type: ignore[assignment]
+    order: dict[int, int] = {}
+    found: list[Any] = [tuple(getattr(torch_module, f"_global{hooks}")) for hooks in HOOKS]
+    for module in modules_of(model):
+        attributes = vars(module)
+        # The objects, not their `id`: an object that is kept alive cannot be confused with another.
+        found += [module, type(module), attributes.get("forward"), type(module).forward]
+        found += [tuple(attributes[hooks]) for hooks in HOOKS]
+        found += module._modules.items()
+        for name, parameter in module._parameters.items():
+            # Numbered in the order they are met in, so that a tied parameter has an earlier number.
+            tied = parameter is None or order.setdefault(id(parameter), len(order))
+            found.append((name, tied))
+        if captured:
+            tensors = [*module._parameters.values(), *module._buffers.values()]
+            found += [tensor.data_ptr() for tensor in tensors if tensor is not None]
+            for name, value in attributes.items():
+                if name not in _OWN and isinstance(value, _VALUES):
+                    constant = value.data_ptr() if isinstance(value, Tensor) else value
+                    found.append((name, constant))
+    return tuple(found)
 
 
 _VALUES = (bool, int, float, str, Tensor, type(None))

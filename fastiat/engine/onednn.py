@@ -1,9 +1,14 @@
-"""A defect of oneDNN on the CPU, and the way around it.
+"""A defect of oneDNN on the CPU, and the two ways around it.
 
 oneDNN's weight gradient of a strided 1x1 convolution, channels-last, with fewer input channels than
-a vector holds (8 with AVX2, 16 with AVX-512), writes out of bounds: the process crashes, or goes on
-with wrong numbers (uxlfoundation/oneDNN#6035, PyTorch 2.11 to 2.15). A transposed convolution with
-as few output channels computes its weight gradient by the same code.
+a SIMD register holds (8 with AVX2, 16 with AVX-512), writes out of bounds: the process crashes or
+continues with wrong numbers (uxlfoundation/oneDNN#6035, PyTorch 2.11 to 2.15). A transposed
+convolution with as few output channels computes its weight gradient by the same code.
+
+Both ways are needed. `replace_weight_gradient` replaces a PyTorch kernel of the whole process. That
+is right in a training that fastiat runs (`graphs.prepare`), of a user's network as well, and wrong
+as a side effect of building or loading a network. So the networks of `fastiat.models` avoid the
+defect by themselves, in `Shortcut`: they are also trained by code that is not ours.
 """
 
 from collections.abc import Sequence
@@ -15,18 +20,19 @@ from torch import Tensor
 from torch.library import Library, get_kernel
 
 CHANNELS = 16
-"""Convolutions of as many channels or more are sound on every CPU."""
+"""Convolutions of this many channels or more are computed correctly on every CPU."""
 
 OP = "aten::convolution_backward"
 
 
 @cache
 def replace_weight_gradient() -> Library:
-    """Have this process compute the gradients in question on the CPU from the pixels they need.
+    """Replace PyTorch's CPU kernel of `convolution_backward` in this process.
 
-    It takes the place of PyTorch's CPU kernel of `convolution_backward`, which is still called for
-    all else, so that it holds for every network: modules, functions, compiled or scripted. Neither
-    modules nor weights change. Returns the registration, which lasts as long as the process.
+    The new kernel calls the original one, but for the gradients in question it first selects the
+    pixels that the strided convolution reads, which makes it one of stride 1. All networks use
+    it: modules and functions, compiled and scripted ones. Returns the registration, which
+    lasts as long as the process.
     """
     original = get_kernel(OP, "CPU")
 
@@ -46,11 +52,11 @@ def replace_weight_gradient() -> Library:
         output_mask: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         form = (bias_sizes, stride, padding, dilation, transposed, output_padding, groups)
-        # The strided side of the convolution, and the other one.
+        # The operand of which only every `stride`-th pixel is used, and the other one.
         source, target = (grad, x) if transposed else (x, grad)
         of_input, of_weight, of_bias = output_mask
         if not (
-            (of_weight or of_bias)  # both are computed at once
+            (of_weight or of_bias)  # oneDNN computes both at once
             and source.shape[1] < CHANNELS
             and groups == 1
             and all(size == 1 for size in weight.shape[2:])

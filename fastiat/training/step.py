@@ -112,15 +112,15 @@ class Step:
         self._captured: dict[Hashable, graphs.Captured] | None = {} if captured else None
 
     def _cast(self, attack: dict[str, Any] | None) -> set[str]:
-        """Return the names of the weights that the passes take copies of, see `graphs.Uses`."""
+        """Return the names of the weights that the passes take bf16 copies of."""
         if self.dtype is None:
             return set()
-        uses = graphs.Uses(self.model, self.dtype)
-        uses.watch(self.x, None)
+        castable = graphs.CastableWeights(self.model, self.dtype)
+        castable.observe(self.x, None)
         if attack is not None:
             with attack_mode(self.model, attack["bn"]):
-                uses.watch(self.x)
-        return uses.cast
+                castable.observe(self.x)
+        return castable.names
 
     def __call__(self, images: Tensor, y: Tensor, mixes: tuple[Mix | None, Mix | None]) -> Update:
         """Make one update on a uint8 batch (B, C, H, W) with labels (B,).
