@@ -32,7 +32,7 @@ OLDEST := .venv-oldest
 TESTS ?= tests
 
 # Two processes with one thread each: threads that share cores slow each other down.
-PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 KILLS ?= 100
 INPUTS ?= 10000
