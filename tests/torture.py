@@ -356,7 +356,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="number of kills (default: 100)")
     parser.add_argument("--seed", type=int, help="seed of the kills (default: random, printed)")
-    parser.add_argument("--scenarios", type=int, default=len(SCENARIOS), help="number used")
+    parser.add_argument("--scenarios", type=int, default=len(SCENARIOS), help="how many to use")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     arguments = parser.parse_args()
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
