@@ -18,7 +18,7 @@ TOOLS := $(VENV)/.tools
 
 .DEFAULT_GOAL := demo
 
-# If PYTHON names another interpreter than that of .venv, .venv is made again.
+# If PYTHON names another interpreter than that of .venv, .venv is created again.
 ifneq ($(origin PYTHON),file)
 IDENTITY := import sys; print(sys.version, sys.base_prefix)
 ifneq ($(shell $(PYTHON) -c '$(IDENTITY)'),$(shell $(BIN)/python -c '$(IDENTITY)' 2> /dev/null))
@@ -37,7 +37,7 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile --no-l
 KILLS ?= 100
 INPUTS ?= 10000
 
-# A machine with PyTorch and no network can run without a .venv.
+# A machine with PyTorch and no network can run the GPU scripts without a .venv.
 ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DATA ?= my-images
 RUN ?= runs/gpu-train

@@ -1,10 +1,11 @@
-"""Images per second of PGD-7 (eps 8/255, alpha 2/255, random start): fastiat beside its peers.
+"""Images per second of PGD-7 (eps 8/255, alpha 2/255, random start): fastiat and other libraries.
 
     python -m pytest bench/bench_attack.py --benchmark-only
 
 Every implementation attacks the same images with the same weights; their rounds are interleaved in
-one process. `TFLOP/s` counts what the attack needs, forward and input gradient, whatever else an
-implementation computes; `of peak` holds it against a large matrix product in the same arithmetic.
+one process. `TFLOP/s` counts only the FLOP that the attack needs, forward and input gradient, not
+those that an implementation adds; `of peak` divides it by the rate of a large matrix product in
+the same arithmetic.
 """
 
 import statistics
@@ -21,7 +22,7 @@ from timing import DEVICE, ON_GPU
 NETWORKS = ("preact18", "wrn28_10") if ON_GPU else ("preact18",)
 BATCHES = (64, 128, 512) if ON_GPU else (64,)
 SECONDS = 6 if ON_GPU else 340
-"""What the rounds of one network and batch may take."""
+"""Time limit of the rounds of one network and batch size."""
 Contest = dict[str, list[float] | str]
 
 
@@ -35,7 +36,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, int]:
 
 @pytest.fixture(scope="module")
 def contest(request: pytest.FixtureRequest, case: tuple[str, int]) -> Iterator[Contest]:
-    """The seconds of every implementation's rounds, or why it has none."""
+    """Return the seconds of every implementation's rounds, or the reason why it cannot run."""
     timing.pytorch_defaults()
     names = [item.callspec.params["name"] for item in selected(request, case=case)]
     arch, batch = case

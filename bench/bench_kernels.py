@@ -1,9 +1,9 @@
-"""Each op of fastiat.kernels beside the torch expression it replaces, eager and compiled.
+"""Each op of fastiat.kernels, and the torch expression it replaces, eager and compiled.
 
     python -m pytest bench/bench_kernels.py --benchmark-only
 
-"triton" is the op on CUDA and "cpu" the op on the CPU. `extra_info` has the bytes that an op has to
-move at the least (every operand once), per second, as a fraction of what a copy reaches.
+"triton" is the op on CUDA and "cpu" the op on the CPU. `extra_info` has the least
+bytes per second that an op moves (every operand once), also as a fraction of the rate of a copy.
 """
 
 from collections.abc import Callable

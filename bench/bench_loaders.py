@@ -1,10 +1,11 @@
-"""Images per second of the loaders, and what a training asks of them on the same machine.
+"""Images per second of the loaders, and of a training on the same machine.
 
     python -m pytest bench/bench_loaders.py --benchmark-only
 
 Every loader makes passes over the same 20,000 synthetic images of 32x32 pixels: shuffled, cropped
 with a padding of 2, mirrored half the time, on the device. Their rounds, one pass each, are
-interleaved in one process; FFCV's is compiled before. The trainer's round is one IAT update.
+interleaved in one process; FFCV is compiled before the first round. The trainer's round is one IAT
+update.
 """
 
 import statistics
@@ -28,7 +29,7 @@ from fastiat.train import Trainer
 IMAGES, BATCH, PAD = 20_000, 128, 2
 WORKERS = 8 if ON_GPU else 1
 WIDTH = 64 if ON_GPU else 16
-"""Of the network that is trained: the paper's, or what one core can do in a second."""
+"""Width of the trained network: the paper's, or one that a CPU core updates in a second or two."""
 TRAINER = f"IAT update, preact18 of width {WIDTH}"
 NAMES = ("resident", "ffcv, raw", "ffcv, jpeg", "torchvision v2, DataLoader", TRAINER)
 
@@ -60,7 +61,7 @@ def synthetic() -> data.Dataset:
 
 
 def batches(name: str, dataset: data.Dataset, folder: Path) -> Iterable[Any]:
-    """Return the loader that is asked for."""
+    """Return the loader with this name, one of `NAMES`."""
     if name.startswith("torchvision"):
         return DataLoader(
             Augmented(dataset.train),
@@ -93,7 +94,7 @@ def one_pass(loader: Iterable[Any]) -> Callable[[], None]:
 
 
 def update(dataset: data.Dataset) -> Callable[[], None]:
-    """Return one update of the paper's training on a batch that is there already."""
+    """Return one update of the paper's training on a batch that is already loaded."""
     config = TrainConfig(width=WIDTH, batch_size=BATCH, loader="resident", device=str(DEVICE))
     trainer = Trainer(config, dataset)
     x, y = next(iter(trainer.loader))

@@ -2,9 +2,9 @@
 
     python -m pytest bench/bench_step.py --benchmark-only
 
-`over plain` is the step's time over that of the plain step of the same engine; IAT's has a floor of
-6.67, as it needs 20 forward passes' worth of arithmetic and a plain step 3. On a CPU the network is
-slim, so that rounds are short.
+`over plain` is the step's time over that of the plain step of the same engine; `floor` is the ratio
+of their FLOP, 6.67 for IAT: 20 forward passes' worth of arithmetic against 3. On a CPU the network
+is slim, so that rounds are short.
 """
 
 import statistics
@@ -34,7 +34,7 @@ def batch(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def times(request: pytest.FixtureRequest, batch: int) -> Iterator[Times]:
-    """The seconds of every step's rounds, by engine and method; the plain step's always."""
+    """Return {(engine, method): seconds of its rounds}; plain steps are always timed."""
     chosen = [item.callspec.params for item in selected(request, batch=batch)]
     pairs = {(p["engine"], m) for p in chosen for m in ("plain", p["method"])}
     if not graphs.has_compiler(timing.DEVICE):

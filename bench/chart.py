@@ -1,4 +1,4 @@
-"""Measurements to look at: a table with a bar for each row, as text and as a figure."""
+"""Tables of measurements with a bar for each row, as text, as Markdown and as a figure."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def figure(path: Path, title: str, rows: Sequence[dict[str, Any]], bar: str) -> None:
-    """Write a chart of the `bar` column, the largest at the top, as SVG or whatever `path` says."""
+    """Write a chart of the `bar` column, largest at the top; the suffix of `path` is the format."""
     from matplotlib.figure import Figure
 
     rows = sorted((row for row in rows if row.get(bar)), key=lambda row: row[bar])

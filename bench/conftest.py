@@ -1,4 +1,4 @@
-"""Fixtures of the benchmarks: rates relative to a copy, rounds timed before, tables at the end."""
+"""Fixtures of the benchmarks: rates relative to a copy, replayed rounds, tables at the end."""
 
 import re
 import statistics
@@ -41,7 +41,7 @@ def peak() -> Callable[[str], float]:
 
 
 class _Replay:
-    """A clock that only advances by given seconds, for rounds that were timed before.
+    """A clock that only advances by given seconds, to report rounds that were timed earlier.
 
     pytest-benchmark times the rounds of one test after another. With this clock as its timer, which
     the test advances by the seconds of its next round, pytest-benchmark records rounds that were
@@ -71,7 +71,7 @@ replay = _Replay()
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
-    """Record rounds timed before, with figures that also go into the table at the end."""
+    """Record rounds that were timed earlier, with figures that also go into the final table."""
 
     def file(name: str, seconds: list[float], images: int, **figures: Any) -> None:
         replay.rounds(benchmark, seconds)

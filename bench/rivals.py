@@ -1,6 +1,6 @@
-"""PGD-7 by fastiat, by its peers and by hand: functions (x, y) -> x_adv, made for one network.
+"""PGD-7 of fastiat, other libraries and plain loops: functions (x, y) -> x_adv for one network.
 
-Each gets a copy of the same weights. Peers and hand-written loops run as their users run them:
+Each gets a copy of the same weights. Other libraries and plain loops run as their users run them:
 fp32, PyTorch's default memory format and defaults.
 """
 
@@ -21,7 +21,7 @@ Attack = Callable[[Tensor, Tensor], Tensor]
 
 
 class Absent(Exception):
-    """An implementation cannot run here; says why."""
+    """An implementation cannot run here; the message says why."""
 
 
 def _fastiat(model: nn.Module, engine: str, precision: str) -> Attack:
@@ -120,7 +120,7 @@ PEERS: dict[str, Callable[[nn.Module], Attack]] = {
 
 
 def implementations() -> dict[str, Callable[[nn.Module], Attack]]:
-    """Return what makes each attack from a network, fastiat's first."""
+    """Return {name: function from a network to its attack}, fastiat's first."""
     ours = {
         name: partial(_fastiat, engine=engine, precision=precision)
         for name, (engine, precision) in fastiats().items()
@@ -137,7 +137,7 @@ def arithmetic(name: str) -> str:
 def prepare(name: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
     """Return a call of the named implementation on these pixels; raise `Absent` if it cannot run.
 
-    It comes compiled and captured for this shape. What is not compiled has run on a few images.
+    Compiled attacks have been compiled and captured for this shape; others have run once.
     """
     own = copy.deepcopy(model)
     ours = fastiats().get(name)
@@ -155,7 +155,7 @@ def prepare(name: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], T
 def check(found: dict[str, Tensor], x: Tensor, y: Tensor, model: nn.Module) -> dict[str, float]:
     """Return by how much each attack's result raises the loss of `model` over that of `x`.
 
-    Raises `AssertionError` for one outside the ball, or that gains much less than the best of them.
+    Raises `AssertionError` if a result leaves the ball or raises the loss much less than the best.
     """
 
     def loss(pixels: Tensor) -> float:

@@ -17,19 +17,19 @@ METHODS = {
     "IAT": {"adv": "pgd", "mix": "manifold"},
 }
 FLOOR = 20 / 3
-"""Of IAT's time over a plain step's: 20 forward passes' worth of arithmetic against 3."""
+"""Ratio of IAT's arithmetic to a plain step's: 20 forward passes' worth against 3."""
 CIFAR10 = 50_000
 """Training images in an epoch of CIFAR-10."""
 LAYERS = (1,)
-"""Mix points of IAT while timing: the dearest of the three alone, as each compiles on its own."""
+"""Mix layer of IAT in timings: only the slowest of the three, as each is compiled separately."""
 
 
 def make(
     method: str, engine: str, arch: str, batch: int, *, width: int | None = None, **settings: Any
 ) -> Callable[[], object]:
-    """Return a call that takes the loader's next batch and makes one update; it comes warm.
+    """Return a call that takes the loader's next batch and makes one update, compiled already.
 
-    `settings` are further ones of `TrainConfig`.
+    `settings` are further settings of `TrainConfig`.
     """
     config = TrainConfig(
         arch=arch,  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What all benchmarks use: the device, its peak rates, timing that waits for it, FLOP counts."""
+"""Shared by all benchmarks: the device, its peak rates, synchronised timing, FLOP counts."""
 
 import importlib.metadata
 import math
@@ -146,14 +146,14 @@ def plain_arithmetic() -> str:
 
 
 def pytorch_defaults() -> None:
-    """Set PyTorch's global flags to what an attack library finds, with cuDNN's benchmark on."""
+    """Set PyTorch's global flags to their defaults, with cuDNN's benchmark mode on."""
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
 
 
 def machine() -> dict[str, Any]:
-    """Return what identifies a measurement: device, driver, versions, commit, command.
+    """Return the facts that identify a measurement: device, driver, versions, commit, command.
 
     $FASTIAT_COMMIT names the commit of a copy that has no git history.
     """

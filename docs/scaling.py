@@ -1,4 +1,4 @@
-"""How a training's time grows with its GPUs, by arithmetic: the tables of docs/scaling.md.
+"""Training time on 1 to 1,024 GPUs, estimated by arithmetic: the tables of docs/scaling.md.
 
     python docs/scaling.py
 
@@ -21,7 +21,7 @@ NVLINK, INFINIBAND = 0.8 * 450e9, 0.8 * 50e9
 HOP, FAR_HOP = 2e-6, 6e-6
 """Seconds that a message takes at least within and between nodes."""
 SOCKET = 50e-6
-"""Seconds of one TCP exchange of the flags that ranks agree by."""
+"""Seconds of one TCP exchange of the flags on which ranks agree."""
 IMAGES, TEST = 50_000, 10_000
 """CIFAR-10."""
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -29,7 +29,7 @@ GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Network:
-    """What a training step of a network costs."""
+    """Sizes and FLOP of a training step of a network."""
 
     parameters: int
     statistics: int
@@ -63,7 +63,7 @@ class Network:
 NETWORKS = {
     "preact18": Network(11_171_146, 6_784, 2.2217, 3.3290, (0.32, 0.46)),
     "wrn28_10": Network(36_479_194, 17_952, 20.973, 31.459, (0.52, 0.61)),
-    # Nobody has predicted its shares: those of the network that it is a deeper version of.
+    # RECORDS.md predicts no shares for it: these are those of wrn28_10.
     "wrn34_10": Network(46_160_474, 22_432, 26.636, 39.953, (0.52, 0.61)),
 }
 

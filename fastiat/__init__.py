@@ -1,4 +1,4 @@
-"""fastiat: Interpolated Adversarial Training, as fast as the hardware allows.
+"""fastiat: Interpolated Adversarial Training with compiled steps, fused kernels, CUDA graphs.
 
 A submodule is imported when it is first used, so that `fastiat --help` does not wait for torch.
 """

@@ -36,7 +36,7 @@ Labels = dict[Path, Label]
 
 
 def _printable(value: Any) -> Any:
-    """Return a value as one line without control characters; HTML of the templates as it is."""
+    """Return a value as one line without control characters; HTML of the templates unchanged."""
     return value if hasattr(value, "__html__") else printable(value)
 
 
@@ -54,7 +54,7 @@ def report(config: ReportConfig) -> Path:
     """Write the page, figures/*.png and *.svg beside it, and curves and examples in every run.
 
     A run directory without write permission is only read. Prints and returns the page's path.
-    Raises `InputError` where there is no run, or for a file that fastiat did not write.
+    Raises `InputError` if there is no run, or if fastiat did not write one of the files.
     """
     folder = Path(config.dir)
     runs = find(folder)
@@ -73,7 +73,7 @@ def report(config: ReportConfig) -> Path:
     load = cache(data.load)
     sections = [
         ("Errors", "errors", errors(runs, measured, labels)),
-        ("Beside the paper", "paper", [pivoted(of) for of in comparisons]),
+        ("Compared with the paper", "paper", [pivoted(of) for of in comparisons]),
         ("Robustness", "robustness", pictures),
         ("Norms of the weights", "norms", norms),
         ("Diagnosis", "diagnosis", diagnosis(runs, labels)),
@@ -126,7 +126,11 @@ def errors(runs: Sequence[Run], measured: Measured, labels: Labels) -> dict[str,
 
 
 def _headings(measurements: Iterable[Measurement]) -> dict[Measurement, list[str]]:
-    """Name every measurement, in lines, by its attack and by what sets it apart from the others."""
+    """Return the heading of every measurement, a list of lines.
+
+    The lines are the attack, its settings that are not the defaults, and its differences from the
+    other measurements with the same attack.
+    """
     groups: dict[tuple[str, ...], list[Measurement]] = {}
     for one in measurements:
         groups.setdefault(_attack(dict(zip(MEASUREMENT, one, strict=True))), []).append(one)
@@ -140,7 +144,7 @@ def _headings(measurements: Iterable[Measurement]) -> dict[Measurement, list[str
 
 
 def _unusual(row: dict[str, Any]) -> Iterator[str]:
-    """Say which settings of an attack are not the defaults, in the words of `differences`."""
+    """Yield the settings of an attack that are not the defaults, in the words of `differences`."""
     if row["attack"] != "none" and row["eps"] is not None:
         if row["loss"] not in ("ce", None):
             yield f"{row['loss']} loss"
@@ -151,7 +155,7 @@ def _unusual(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _attack(row: dict[str, Any]) -> tuple[str, ...]:
-    """Name the images, an attack and its radius, in lines."""
+    """Return lines that name the split, the attack and its radius."""
     if row["attack"] == "none":
         return (f"{row['split']}, no attack",)
     lines = [f"{row['split']}, {row['attack']}"]
@@ -174,13 +178,13 @@ def pivoted(of: compare.Comparison) -> tuple[compare.Comparison, list[str], dict
 
 
 def diagnosis(runs: Sequence[Run], labels: Labels) -> list[tuple[Label, list[Finding]]]:
-    """Return what `fastiat diagnose` found, of the runs that it was called on."""
+    """Return the findings of `fastiat diagnose`, for the runs that have some."""
     found = [(labels[run.path], read_diagnosis(run.path)) for run in runs]
     return [(label, findings) for label, findings in found if findings]
 
 
 def figure(value: Any) -> str:
-    """Write a figure of a finding: floats with four digits, lists with commas."""
+    """Format a value of a finding: floats with four digits, lists with commas."""
     if isinstance(value, list):
         return ", ".join(map(figure, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -194,7 +198,7 @@ def drawn_examples(
 ) -> Iterator[tuple[Label, str, str, list[Any]]]:
     """Yield label, attack, enlargement and examples of every run, and write RUN/examples.png, .svg.
 
-    Runs without a network, or whose images are not on this machine, have none.
+    A run is left out if it has no model or no eps, or if its images are not on this machine.
     """
     for run in runs:
         found, eps = examples(run, load), run.config.eps
@@ -208,7 +212,7 @@ def drawn_examples(
 def shown_run(run: Run, label: Label) -> dict[str, Any]:
     """Return a run's settings, command, speed and curves, and write RUN/curves.png and .svg."""
     config, name = run.config, run.path.name
-    # The command names the preset and what differs from it.
+    # The command names the preset and the settings that differ from it.
     preset = TrainConfig(preset=config.preset)
     start = replace(preset, preset=TrainConfig.preset, dataset=TrainConfig.dataset)
     names = ("dataset", "arch", "width", "adv", "mix", "epochs", "batch_size", "eps", "seed")
@@ -245,7 +249,7 @@ def _identifier(name: str) -> str:
 
 
 def environment(measured: Measured) -> list[tuple[str, str]]:
-    """Return the versions and devices of the measurements, where they have them, and our own."""
+    """Return (name, value) rows: versions and devices of the measurements, then of this page."""
     used: Counter[str] = Counter()
     for row in (row for rows in measured.values() for row in rows):
         if isinstance(versions := row.get("versions"), dict):

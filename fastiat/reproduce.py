@@ -1,8 +1,8 @@
-"""Reproducing: train and measure what is missing of a table of the paper, and compare.
+"""Reproduce a table of the paper: run the missing trainings and measurements, then compare.
 
 Every training is a run directory under --out, named as `fastiat train` names it
 (`runs.directory.default_out`): DATASET-ARCH-ADV-MIX-sSEED. Tables 3, 5, 6 and 7 therefore share
-their runs, and a run trained elsewhere with the same settings counts once it has that name there.
+their runs. A run that was trained elsewhere with the same settings is used if it has that name.
 """
 
 import signal
@@ -36,10 +36,10 @@ from fastiat.train import train
 
 @own_defaults()
 def reproduce(config: ReproduceConfig) -> None:
-    """Train and measure what is missing, write the comparison and the report, and print the table.
+    """Train and measure the missing runs, write the comparison and the report, print the table.
 
-    Raises `InputError` before anything is written for settings, data or runs that do not fit, and
-    `TrainingInterrupt` when a signal ends it; the same command goes on from there.
+    Raises `InputError`, before anything is written, if settings, data or runs do not fit. Raises
+    `TrainingInterrupt` if a signal arrives; the same command continues from there.
     """
     plan = Plan(config)
     if config.dry_run:
@@ -54,7 +54,7 @@ def reproduce(config: ReproduceConfig) -> None:
 
 
 def _work(plan: Plan) -> None:
-    """Train, measure and write; after every run the table is written as far as it is measured."""
+    """Train and measure every run; after each of them, write the table as measured so far."""
     for number, job in enumerate(plan.jobs, 1):
         what = "trained already" if job.finished else "training"
         place = f"{plan.config.target}, {number} of {len(plan.jobs)}"
@@ -73,7 +73,7 @@ def _work(plan: Plan) -> None:
 
 
 def _train(job: Job) -> None:
-    """Train what a job lacks, from its checkpoint where it has one."""
+    """Train the remaining epochs of a job, from its checkpoint if it has one."""
     if job.finished:
         return
     if (job.path / CONFIG).exists():
@@ -85,7 +85,7 @@ def _train(job: Job) -> None:
 
 
 def _measure(plan: Plan, job: Job) -> None:
-    """Measure the white-box errors of a run that are missing; `_transfer` measures Table 5's."""
+    """Measure the missing white-box errors of a run; `_transfer` measures those of Table 5."""
     missing, how = plan.missing(job), _how(plan, [job])
     if not missing or plan.config.target == "table5":
         return
@@ -102,7 +102,7 @@ def _measure(plan: Plan, job: Job) -> None:
 
 
 def _transfer(plan: Plan) -> None:
-    """Measure what is missing of Table 5, the runs of one seed at a time."""
+    """Measure the missing errors of Table 5, for the runs of one seed at a time."""
     for seed in plan.seeds if plan.config.target == "table5" else ():
         jobs = [job for job in plan.jobs if job.config.seed == seed]
         eps = {cell.eps for job in jobs for cell in plan.missing(job)}
@@ -121,13 +121,14 @@ def _how(plan: Plan, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def _check_kept(plan: Plan, jobs: Sequence[Job]) -> None:
+    """Raise `InputError` if a measurement that was just made is not among a run's results."""
     for job in jobs:
         if plan.missing(job):
-            raise InputError(f"{job.path} does not keep what is measured: check its permissions")
+            raise InputError(f"{job.path} does not store its measurements: check its permissions")
 
 
 def _figure(plan: Plan) -> str:
-    """Take the norms of every run, keep them, and write Figure 1; return it as Markdown."""
+    """Compute and store the norms of every run, write Figure 1, and return it as Markdown."""
     trainings: dict[str, list[list[WeightNorms]]] = {}
     for job in plan.jobs:
         layers = weight_norms(load(job.path))
@@ -139,7 +140,7 @@ def _figure(plan: Plan) -> str:
 
 
 def listing(plan: Plan) -> str:
-    """Return the runs, how far they are, and the time that the rest would take on this machine."""
+    """Return a line for each run: its progress, and an estimate of its remaining time here."""
     speeds: dict[tuple[str, str], Speed] = {}
     per_epoch = plan.images.train // plan.used.batch_size
     lines, total = [], 0.0
@@ -168,7 +169,7 @@ def listing(plan: Plan) -> str:
 def _passes(plan: Plan, cells: list[Cell]) -> list[tuple[str, int]]:
     """Return the attacks to run, and on how many images, to measure these cells.
 
-    PGD with fewer steps comes along with the longest at the same eps.
+    At one eps, the pass of PGD with the most steps also gives the errors after fewer steps.
     """
     longest: dict[tuple[object, ...], str] = {}
     for cell in cells:

@@ -1,10 +1,11 @@
-"""Damaged and hostile files for everything that reads outside data: `python tests/fuzz.py --help`.
+"""Damaged and hostile files for all code that reads outside data: `python tests/fuzz.py --help`.
 
 Every input is a damaged copy of a valid file, put where a user would have it, and the command or
-function that reads it is called in a forked process with limits. It must end in acceptance or in
-one line of complaint: no traceback, no signal, no hang, no more than 2 GB beyond what Python and
-torch take, nothing written outside of the run's folder or the cache, no code of the input's
-executed, no network. `fuzz_targets.py` has what is read, `fuzz_mutations.py` the damage.
+function that reads it is called in a forked process with limits. It must accept
+the file, or refuse it with a message of one line: no traceback, no signal, no hang, no more than
+2 GB beyond what Python and torch take, nothing written outside of the run's folder or the cache,
+no code of the file executed, no network. `fuzz_targets.py` has the kinds of files and their
+readers, `fuzz_mutations.py` the damage.
 """
 
 import argparse
@@ -42,12 +43,12 @@ BATCH = 100
 
 
 class Escaped(BaseException):
-    """The input made fastiat do what no input may."""
+    """An input made fastiat do something that `_Guard` forbids."""
 
 
 @dataclass
 class Tally:
-    """What the inputs of one target came to."""
+    """The outcomes of the inputs of one target."""
 
     name: str
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -68,7 +69,7 @@ HEAD = "target            inputs  refused  accepted  failed  slowest/s  peak/MiB
 
 
 def fuzz(inputs: int, seed: int, names: tuple[str, ...] = ()) -> list[Tally]:
-    """Give `inputs` inputs to the targets, by their weights, and return what came of them."""
+    """Give `inputs` inputs to the targets, by their weights, and return a tally for each."""
     chosen = [target for target in TARGETS if not names or target.name in names]
     weights = sum(target.weight for target in chosen)
     tallies = []
@@ -82,7 +83,7 @@ def fuzz(inputs: int, seed: int, names: tuple[str, ...] = ()) -> list[Tally]:
 
 
 def again(seed: int, name: str, number: int, keep: Path | None) -> Tally:
-    """Give one input again, with the traceback of what it raises."""
+    """Run one input again, and print the traceback of its exception."""
     (target,) = (target for target in TARGETS if target.name == name)
     with _world(decode=True) as (world, place):
         if keep:
@@ -171,7 +172,7 @@ def _failure(seed: int, target: Target, number: int, why: str) -> str:
 def _fork(
     world: World, place: Path, target: Target, seed: int, numbers: list[int], show: bool
 ) -> tuple[int, int]:
-    """Start a process that takes these inputs and writes an answer for each into a pipe."""
+    """Fork a process that runs these inputs and writes an answer for each into a pipe."""
     sys.stdout.flush()
     reader, writer = os.pipe()
     process = os.fork()
@@ -285,7 +286,7 @@ def _of_memory(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _captured() -> Iterator[tuple[tuple[io.StringIO, io.StringIO], list[Exception]]]:
-    """Keep what is printed and logged, and what the command line explains."""
+    """Capture printed and logged text, and the errors that the command line turns into messages."""
     out, err, raised = io.StringIO(), io.StringIO(), []
     explain, handler = cli.explain, logging.StreamHandler(err)
 
@@ -305,7 +306,7 @@ def _captured() -> Iterator[tuple[tuple[io.StringIO, io.StringIO], list[Exceptio
 
 
 class _Guard:
-    """Within the block, refuse and note what no input may make fastiat do."""
+    """Within the block, refuse and record actions that no input may cause."""
 
     FORBIDDEN = (
         *("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn"),
@@ -346,14 +347,14 @@ class _Guard:
 
 
 def main() -> int:
-    """Run the command line; 1 where an input failed."""
+    """Run the command line; return 1 if an input failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--inputs", type=int, default=10_000, help="in all (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of all inputs (default: 0)")
+    parser.add_argument("--inputs", type=int, default=10_000, help="how many (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all inputs (default: 0)")
     parser.add_argument(
         "--targets", nargs="+", default=(), choices=[target.name for target in TARGETS]
     )
-    parser.add_argument("--again", nargs=2, metavar=("TARGET", "N"), help="one input of a seed")
+    parser.add_argument("--again", nargs=2, metavar=("TARGET", "N"), help="run input N again")
     parser.add_argument("--keep", type=Path, help="with --again: write the input there")
     given = parser.parse_args()
     if given.again:

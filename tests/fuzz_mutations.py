@@ -1,6 +1,6 @@
 """Damage to valid files: of any bytes, of JSON, of zip archives, of safetensors.
 
-Every function takes a `random.Random`, from which the same damage comes again.
+Every function draws from a `random.Random`: the same state gives the same damage.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ def _splice(random: Random, content: bytearray, seeds: Sequence[bytes]) -> bytea
 
 
 def _number(random: Random, content: bytearray, _: Any) -> bytearray:
-    """Overwrite what may be a number of 1 to 8 bytes."""
+    """Overwrite 1 to 8 bytes, which may be a number, with an extreme number."""
     size = random.choice((1, 2, 4, 4, 8))
     value = random.choice(EXTREMES) % 256**size
     at = _place(random, content)
@@ -119,7 +119,7 @@ def of_json(random: Random, seeds: Sequence[bytes]) -> bytes:
 
 
 def as_json(random: Random, value: Any) -> str:
-    """Write damaged JSON, now and then as only a hostile writer would."""
+    """Format a value as JSON, sometimes with hostile nesting, double keys or long numbers."""
     text = json.dumps(value, ensure_ascii=random.random() < 0.5)
     kind = random.random()
     if kind < 0.04:
@@ -199,12 +199,12 @@ def of_zip(random: Random, seeds: Sequence[bytes]) -> bytes:
 
 
 def zip_of(members: Sequence[tuple[str, bytes]], bomb_at: int = -1, bomb: int = 0) -> bytes:
-    """Return an archive of these members, stored, `bomb` zeros deflated instead of one of them."""
+    """Return an uncompressed archive; `bomb` compressed zeros replace the member `bomb_at`."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for number, (name, content) in enumerate(members):
             if number != bomb_at:
-                # By hand, as names twice would warn.
+                # zipfile would warn about a name that it has written before.
                 info = zipfile.ZipInfo(name[:65_000])
                 archive.NameToInfo.pop(info.filename, None)
                 archive.writestr(info, content)
@@ -221,7 +221,7 @@ def zip_of(members: Sequence[tuple[str, bytes]], bomb_at: int = -1, bomb: int = 
 
 
 def zeros(count: int) -> bytes:
-    """Return a raw deflate stream of about `count` zero bytes, a thousandth of their size."""
+    """Return a raw deflate stream of about `count` zero bytes; it is a thousandth as long."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
     return block * (count // 2**20) + packer.flush(zlib.Z_FINISH)
@@ -272,7 +272,7 @@ def _of_header(random: Random, header: dict[str, Any]) -> None:
 
 
 def sealed(content: bytes) -> bytes:
-    """Return a damaged checkpoint with its checksum made right, as far as it has one."""
+    """Return a damaged checkpoint with a right checksum, if its header can still be read."""
     size = int.from_bytes(content[:8], "little")
     try:
         header = json.loads(content[8 : 8 + size])

@@ -1,4 +1,4 @@
-"""What of fastiat reads outside data: valid files, how they are damaged, and who reads them.
+"""The outside files that fastiat reads: valid examples, their damage, and their readers.
 
 A new target is an entry of `TARGETS`: which of the world's folders it needs, a function that makes
 an input, and one that puts it in its place and reads it as a user would.
@@ -36,8 +36,7 @@ from fastiat.images import beton, beton_writer
 from fastiat.images.ffcv import installed
 from fastiat.measuring import verdicts
 from fastiat.measuring.norms import NORMS, read_norms
-from fastiat.paper import compare as tables
-from fastiat.paper import published as paper
+from fastiat.paper import compare, published
 from fastiat.runs import results
 from fastiat.runs.directory import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
 from fastiat.system.errors import InputError
@@ -55,7 +54,7 @@ QUICK = ("--limit", "10", "--attacks", "none", "pgd-1", "--device", "cpu")
 class World:
     """The valid files, under `folder`: runs, image trees, data sets.
 
-    `decode` is whether JPEGs in .beton files are decoded, by FFCV, which takes long to import.
+    `decode`: whether FFCV, which takes long to import, decodes the JPEGs in .beton files.
     """
 
     def __init__(self, folder: Path, decode: bool) -> None:
@@ -80,7 +79,7 @@ class World:
         self.seeds["table3.json"] = [(finished.parent / "table3.json").read_bytes()]
         for folder_of, name in (("images", "digits.npz"), ("paper", "tables.csv")):
             self.seeds[name] = [(Path(fastiat.__file__).parent / folder_of / name).read_bytes()]
-        # What starts a program or takes long is done once.
+        # The first report starts programs and takes long; here, the guard is not active yet.
         command("report", other)
         self.betons = [beton_of(folder / f"{kind}.beton", kind) for kind in ("raw", "jpeg")]
         self._images(folder / "images")
@@ -143,10 +142,10 @@ def _diagnosis(run: Path) -> None:
 
 def _table(place: Path) -> None:
     lines = [
-        tables.line(cell, [{"errors": 3, "n": 10} if cell.row == "pgd7" else None])
-        for cell in paper.table("table3").cells
+        compare.line(cell, [{"errors": 3, "n": 10} if cell.row == "pgd7" else None])
+        for cell in published.table("table3").cells
     ]
-    table = tables.Comparison("table3", "Table 3", "Scaled.", "fastiat reproduce", tuple(lines))
+    table = compare.Comparison("table3", "Table 3", "Scaled.", "fastiat reproduce", tuple(lines))
     table.write(place)
 
 
@@ -209,9 +208,9 @@ def tree(place: Path) -> None:
 
 
 def png_bomb(random: Random) -> bytes:
-    """Return a PNG that is small and unpacks to much, pixels or text."""
+    """Return a small PNG whose pixels or text unpack to many bytes."""
     side, kind = random.choice((4_096, 9_000, 20_000, 65_535, 2**31 - 1)), random.random()
-    # Of the two that Pillow lets pass, all the pixels there may be.
+    # Pillow accepts the two smallest sides, so these get the bytes of all their pixels.
     packed = zlib_of_zeros(4 * 9_001 * 9_000 if side <= 9_000 else 2**20)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, random.choice((0, 2, 6)), 0, 0, 0))]
     if kind < 0.3:
@@ -235,7 +234,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def _sealed(content: bytes) -> bytes:
-    """Return a PNG with its chunks' checksums made right, as far as it has chunks."""
+    """Return a PNG with right checksums in all chunks that can still be read."""
     at, out = 8, content[:8]
     while at + 12 <= len(content):
         size = int.from_bytes(content[at : at + 4], "big")
@@ -247,7 +246,7 @@ def _sealed(content: bytes) -> bytes:
 
 
 def make_image(random: Random, world: World) -> bytes:
-    """Damage an image; its first byte says under which extension."""
+    """Damage an image; the first byte is the index of its extension."""
     extension = random.choice(list(world.images))
     content = damage.of_bytes(random, world.images[extension])
     if extension == ".png" and random.random() < 0.5:
@@ -285,11 +284,11 @@ def command(*argv: object) -> None:
 
 
 class Refused(InputError):
-    """The command line said why."""
+    """The command line refused the input and has printed the reason."""
 
 
 def in_run(name: str, *uses: Callable[[Path], None]) -> Callable[[Path, bytes, Random], None]:
-    """Return a function that puts a file into a run and does one of `uses` with that."""
+    """Return a function that puts a file into a run and calls one of `uses` on the run."""
 
     def use(place: Path, content: bytes, random: Random) -> None:
         use = random.choice(uses)
@@ -336,14 +335,14 @@ def norms(run: Path) -> None:
 
 
 def read_json(run: Path) -> None:
-    """Read all that a report reads, which takes a second to draw."""
+    """Read all files that a report reads, without the second that drawing takes."""
     opened = Run.open(run)
     list(opened.rows())
     results.read_results(run)
     read_norms(run)
     verdicts.read_diagnosis(run)
     for file in run.parent.glob("table*.json"):
-        tables.read(file)
+        compare.read(file)
 
 
 def report(run: Path) -> None:
@@ -365,7 +364,7 @@ def report(run: Path) -> None:
 def make_state(random: Random, world: World) -> bytes:
     """Damage a checkpoint: any of its bytes, its header, or values under a right checksum.
 
-    The first byte says of which run it is.
+    The first byte is the index of its run in `RUNS`.
     """
     at = random.randrange(len(RUNS))
     return bytes([at]) + _damaged_state(random, world.seeds[STATE][at])
@@ -374,7 +373,7 @@ def make_state(random: Random, world: World) -> bytes:
 def _damaged_state(random: Random, whole: bytes) -> bytes:
     if random.random() < 0.45:
         content = damage.of_safetensors(random, [whole])
-        # With a right checksum, more of the damage reaches what reads the values.
+        # With a right checksum, more of the damage reaches the code that reads the values.
         return damage.sealed(content) if random.random() < 0.7 else content
     if random.random() < 0.03:
         return pickle.dumps(Call(os.system, "touch canary"))
@@ -431,7 +430,7 @@ def make_data(random: Random, world: World) -> bytes:
 
 
 def use_data(place: Path, content: bytes, random: Random) -> None:
-    """Load a data set of which this file is one; the others are as their checksums say."""
+    """Load a data set with this file in it; its other files match their checksums."""
     written, _, content = content.partition(b"\n")
     name = written.decode()
     kind = next(kind for key, kind in DATA_SETS.items() if key in name)
@@ -452,7 +451,7 @@ def use_data(place: Path, content: bytes, random: Random) -> None:
         _reading_checked(kind == "cifar10" and content == whole),
     ):
         data.load(kind, place, progress=False)
-    # Only what has no checksum may differ.
+    # Only Fashion-MNIST's files have no checksum once they are unpacked.
     assert content == whole or kind == "fashion-mnist", "a wrong checksum is accepted"
 
 
@@ -479,7 +478,7 @@ def beton_of(file: Path, kind: str) -> tuple[bytes, bytes]:
 def make_beton(random: Random, world: World) -> bytes:
     """Damage a .beton: the fields of its head, its card, its table, its images or any bytes.
 
-    The first byte says whether its images may be decoded, the next four how long the head is.
+    The first byte is 1 if its images may be decoded, the next four are the length of the head.
     """
     head, tail = random.choice(world.betons)
     kind, card = random.random(), tail.rindex(b'{"name"')
@@ -513,7 +512,7 @@ def beton_input(world: World, head: bytes, tail: bytes) -> bytes:
 
 
 def _with_number(random: Random, content: bytes, places: Sequence[int]) -> bytes:
-    """Overwrite 1 to 8 bytes at one of these places by an extreme number, or one that is near."""
+    """Overwrite 1 to 8 bytes at one of these places with an extreme number, or a near one."""
     at, size = random.choice(places), random.choice((1, 2, 4, 8))
     old = int.from_bytes(content[at : at + size], "little")
     value = random.choice((*damage.EXTREMES, old + 1, old - 1, 2 * old, 2**21, 2**24))
@@ -539,35 +538,35 @@ def use_beton(place: Path, content: bytes, random: Random) -> None:
 
 @contextmanager
 def _reading_checked(pickled: bool) -> Any:
-    """Let torchvision unpickle what has its checksum, and nothing else."""
+    """Allow torchvision to unpickle, if `pickled`: then all files match their checksums."""
     loads = pickle.load
     if not pickled:
         yield
         return
-    # In Python, which has no audit event for what it finds.
+    # The unpickler in Python raises no audit event, which the guard would refuse.
     with mock.patch("pickle.load", lambda file, **how: pickle._Unpickler(file, **how).load()):
         yield
     assert pickle.load is loads
 
 
 def use_packaged(name: str) -> Callable[[Path, bytes, Random], None]:
-    """Return a function that reads a file as if it were the package's own."""
+    """Return a function that reads a file in place of the file in the package."""
 
     def use(place: Path, content: bytes, random: Random) -> None:
         (place / name).write_bytes(content)
-        paper._cells.cache_clear()
-        paper.table.cache_clear()
+        published._cells.cache_clear()
+        published.table.cache_clear()
         with mock.patch("importlib.resources.files", lambda _: place):
             try:
                 if name == "digits.npz":
                     data.load("digits")
                 else:
                     for number in range(1, 8):
-                        table = paper.table(f"table{number}")
+                        table = published.table(f"table{number}")
                         assert all(cell.measure for cell in table.cells) and table.rows
             finally:
-                paper._cells.cache_clear()
-                paper.table.cache_clear()
+                published._cells.cache_clear()
+                published.table.cache_clear()
 
     return use
 
@@ -580,11 +579,11 @@ class Target:
     weight: int
     """Its share of the inputs."""
     needs: str
-    """Which folder of the world lies around the file."""
+    """The folder of the world that the file is put into."""
     make: Callable[[Random, World], bytes]
     """Make an input."""
     use: Callable[[Path, bytes, Random], None]
-    """Put it into its place and read it; raise `InputError` where it is refused."""
+    """Put the input into its place and read it; raise `InputError` if it is refused."""
     valid: Callable[[World], bytes]
     """Return an input that is not damaged, which must be accepted."""
 

@@ -1,4 +1,4 @@
-"""The lower bounds of pyproject.toml, for `make test-oldest`: pins for pip, and whether they hold.
+"""The lower bounds of pyproject.toml, for `make test-oldest`: pins for pip, and their check.
 
 `python tests/oldest.py` prints every dependency at exactly its lower bound, a constraints file;
 `python tests/oldest.py --check` raises unless this environment has those versions.
@@ -21,18 +21,18 @@ def requirements() -> Iterator[tuple[str, str, str, str | None]]:
     project = tomllib.loads(PROJECT.read_text())["project"]
     for written in (project["dependencies"], *project["optional-dependencies"].values()):
         for text in written:
-            if text.startswith("fastiat["):  # extras of our own
+            if text.startswith("fastiat["):  # extras of fastiat itself
                 continue
             found = REQUIREMENT.fullmatch(text)
             if found is None:
-                raise ValueError(f"{text!r} is no name with one lower bound")
+                raise ValueError(f"{text!r} is not a name with one lower bound")
             name, operator, version, marker = found.groups()
             yield name, operator, version, marker
 
 
 def check() -> None:
     """Raise unless every dependency that applies here is installed and at its lower bound."""
-    # pytest brings it; the pins are printed before anything is installed.
+    # Imported here: pytest installs packaging, but the pins are printed before any installation.
     from packaging.markers import Marker
 
     names = []
@@ -44,7 +44,7 @@ def check() -> None:
         public = version.split("+")[0]
         # 2.0 stands for 2.0.0.
         assert re.fullmatch(rf"{wanted}(\.0)*", public), f"{name} {version} is not {wanted}"
-    # What is imported is what is installed; torch adds the CUDA that it was built for.
+    # The imported module must be the installed one; torch appends its CUDA version.
     for name in ("numpy", "torch"):
         imported = str(importlib.import_module(name).__version__).split("+")[0]
         assert imported == importlib.metadata.version(name).split("+")[0], f"{name} is {imported}"

@@ -188,7 +188,7 @@ def test_first_results_go_on_after_a_session_and_leave_what_is_to_be_kept(tmp_pa
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()[-1]
 
-    assert "speed is not finished; the same command goes on" in session("--session", 0)
+    assert "speed is not finished; run the same command to continue" in session("--session", 0)
     assert "all done" in session("--epochs", 1)
     report = json.loads((kept / "gpu_results.json").read_text())
     (tried,) = report["speed"]

@@ -1,16 +1,16 @@
-"""Kills trainings with SIGKILL, at random moments and within writes, and checks what is left.
+"""Kill trainings with SIGKILL, at random moments and within writes, and check the files left.
 
     python tests/torture.py --kills 100 [--seed N]     make torture KILLS=100
 
-A training is killed several times, resumed every time, and at the end compared with one that ran
-undisturbed: weights, checkpoint with its generators, and rows of metrics.jsonl but for times. A
-kill is one of three kinds:
+A training is killed several times, resumed every time, and at the end compared with a training
+that was never killed: weights, checkpoint with its generators, and rows of metrics.jsonl except
+times. There are three kinds of kills:
 
 - "command": `python -m fastiat train` as a process of its own, at a random moment, its imports
   included;
 - "moment": the same in a fork of this process, which has imported everything, at a random moment;
-- "write": in such a fork, by itself, at a random one of the calls that write a file: in the middle
-  of its bytes, or before or after they are flushed, linked or renamed.
+- "write": such a fork kills itself in one of its calls that write a file, drawn at random: after
+  half of the bytes, or before or after the file is flushed, linked or renamed.
 
 This process only waits, forks and compares: threads of torch would not survive a fork.
 """
@@ -39,10 +39,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-# What a training imports as it goes is imported once, here.
+# A training imports these modules when it needs them; the forks have them from here.
 import fastiat.evaluate  # noqa: E402, F401
 from fastiat import cli  # noqa: E402
-from fastiat.runs import directory as run  # noqa: E402
+from fastiat.runs import directory  # noqa: E402
 from fastiat.runs.directory import CONFIG, LOG, METRICS, MODEL, PREVIOUS, STATE, Run  # noqa: E402
 from fastiat.runs.weights import read_state  # noqa: E402
 from fastiat.system import files  # noqa: E402
@@ -76,25 +76,25 @@ TIMES = {"seconds", "images_per_second"}
 
 @dataclass
 class Figures:
-    """What a torture found; the last four must be zero, empty or false."""
+    """The counts of all kills; the last four fields must be zero or empty."""
 
     kills: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     places: Counter[str] = field(default_factory=Counter)
-    """Where the kills fell, as the run directory shows."""
+    """What the killed processes were doing, as the run directory shows (`place`)."""
     resumes: int = 0
     runs: int = 0
-    """Trainings finished and compared with undisturbed ones."""
+    """Trainings that were finished and compared with uninterrupted ones."""
     repeats: int = 0
-    """Undisturbed trainings that were run twice, in two processes, and compared."""
+    """Uninterrupted trainings that were run twice, in two processes, and compared."""
     seconds: float = 0.0
     unreadable: int = 0
     """Checkpoints that did not load after a kill."""
     lost: int = 0
     doubled: int = 0
-    """Rows of metrics.jsonl."""
+    """Rows of metrics.jsonl that are missing, or there twice, after the last resume."""
     failures: list[str] = field(default_factory=list)
-    """Everything else that is not as it must be."""
+    """Messages about these and all other differences and errors."""
 
     @property
     def good(self) -> bool:
@@ -129,7 +129,7 @@ def die() -> None:
 
 
 def dying_in_a_write(call: int) -> Callable[[], None]:
-    """Return what makes a process kill itself in the `call`-th of its calls that write files."""
+    """Return a function after which a process kills itself in its `call`-th call that writes."""
     calls = iter(range(1, sys.maxsize))
 
     def counted(function: Any, before: bool) -> Any:
@@ -160,7 +160,7 @@ def dying_in_a_write(call: int) -> Callable[[], None]:
         return opened
 
     def prepare() -> None:
-        run.open = files.open = opening  # type: ignore[attr-defined]
+        directory.open = files.open = opening  # type: ignore[attr-defined]
         for name in ("fsync", "replace", "link"):
             setattr(os, name, counted(getattr(os, name), before=call % 2 == 0))
 
@@ -189,7 +189,7 @@ def times(out: Path) -> list[int]:
 
 
 def place(out: Path, before: list[int]) -> str:
-    """Say what a killed process was doing, by what it left, and by `times` before it started."""
+    """Return what a killed process was doing, by its files and by `times` before it started."""
     if times(out) == before:
         return "importing or reading data"
     if not (out / CONFIG).exists():
@@ -210,7 +210,7 @@ def read(file: Path) -> str:
 
 
 def rows_of(out: Path) -> list[str]:
-    """Return the rows of metrics.jsonl without times; a last line that was cut is left out."""
+    """Return the rows of metrics.jsonl without times; an unfinished last line is left out."""
     if not (out / METRICS).exists():
         return []
     lines = (out / METRICS).read_text().split("\n")[:-1]
@@ -230,7 +230,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def compare(found: Figures, name: str, whole: Path, other: Path) -> None:
-    """Count what differs between a run that was never disturbed and another."""
+    """Count the differences between a run that was never killed and another."""
     rows, others = Counter(rows_of(whole)), Counter(rows_of(other))
     found.lost += (rows - others).total()
     found.doubled += (others - rows).total()
@@ -245,7 +245,7 @@ def compare(found: Figures, name: str, whole: Path, other: Path) -> None:
 
 
 def check_left(found: Figures, out: Path) -> None:
-    """Read everything that a kill has left."""
+    """Read all files that a kill has left, and record those that cannot be read."""
     if not (out / CONFIG).exists():
         return
     try:
@@ -264,7 +264,7 @@ def check_left(found: Figures, out: Path) -> None:
 
 
 def torture(kills: int, seed: int, folder: Path, scenarios: int = len(SCENARIOS)) -> Figures:
-    """Kill trainings of the first scenarios in `folder` this many times; return what was found."""
+    """Kill trainings of the first scenarios in `folder` this many times; return the counts."""
     found, draw, begun = Figures(), random.Random(seed), time.monotonic()
     whole: dict[str, tuple[Path, float]] = {}
     number = 0
@@ -304,6 +304,7 @@ def _kill_one_training(
     draw: random.Random,
     kills: int,
 ) -> None:
+    """Kill and resume one training up to `KILLS_OF_A_RUN` times, let it end, compare it."""
     log, last = out.with_suffix(".log"), min(found.kills + KILLS_OF_A_RUN, kills)
     while True:
         argv = [*_flags(name), "--out", str(out)]
@@ -325,7 +326,7 @@ def _kill_one_training(
                 process.kill()
                 status = process.wait()
         elif kind == "write":
-            # The early calls make the run; late ones are not reached by every training.
+            # The first calls create the run; not every training makes as many as 120.
             status = wait(fork(argv, log, dying_in_a_write(int(draw.triangular(1, 120, 1)))))
         else:
             child = fork(argv, log)
@@ -348,19 +349,19 @@ def _kill_one_training(
 
 
 START_UP = 4.0
-"""Seconds within which a command has imported all that it needs, or so."""
+"""About the seconds that a command takes for its imports."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, help="of the moments (default: drawn, and printed)")
-    parser.add_argument("--scenarios", type=int, default=len(SCENARIOS), help="how many of them")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (default: 100)")
+    parser.add_argument("--seed", type=int, help="seed of the kills (default: random, printed)")
+    parser.add_argument("--scenarios", type=int, default=len(SCENARIOS), help="how many to use")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     arguments = parser.parse_args()
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
     torch.set_num_threads(1)
-    # Its first event imports what is in tensorboard.
+    # This imports tensorboard here, once, instead of in every fork.
     Events(lambda *_: None, 0)
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     found = torture(arguments.kills, seed, folder, arguments.scenarios)

@@ -1,4 +1,4 @@
-"""The parts of `bench/gpu/run.py`: what each measures, written to its JSON as it is measured."""
+"""The parts of `bench/gpu/run.py`; each writes its JSON file after every measurement."""
 
 import gc
 import importlib.util
@@ -29,7 +29,7 @@ ENGINES = ("eager", "compile", "graph") if ON_GPU else ("eager", "compile")
 KINDS = {
     "attack, mixing, standardisation": r"pgd|standardi|_mix|mixed|crop|random_start",
     "BN and what is fused to it": r"norm|bn_|welford",
-    # Inductor names its kernels by all that it fused, convolutions that went before included.
+    # Inductor names a kernel after all ops that it fused, including convolutions before them.
     "other fused": r"^triton_",
     "convolution": r"conv|cudnn|xmma|implicit|gemm|cutlass|wgrad|dgrad|fprop|nvjet|sm90_|sm80_",
 }
@@ -65,7 +65,7 @@ class Part:
         os.replace(beside, self.file)
 
     def attempt(self, what: str, measure: Callable[[], None]) -> None:
-        """Call `measure`; an error becomes a row, so that the next measurement is made."""
+        """Call `measure`; record an error as a row, so that the next measurements still run."""
         if self.left < 0:
             self.add({"what": what, "error": "no time left"})
             return
@@ -125,7 +125,7 @@ def _tests(part: Part) -> None:
         command += ["-m", "not gpu", str(file), "-k", "random_starts"]
     log = part.file.with_suffix(".log")
     with log.open("w") as file:
-        # To a file: the output of a killed process in a pipe would be lost.
+        # The output goes to a file, because a pipe would lose that of a killed process.
         child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             status = child.wait(timeout=max(part.left, 1))
@@ -365,5 +365,6 @@ def _profile_step(part: Part, network: str, engine: str, batch: int) -> None:
 
 
 def _kind(name: str) -> str:
+    """Return the kind of a kernel: the first of `KINDS` whose pattern matches its name."""
     low = name.lower()
     return next((kind for kind, words in KINDS.items() if re.search(words, low)), "other")

@@ -5,8 +5,8 @@
 Runs the GPU tests, then measures the peak rates of the device, attack and training step of both
 networks under every engine, the kernels, and a profile. It needs PyTorch 2.11 or newer and a few
 packages, but no network and no installation. Every part is a process with its own time limit and
-writes PART.json as it goes, so that a crash or a kill loses nothing; `summary.md` is written again
-after each part.
+writes PART.json as it goes, so that a crash or a kill loses no finished measurement; `summary.md`
+is written again after each part.
 
 `--device cpu --tiny` rehearses everything in less than a minute; its figures mean nothing.
 """
@@ -37,7 +37,7 @@ PARTS = {
     "kernels": 75,
     "profile": 50,
 }
-"""Parts in order of value, with the seconds of nine minutes that each may take."""
+"""Parts, the most important first, with the seconds that each may take of nine minutes."""
 PACKAGES = {
     "torch": "torch",
     "numpy": "numpy",
@@ -83,7 +83,7 @@ def main() -> int:
         while todo:
             part = todo.pop(0)
             if part == "tests":
-                # Nothing is timed while the tests run, so the compiler's cache is filled meanwhile.
+                # Nothing is timed while the tests run, so this fills the compiler's cache.
                 warmers = _warmers(arguments, out, todo)
             later = sum(PARTS[name] for name in todo) * scale
             seconds = max(deadline - time.monotonic() - later, PARTS[part] * scale)
@@ -107,7 +107,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, batches and times")
-    parser.add_argument("--backend", default="inductor", help="what torch.compile compiles with")
+    parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
     # The flags with which this script starts its parts.
     parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)

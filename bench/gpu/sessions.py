@@ -2,10 +2,10 @@
 
     python bench/gpu/sessions.py --data-dir DIR --out DIR [--session 9] [--epochs 20]
 
-DIR is an image tree; for the paper's table it is that of CIFAR-10. It runs in this order what is
-still missing:
+DIR is an image tree; for the paper's table it is that of CIFAR-10. It runs those of these
+stages that are not finished, in this order:
 
-- speed: `--preset modern` with few epochs, more with every try, until PGD-50 with 10 restarts at
+- speed: `--preset modern`, with more epochs in every try, until PGD-50 with 10 restarts at
   eps 8/255 has an error of 54 % or less (Wong et al. 2020, "Fast is better than free"). The time
   is that of the whole process, with compiling;
 - table3: `fastiat reproduce table3`, the paper's recipe with the schedule scaled to `--epochs`;
@@ -77,7 +77,7 @@ class Session:
             run = self.out / f"speed-{epochs}"
             tried = next((t for t in self.found["speed"] if t["epochs"] == epochs), None)
             if tried is None:
-                # The time of a whole training counts, so one that was cut short starts again.
+                # A whole training is timed, so a training that was cut short starts anew.
                 shutil.rmtree(run, ignore_errors=True)
                 flags = ["--preset", "modern", "--epochs", str(epochs), *tiny]
                 flags += ["--holdout", "0", "--patience", "0", "--dataset", "folder", *self.data]
@@ -142,7 +142,7 @@ class Session:
         runs = [file.parent for file in (self.out / "table3").glob("*/" + CONFIG)]
         attacked = sorted(run for run in runs if any(name in run.name for name in ATTACKED))
         if len(attacked) < len(ATTACKED):
-            raise SystemExit("gpu/sessions.py: the rows of Table 3 come first: --stages table3")
+            raise SystemExit("gpu/sessions.py: Table 3 is not trained: run --stages table3 first")
         return attacked[:1] if self.tiny else attacked
 
     def keep(self) -> None:
@@ -161,7 +161,7 @@ def main() -> int:
     """Run one session; return 0 unless something failed."""
     arguments = _arguments()
     if not Path(arguments.data_dir).is_dir():
-        print(f"gpu/sessions.py: {arguments.data_dir} is no folder", file=sys.stderr)
+        print(f"gpu/sessions.py: {arguments.data_dir} is not a folder", file=sys.stderr)
         return 2
     session = Session(arguments)
     session.out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def main() -> int:
     finally:
         session.keep()
     if left:
-        print(f"gpu/sessions.py: {left} is not finished; the same command goes on")
+        print(f"gpu/sessions.py: {left} is not finished; run the same command to continue")
     else:
         print(f"gpu/sessions.py: all done: {session.report}")
     return 0

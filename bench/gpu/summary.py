@@ -17,9 +17,9 @@ EPOCH_SECONDS = {
 }
 OVER_PLAIN, GRAPH_OVER_EAGER, OF_COPY = 6.7, 2.0, 0.85
 LARGE = 4096
-"""Batch at which kernels are held against a copy."""
+"""Batch size at which kernels are compared with a copy."""
 UNBOUNDED = ("mixed_cross_entropy",)
-"""Kernels that move too little at any batch for the bandwidth to matter."""
+"""Kernels that move so few bytes at any batch size that the bandwidth does not limit them."""
 
 
 def summary(out: Path) -> str:
@@ -82,7 +82,7 @@ def _ending(name: str, part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what issue and design ask for beside what was measured; None where nothing was."""
+    """Return a row for each goal: its value, the measurement or None, and whether it is met."""
     steps = {
         (row["network"], row["batch"], row["engine"], row["method"]): row
         for row in rows

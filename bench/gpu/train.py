@@ -83,7 +83,7 @@ def main() -> int:
     )
     write_report(report, found)
     if status == 128 + signal.SIGTERM:
-        print("gpu/train.py: the session is over; the same command goes on", flush=True)
+        print("gpu/train.py: the session is over; run the same command to continue", flush=True)
         return 0
     if status != 0:
         return 1
@@ -97,7 +97,7 @@ def main() -> int:
     found["measured"] = all(attack in found["errors"] for attack in ATTACKS)
     write_report(report, found)
     if not found["measured"]:
-        print("gpu/train.py: trained, but not measured in time; the same command does it")
+        print("gpu/train.py: trained, but not measured in time; run the same command again")
     return int(status not in (0, 128 + signal.SIGTERM, -signal.SIGTERM))
 
 
@@ -107,7 +107,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--data-dir", required=True, help="tree of train/CLASS/*, test/CLASS/*")
     parser.add_argument("--out", required=True, help="folder of the run and its report")
-    parser.add_argument("--minutes", type=float, default=25.0, help="time of all sessions")
+    parser.add_argument("--minutes", type=float, default=25.0, help="minutes of all sessions")
     parser.add_argument("--session", type=float, default=9.0, help="minutes of this session")
     parser.add_argument("--device", default="cuda")
     return parser.parse_known_args()
@@ -182,6 +182,7 @@ def run_fastiat(argv: list[str], seconds: float, begun: Path) -> int:
 
 
 def read_rows(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the rows of one kind ("epoch", "evaluation") of a run's metrics.jsonl."""
     file = run / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [row for row in rows if row["kind"] == kind]
@@ -199,6 +200,7 @@ def _step(run: Path) -> int | None:
 
 
 def write_report(file: Path, found: dict[str, Any]) -> None:
+    """Write JSON to a file beside `file` and rename it, so that a kill leaves a whole file."""
     beside = file.with_suffix(".part")
     beside.write_text(json.dumps(found, indent=1))
     os.replace(beside, file)

@@ -1,4 +1,4 @@
-"""The report's figures: which of the runs' results make which."""
+"""The figures of the report: which results each of them shows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Label:
 def label(runs: Sequence[Run]) -> dict[Path, Label]:
     """Name every run as its row in the paper's tables, in the colour of that row.
 
-    Where two different trainings are of one row, their names are the directories'.
+    If two different trainings belong to one row, their runs are named after their directories.
     """
     keys = {run.path: row_of(run.config.adv, run.config.mix) for run in runs}
     trainings = {run.path: _without_seed(run) for run in runs}
@@ -43,7 +43,7 @@ def label(runs: Sequence[Run]) -> dict[Path, Label]:
     labels = {}
     for number, run in enumerate(runs):
         path, key, directory = run.path, keys[run.path], run.path.name
-        if key is None:  # these colours follow the rows'
+        if key is None:  # colours after those of the rows
             labels[path] = Label(directory, number + len(TRAINED), directory, directory)
         elif of_row[key] > 1:
             labels[path] = Label(directory, number, directory, directory)
@@ -55,7 +55,7 @@ def label(runs: Sequence[Run]) -> dict[Path, Label]:
 
 
 def _without_seed(run: Run) -> str:
-    """Return what runs that differ in their seed alone share."""
+    """Return a key that is equal for runs that differ only in their seed or place."""
     return repr(replace(run.config, seed=0, out=None, data_dir=None, resume=False))
 
 
@@ -75,14 +75,14 @@ def _is_pgd(row: dict[str, Any]) -> bool:
 
 
 def _same_images(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two rows are of the same images: a draw depends on the seed, too."""
+    """Whether two rows measure the same images; which images are drawn depends on the seed."""
     names = ("dataset", "data", "split", "n")
     seeds = {one.get("seed"), other.get("seed")} - {None}
     return all(one.get(name) == other.get(name) for name in names) and len(seeds) < 2
 
 
 def _titled(label: Label, more: str) -> str:
-    """Name a line of a figure: its run, and in what its measurement differs from the others."""
+    """Return the legend of a line: its run, and how its measurement differs from the others."""
     return f"{label.name}, {more}" if more else label.name
 
 
@@ -93,7 +93,7 @@ def tradeoff(
     comparisons: Sequence[Comparison],
 ) -> list[Picture]:
     """Draw clean against robust error, under the strongest attack that most runs share."""
-    # A point for every measurement: the newest of a run replaces only the same one.
+    # One point for each measurement: a newer result replaces only the same measurement's.
     points: dict[tuple[Path, Measurement], tuple[dict[str, Any], dict[str, Any]]] = {}
     for run in runs:
         plain = list(filter(_is_plain, measured[run.path]))
@@ -165,10 +165,10 @@ def sweeps(
 def _best_curves(
     runs: Sequence[Run], measured: Measured, along: str
 ) -> tuple[Any, dict[tuple[Path, Measurement], dict[float, dict[str, Any]]]] | None:
-    """Return the attack (along "eps") or eps (along "steps") of most points, and its curves.
+    """Return the attack (along "eps") or eps (along "steps") with the most points, and its curves.
 
-    A curve, {x: result} in the order of x, has three points or more, of one run and of measurements
-    that differ in nothing else: what varies along the curve is None in its key.
+    A curve is {x: result} in the order of x, with three points or more. Its results are of one run
+    and differ in nothing but x: the settings that x stands for are None in the curve's key.
     """
     fixed, varying = ("attack", ["eps"]) if along == "eps" else ("eps", ["attack", "steps"])
     curves: dict[Any, dict[tuple[Path, Measurement], dict[float, dict[str, Any]]]] = {}

@@ -1,4 +1,4 @@
-"""Examples: images of a run's test set, the same attacked, and the difference."""
+"""Examples: test images of a run, the same images attacked, and the differences."""
 
 import base64
 import io
@@ -48,8 +48,8 @@ class Example:
 def examples(run: Run, load: Callable[..., data.Dataset] = data.load) -> list[Example]:
     """Attack one test image of each of a run's first 8 classes with PGD-20 at the run's eps.
 
-    Returns [] where there is no network yet, or where its images are not on this machine: nothing
-    is downloaded, as a stranger's config.json must not choose what is.
+    Returns [] if there is no model yet, or if its images are not on this machine. Nothing is
+    downloaded, because a config.json that somebody else wrote must not choose a download.
     """
     config = run.config
     if not (run.path / MODEL).exists() or not config.eps:

@@ -1,4 +1,4 @@
-"""The paper's Figure 1: the norms of every weight matrix, training beside training."""
+"""The paper's Figure 1: the norms of every weight matrix, with a bar for each training."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from fastiat.system.tables import csv_text, markdown
 
 KINDS = ("frobenius", "spectral")
 SPAN = colour_of(7)
-"""Of the lines on the bars: a colour that no training of the paper has."""
+"""Colour of the lines on the bars; no training of the paper has it."""
 PAPER = (
     "In the paper's Figure 1, adversarial training raises the Frobenius norm of all layers and the "
     "spectral norm of most, which the authors read as a more complex classifier"
@@ -56,7 +56,7 @@ def draw_norms(
     for kind in KINDS:
         norms = {title: over_seeds(runs, kind) for title, runs in trainings.items()}
         layers = list(next(iter(norms.values())))
-        # Every bar needs its width; a page scrolls sideways where that is too much.
+        # Every bar has the same least width; the page scrolls sideways to show a wide figure.
         width = max(figures.SIZE[0], 0.075 * len(layers) * (len(norms) + 2))
         title = f"{kind.capitalize()} norm of every weight matrix"
         with figures.style():
@@ -80,7 +80,7 @@ def draw_norms(
 
 
 def findings(trainings: Trainings) -> str:
-    """Say in how many weights adversarial training raised the norms, and IAT lowered them."""
+    """Return in how many weights adversarial training raised the norms, and IAT lowered them."""
     plain, adversarial = ROWS["baseline"].title, ROWS["pgd7"].title
     pairs = [(adversarial, plain)]
     pairs += [(adversarial, ROWS[key].title) for key in ("iat_mixup", "iat_manifold_mixup")]
@@ -118,5 +118,6 @@ def save(folder: Path, trainings: Trainings, colours: Mapping[str, int], caption
 
 
 def _cell(of: Spread) -> str:
+    """Format the mean, followed by the range over the seeds if they differ."""
     spread = "" if of.lowest == of.highest else f" ({of.lowest:.4g} to {of.highest:.4g})"
     return f"{of.mean:.4g}{spread}"

@@ -79,11 +79,11 @@ class Series:
     label: str
     points: Sequence[tuple[float, float]]
     colour: int = 0
-    """Which of c0 to c7, and which marker."""
+    """Index of the colour (c0 to c7) and of the marker, modulo 8."""
     spans: Sequence[tuple[float, float]] | None = None
     """The 95 % interval of every point, (low, high)."""
     paper: bool = False
-    """Whether it is the paper's: drawn dashed, with hollow markers."""
+    """Whether the series is the paper's: these are drawn dashed, with hollow markers."""
 
     @property
     def style(self) -> dict[str, Any]:
@@ -118,8 +118,8 @@ class Picture:
     def inline(self, prefix: str) -> str:
         """Return the SVG as an HTML element: in the page's colours, its ids unique by `prefix`.
 
-        matplotlib writes a file of its own: what only a file needs is removed, and the style, which
-        would apply to the whole page.
+        matplotlib writes the SVG for a separate file. The metadata and the XML namespaces are
+        removed, and so is the style, which would apply to the whole page.
         """
         text = self.svg[self.svg.index("<svg") :]
         text = re.sub(
@@ -139,15 +139,15 @@ class Picture:
 
 
 def draw(name: str, title: str, figure: Figure, *, png: bool = True) -> Picture:
-    """Render a figure that was made within `style()`; without `png` for a page alone.
+    """Render a figure that was made within `style()`, as SVG and, with `png`, as PNG.
 
-    The same figure makes the same bytes: the SVG has no date, and ids from a fixed salt.
+    The same figure gives the same bytes: the SVG has no date, and its ids have a fixed salt.
     """
     files = {"png": b""}
     for kind in ("png", "svg") if png else ("svg",):
         buffer = io.BytesIO()
         undated: dict[str, Any] = {"Date": None} if kind == "svg" else {}
-        # A name that comes from outside must not spoil the SVG's XML.
+        # Names of runs and classes may hold characters that are invalid in XML.
         for text in figure.findobj(Text):
             text.set_text(drawable(text.get_text()))
         with style():
@@ -159,7 +159,7 @@ def draw(name: str, title: str, figure: Figure, *, png: bool = True) -> Picture:
 def drawable(text: str) -> str:
     """Return a text as one line, with escapes such as \\u732b for characters that the font lacks.
 
-    matplotlib would warn of each of these, and draw a box.
+    For each of these characters matplotlib would warn and draw a box.
     """
     glyphs = _glyphs()
     return "".join(c if ord(c) in glyphs else ascii(c).strip("'") for c in printable(text))
@@ -173,14 +173,14 @@ def _glyphs() -> frozenset[int]:
 
 
 def style() -> Any:
-    """The context in which figures are made and rendered."""
+    """Return the context manager within which figures are made and rendered."""
     return rc_context(_RC)
 
 
 def panel(title: str, entries: int, width: float = SIZE[0]) -> tuple[Figure, Axes]:
     """Return a figure, `width` inches wide, with room for a legend of `entries` series; its axes.
 
-    To be called within `style()`.
+    Call it within `style()`.
     """
     height = SIZE[1] + 0.17 * ((entries + 1) // 2)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -268,7 +268,7 @@ PANELS = (
 def curves(epochs: Sequence[dict[str, Any]], title: str) -> tuple[Picture, list[Picture]]:
     """Draw losses, errors and learning rate over the epochs of a run.
 
-    Returns them side by side under a title, "curves", and each alone.
+    Returns the picture "curves", all panels side by side, and a picture of each panel.
     """
     rows = [
         row
@@ -295,7 +295,7 @@ def curves(epochs: Sequence[dict[str, Any]], title: str) -> tuple[Picture, list[
 def _curve(
     axis: Axes, rows: Sequence[dict[str, Any]], panel: tuple[str, str, dict[str, str]]
 ) -> None:
-    """Draw one of `PANELS` without the series that the run has not, such as an attack's."""
+    """Draw one of `PANELS`, without series that the run does not have, such as an attack's."""
     unit, title, series = panel
     attacked = any(row["adv_loss"] for row in rows)
     for number, (key, label) in enumerate(series.items()):

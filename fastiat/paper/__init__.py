@@ -1,1 +1,1 @@
-"""The paper's tables: as published, planned, and beside our results."""
+"""The paper's tables: as published, as planned trainings, and next to our results."""

@@ -1,6 +1,6 @@
-"""Our error rates beside the paper's: found among the runs' results, and written as a table.
+"""Our error rates next to the paper's: found in the results of runs, written as a table.
 
-A `Comparison` is kept as NAME.json, which the report reads, and shown as NAME.md and NAME.csv.
+A `Comparison` is stored as NAME.json, which the report reads, and as NAME.md and NAME.csv.
 """
 
 import json
@@ -32,7 +32,7 @@ class Line:
     measure: str
     paper: float
     ours: float | None = None
-    """None where it is not measured: the paper cites it from elsewhere, or it is left out."""
+    """None if it is not measured: the paper cites it from elsewhere, or it was left out."""
     low: float | None = None
     high: float | None = None
     """The 95 % interval of `ours`."""
@@ -53,7 +53,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of the paper beside ours."""
+    """A table of the paper with our results next to it."""
 
     name: str
     title: str
@@ -140,12 +140,13 @@ def find(
 
 
 def line(cell: Cell, found: Sequence[dict[str, Any] | None]) -> Line:
-    """Put the results of a cell, one for each seed, beside the paper's figure.
+    """Put the results of a cell, one for each seed, next to the paper's error rate.
 
-    The line has no figure of ours until all seeds are measured. The interval has two parts. The
-    choice of images: Wilson's (1927), of one seed's number of images, as all seeds see the same
-    ones. With several seeds, the spread of trainings: the mean's interval from Student's t. The
-    two are independent, so that their half-widths add in quadrature.
+    The line has no error rate of ours until all seeds are measured. Its interval has two parts.
+    The first is for the choice of images: Wilson's interval (1927) with the number of images of
+    one seed, because all seeds share the images. The second, with several seeds, is for the spread
+    of trainings: the interval of the mean by Student's t. The two are independent, so their
+    half-widths add in quadrature.
     """
     title, measured = ROWS[cell.row].title, [row for row in found if row is not None]
     seeds = len(measured)
@@ -163,7 +164,7 @@ def line(cell: Cell, found: Sequence[dict[str, Any] | None]) -> Line:
 
 
 def command_of(name: str, config: Any, default: Any) -> str:
-    """Return the command line whose settings are `config`, those of `default` left out."""
+    """Return the command line of `config`, without settings that equal those of `default`."""
     words = ["fastiat", name]
     for field in fields(config):
         value, flag = getattr(config, field.name), flag_of(field.name)
@@ -180,7 +181,7 @@ def command_of(name: str, config: Any, default: Any) -> str:
 
 
 def _word(value: Any) -> str:
-    """Write a value so that the command line reads the same one back."""
+    """Format a value so that the command line parses it to the same value."""
     if isinstance(value, float):
         levels = round(255 * value)
         return f"{levels}/255" if 0 < levels < 255 and value == levels / 255 else repr(value)

@@ -17,7 +17,7 @@ from fastiat.train import Trainer
 LONG_ENOUGH = 0.5
 """Seconds that a measurement must take to be trusted."""
 
-# Training and test images, size, channels: so that a dry run downloads nothing.
+# (training images, test images, size, channels), so that a dry run downloads nothing.
 _KNOWN = {
     "cifar10": (50_000, 10_000, 32, 3),
     "svhn": (73_257, 26_032, 32, 3),
@@ -27,7 +27,7 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Images:
-    """What a duration depends on in a data set."""
+    """The properties of a data set that durations depend on."""
 
     train: int
     """Training images."""
@@ -50,7 +50,7 @@ class Images:
 
 
 def images_of(name: str, data_dir: str | None) -> Images:
-    """Return what a data set holds. Only "digits", "folder" and .beton files are read for that.
+    """Return the sizes of a data set. Only "digits", "folder" and .beton files are read for it.
 
     Raises `InputError` as `fastiat.data.load` does.
     """
@@ -86,7 +86,7 @@ class Speed:
 
 
 def speed(config: TrainConfig, images: Images) -> Speed:
-    """Measure a kind of training on a batch, or on as few images of one as take long enough."""
+    """Time a kind of training on a batch, or on a part of it that takes `LONG_ENOUGH`."""
     n, update = min(4, config.batch_size), 0.0
     while True:
         trainer = Trainer(replace(config, batch_size=n, holdout=0), images.noise(n))

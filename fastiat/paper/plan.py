@@ -15,13 +15,13 @@ from fastiat.runs.results import read_results
 from fastiat.system.errors import Damaged, InputError
 from fastiat.system.settings import flag_of
 
-# A finished run may differ in these and still be the row: where it is, and what computed it.
+# A run may differ from the row in these settings: they say where it is and what computes it.
 FREE = {
     *("preset", "out", "data_dir", "resume", "eval_limit"),
     *("device", "engine", "precision", "loader", "checkpoint_every", "on_nan"),
 }
 
-# The paper says of Figure 1's networks: six layers of 512 units, Fashion-MNIST. The rest is ours.
+# The paper says of Figure 1's networks: six layers of 512 units, Fashion-MNIST. We chose the rest.
 FIGURE_ROWS: tuple[str, ...] = ("baseline", "pgd7", "iat_mixup", "iat_manifold_mixup")
 FIGURE = replace(
     paper(),
@@ -39,12 +39,12 @@ IMAGES = {"test": "test images", "train": "training images"}
 
 @dataclass(frozen=True)
 class Job:
-    """A row of the table with one seed: the run that it needs, and how far that is."""
+    """A row of the table with one seed: its run, and the progress of that run."""
 
     row: str
     config: TrainConfig
     step: int
-    """Updates that are done."""
+    """Number of finished updates."""
     finished: bool
     data: str | None = None
     """Fingerprint of the images that it was trained on, None before training has begun."""
@@ -56,14 +56,14 @@ class Job:
 
     @property
     def title(self) -> str:
-        """The row and the seed, for a line of text."""
+        """The row and the seed, as text."""
         return f"{ROWS[self.row].title}, seed {self.config.seed}"
 
 
 class Plan:
-    """The jobs of a table or of Figure 1, and what is still to be measured of them.
+    """The jobs of a table or of Figure 1, and their missing measurements.
 
-    Raises `InputError` for data that are not there, and for a directory that holds another run.
+    Raises `InputError` if data are missing, or if a directory holds another run.
     """
 
     def __init__(self, config: ReproduceConfig) -> None:
@@ -90,19 +90,19 @@ class Plan:
             )
         of_table = self.table.cells if self.table else ()
         all_splits = dict.fromkeys(cell.split for cell in of_table)
-        # Of the images that the paper's table is measured on, the ones that were asked for.
+        # The splits that the paper's table is measured on and that the settings ask for.
         self.splits = [split for split in all_splits if split in config.splits]
         self.left_out = [split for split in all_splits if split not in config.splits]
         if self.table and not self.splits:
             raise InputError(
                 f"{config.target} is measured on the {' and '.join(all_splits)} images: "
-                f"name these with --splits, or leave it out"
+                f"name these with --splits, or leave --splits out"
             )
         self._cells = [cell for cell in of_table if cell.split in self.splits]
         self.jobs = [self._job(row, seed) for row in rows for seed in self.seeds]
 
     def _job(self, row: str, seed: int) -> Job:
-        """Look how far the run of a row is; raise `InputError` if it is another training."""
+        """Return the job of a row; raise `InputError` if its directory holds another training."""
         flags: Any = {"adv": ROWS[row].adv, "mix": ROWS[row].mix, "seed": seed}
         wanted = replace(self.used, **flags)
         path = self.out / default_out(wanted).name
@@ -116,7 +116,7 @@ class Plan:
             if field.name not in FREE and mine != theirs:
                 raise InputError(
                     f"{path} was trained with {flag_of(field.name)} {theirs}, not {mine}: "
-                    f"ask for that, move the run away, or choose another --out"
+                    f"use that setting, move the run away, or choose another --out"
                 )
         if run.has_state():
             step, validated, mark = run.load_state(_position)
@@ -128,8 +128,8 @@ class Plan:
         last = max((epoch for epoch in epochs if isinstance(epoch, int)), default=0)
         if last < wanted.epochs:
             raise InputError(
-                f"{path} stopped after epoch {last} and has lost its {STATE}, so that it cannot "
-                f"go on: put that back, or move the run away"
+                f"{path} stopped after epoch {last} and has lost its {STATE}, so it cannot be "
+                f"resumed: restore that file, or move the run away"
             )
         return Job(row, wanted, 0, True)
 
@@ -156,13 +156,13 @@ class Plan:
         )
 
     def missing(self, job: Job) -> list[Cell]:
-        """Return the cells that a job's run is still to be measured for."""
+        """Return the cells that a job's run is not measured for yet."""
         found = read_results(job.path)
         cells = [cell for cell in self._cells if cell.row == job.row]
         return [cell for cell in cells if self._result(cell, job, found) is None]
 
     def comparison(self) -> Comparison:
-        """Put what is measured so far beside the paper's table."""
+        """Return the paper's table with the measurements made so far next to it."""
         assert self.table is not None
         found = {job.path: read_results(job.path) for job in self.jobs}
         lines = []
@@ -173,7 +173,7 @@ class Plan:
         return Comparison(self.table.name, self.table.title, caption, self.command(), tuple(lines))
 
     def caption(self) -> str:
-        """Say what was scaled down from the recipe, and which seeds were used."""
+        """Return sentences: which seeds were used, and what was scaled down from the recipe."""
         used, recipe, width = self.used, self.recipe, DEFAULT_WIDTH[self.used.arch]
         titles = {
             "dataset": "data set", "arch": "network", "epochs": "epochs", "lr": "learning rate",
@@ -196,13 +196,13 @@ class Plan:
         return f"{seeded}. {scaled}."
 
     def command(self) -> str:
-        """Return the command line that makes, or completes, this table."""
+        """Return the command line that makes or completes this table."""
         config = replace(self.config, dry_run=False)
         return command_of("reproduce", config, ReproduceConfig(target=self.config.target))
 
 
 def _position(state: dict[str, Any]) -> tuple[int, int, str]:
-    """Return the updates that are done, the epochs that are measured, and the images' fingerprint.
+    """Return the finished updates, the validated epochs, and the fingerprint of the images.
 
     Raises `Damaged` for a checkpoint that lacks one of them.
     """
@@ -213,6 +213,7 @@ def _position(state: dict[str, Any]) -> tuple[int, int, str]:
 
 
 def _setting(config: TrainConfig, name: str) -> Any:
+    """Return a setting; for a width of None, the default width of the network."""
     if name == "width" and config.width is None:
         return DEFAULT_WIDTH[config.arch]
     return getattr(config, name)
