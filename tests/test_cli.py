@@ -148,7 +148,7 @@ def test_python_m_fastiat_works_outside_the_checkout(tmp_path):
         ("train --dataset imagenet", "'cifar10', 'svhn'"),
         ("evaluate x --dataset imagenet", "'cifar10', 'svhn'"),
         ("convert digits", "the following arguments are required: PATH"),
-        ("convert digits x.bin", "'x.bin' is no name for the file: let it end in .beton"),
+        ("convert digits x.bin", "'x.bin' is not the name of a .beton file: end it with .beton"),
         ("convert digits x.beton --max-side 7", "--max-side is 7: give at least 8"),
         ("convert digits x.beton --quality 101", "--quality is 101: give at most 100"),
         ("train --mix cutmix", "'mixup', 'manifold'"),
