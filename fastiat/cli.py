@@ -227,8 +227,8 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
             name,
             help=summary,
             usage=usage(f"fastiat {name}", kind),
-            # This formatter wraps only the help of the settings: it keeps the lines of the examples,
-            # so the description has to be wrapped here.
+            # This formatter wraps only the help of the settings, so that the examples keep their
+            # lines; the description is wrapped here.
             description=textwrap.fill(" ".join((kind.__doc__ or "").split()), 78)
             + "\n\nFor example:\n"
             + textwrap.indent(EXAMPLES[name], "  "),
