@@ -165,7 +165,7 @@ def check_ranges(config: Any, positive: set[str]) -> None:
     for field in fields(config):
         given, flag = getattr(config, field.name), flag_of(field.name)
         if given == "":
-            raise InputError(f"{flag} is empty: give it a value, or leave out {flag}")
+            raise InputError(f"{flag} is empty: give a value, or leave out the setting")
         for value in given if isinstance(given, tuple) else (given,):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue

@@ -22,7 +22,7 @@ class SignalInterrupt(KeyboardInterrupt):
 
 
 class TrainingInterrupt(Exception):
-    """The signal `signum` ended a training after a checkpoint; the message gives the resume command."""
+    """The signal `signum` ended a training after a checkpoint; the message says how to resume."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -66,7 +66,7 @@ class Signals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise `SignalInterrupt` in the block when a signal arrives, or if one has arrived before."""
+        """Raise `SignalInterrupt` in the block when a signal arrives, or if one already has."""
         self._raising = True
         try:
             if self.received:
@@ -113,6 +113,6 @@ def remembering_interrupts() -> Iterator[None]:
 
 
 def check_interrupts() -> None:
-    """Raise `KeyboardInterrupt` if a SIGINT has arrived in the block of `remembering_interrupts`."""
+    """Raise `KeyboardInterrupt` if a SIGINT arrived in the block of `remembering_interrupts`."""
     if _interrupts:
         raise KeyboardInterrupt

@@ -9,7 +9,7 @@ from fastiat.system.errors import printable
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> list[list[str]]:
-    """Pad the cells of every column to one width; align the first `left` columns left, others right."""
+    """Pad the cells of each column to one width; the first `left` columns are aligned left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         [

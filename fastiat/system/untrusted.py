@@ -135,7 +135,7 @@ _SIGNATURES = {
 
 
 def kind_of(file: Path) -> str | None:
-    """Return the format of a file that is not safetensors, as text; None if it may be safetensors."""
+    """Return, as text, the format of a file that is not safetensors; None if it may be one."""
     with open(file, "rb") as opened:
         head = opened.read(512)
     # Safetensors: eight bytes with the length of the header, then the header, which is JSON.
