@@ -133,7 +133,7 @@ def measures(entry: dict[str, Any], wanted: dict[str, Any]) -> bool:
 
 
 def _comparable(value: Any) -> Any:
-    """Return a float rounded to 9 significant digits, a list as a tuple, and any other value unchanged."""
+    """Return floats rounded to 9 significant digits, lists as tuples, other values unchanged."""
     if isinstance(value, float):
         return float(f"{value:.9g}")
     return tuple(value) if isinstance(value, list) else value
