@@ -297,7 +297,7 @@ PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "torchattacks", "
 
 
 def doctor(config: DoctorConfig) -> None:
-    """Print the machine, the packages and what `fastiat train` would choose on this machine."""
+    """Print the machine, its packages and the choices of `fastiat train` on it."""
     import torch
 
     from fastiat.engine.device import has_fast_bf16, pick_device, pick_precision

@@ -124,8 +124,8 @@ def _filled_by_preset(kind: type[T]) -> type[T]:
         for name in given.keys() - set(names):
             raise TypeError(f"no setting is called {name}{did_you_mean(name, names)}")
         preset = given.get("preset", "paper")
-        # The preset "paper" is the field defaults. A call that gives every field needs no preset:
-        # `PRESETS[preset]()` makes such a call (in `replace`), so it does not come back here.
+        # The preset "paper" is the field defaults. A call that gives every field needs no preset;
+        # `PRESETS[preset]()` makes such a call in `replace`, so there is no endless recursion.
         if preset in ("authors", "modern") and len(given) < len(names):
             given = vars(PRESETS[preset]()) | given
         init(self, **given)
@@ -151,9 +151,10 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     width: int | None = None
     """Base channels (preact18: 64), widening factor (wrn: 10) or hidden units (mlp6: 512)."""
     variant: Literal["standard", "authors"] = "standard"
-    """Details of the network: as published, with BatchNorm and ReLU before the pooling (He et al.
-    2016), or as in the manifold mixup authors' code, where preact18 has no final BatchNorm and
-    needs --loss bce to train, and wrn has biases and different shortcuts."""
+    """Details of the network: "standard" is as published, with BatchNorm and ReLU before the
+    pooling (He et al. 2016); "authors" is as in the manifold mixup authors' code, where preact18
+    has no final BatchNorm and needs --loss bce to train, and wrn has biases and different
+    shortcuts."""
     mix: Literal["none", "mixup", "manifold"] = "manifold"
     """Interpolation of the clean and the adversarial batch: none, mixup, or manifold mixup."""
     adv: Literal["none", "fgsm", "pgd"] = "pgd"
@@ -197,11 +198,11 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     loss: Literal["ce", "bce"] = "ce"
     """Training loss: "ce" is cross-entropy; "bce" is binary cross-entropy of the softmax."""
     clean_weight: float = 0.5
-    """Weight of the clean batch in the loss, from 0 to 1; the adversarial batch has
-    1 minus this weight."""
+    """Weight of the clean batch in the loss, from 0 to 1; the adversarial batch has 1
+    minus this weight."""
     ema: float = 0.0
-    """Decay per update of an exponential moving average of the weights; if it is
-    above 0, the averaged weights are evaluated and saved. 0 turns averaging off."""
+    """Decay per update of an exponential moving average of the weights; if the decay is above 0,
+    the averaged weights are evaluated and saved. 0 turns averaging off."""
     holdout: int | None = 0
     """Training images to hold out, a stratified sample, on which the epoch with the lowest PGD
     error is chosen; 0 keeps the last epoch. The modern preset holds out 1000, or a tenth of the
@@ -223,8 +224,8 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     mix_alpha: float | None = None
     """Lambda is drawn from Beta(A, A) (default: mixup 1, manifold 2)."""
     mix_layers: tuple[int, ...] | None = None
-    """Mix points to choose from at random: 0 is the input, 1 and 2 are after the first
-    and second group of blocks (default: mixup 0, manifold 0 1 2)."""
+    """Mix points to choose from at random: 0 is the input, 1 and 2 are after the first and second
+    group of blocks (default: mixup 0, manifold 0 1 2)."""
     mix_space: Literal["standardised", "pixel"] = "standardised"
     """Whether mix point 0 is after ("standardised") or before ("pixel") the standardisation of the
     image."""

@@ -122,7 +122,7 @@ Measurement = tuple[Any, ...]
 
 
 def measurement(entry: dict[str, Any]) -> Measurement:
-    """Return what an entry measures; only entries with equal measurements may be compared."""
+    """Return the measurement of an entry; only entries with equal measurements may be compared."""
     return tuple(_comparable(entry.get(name)) for name in MEASUREMENT)
 
 

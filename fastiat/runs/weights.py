@@ -88,7 +88,7 @@ def pack_model(weights: Mapping[str, Tensor], card: ModelCard) -> bytes:
 def pack_state(state: Mapping[str, Any]) -> bytes:
     """Return the content of a state.safetensors.
 
-    The values of `state` are tensors, dictionaries of tensors, or what JSON can hold.
+    The values of `state` are tensors, dictionaries of tensors, or values for JSON.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from fastiat.system.errors import complain
 from fastiat.system.settings import Settings, flag_of, hints_of, number
 
 HEADINGS: dict[str, tuple[str, ...]] = {
-    "what is measured": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
+    "measurement": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
     "method": ("preset", "arch", "width", "variant", "mix", "adv"),
     "data": (
         *("dataset", "data_dir", "train_limit", "class_limit", "loader", "pad", "flip"),

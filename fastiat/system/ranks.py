@@ -135,7 +135,7 @@ class Ranks:
         if len(set(self.gather(digest.hexdigest()))) > 1:
             raise InputError(
                 f"the {self.count} processes do not have the same {what}: "
-                f"start all of them with equal ones"
+                f"start all of them with the same command and files"
             )
 
     @contextmanager
