@@ -1,7 +1,7 @@
-"""The `fastiat` command: it finds the subcommand, checks its settings and calls it.
+"""The `fastiat` command: parse the subcommand, check its settings and call its function.
 
-An error of the user or the machine becomes one line on stderr. Only the module of the command that
-runs is imported, so that `--help` and wrong flags do not wait for torch.
+An error of the user or the machine becomes one line on stderr. Only the module of the given
+command is imported, so that `--help` and wrong flags do not wait for torch.
 """
 
 import argparse
@@ -77,21 +77,22 @@ EXAMPLES = {
 }
 
 DISTRIBUTED = {"train", "evaluate", "sweep", "doctor"}
-"""The commands that can run in several processes of torchrun."""
+"""The commands that torchrun can start in several processes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    The status is 0 for success, 2 for wrong input, 128 + N after signal N, and 1 if another process
-    of the same torchrun, or the reader of a pipe, has ended. A bug raises its exception.
+    The status is 0 for success, 2 for wrong input or a machine error such as a full disk, 128 + N
+    after signal N, and 1 if another process of the same torchrun, or the program that reads stdout
+    through a pipe, has ended. Any other exception is a bug and is raised.
     """
     argv = sys.argv[1:] if argv is None else argv
     _open_standard_streams()
     _find_caches()
     if _processes() == "1":
         return _run(argv)
-    # When a connection breaks, torch would write its C++ stack next to our line.
+    # Otherwise torch prints a C++ stack trace beside our one line when a connection breaks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastiat.system.ranks import run_distributed
 
@@ -101,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _open_standard_streams() -> None:
     """Open /dev/null for each standard stream that the shell has closed (`2>&-`).
 
-    Otherwise the next file that is opened gets the number of the closed stream. If that file were
-    a checkpoint under number 2, it would receive what libraries write to stderr.
+    Otherwise the next file that is opened gets the descriptor of the closed stream: a checkpoint
+    with descriptor 2 would receive the text that libraries write to stderr.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -117,10 +118,10 @@ def _open_standard_streams() -> None:
 
 
 def _find_caches() -> None:
-    """Give libraries a cache folder if the user has no home directory that can be written to.
+    """Set cache folders for libraries if the user has no writable home directory.
 
-    Without one matplotlib warns, and torch's compiler and Triton fail. Variables that are set keep
-    their values.
+    Without a cache folder matplotlib warns, and torch's compiler and Triton fail. Environment
+    variables that are already set keep their values.
     """
     home = os.path.expanduser("~")
     if home != "~" and os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK):
@@ -129,7 +130,7 @@ def _find_caches() -> None:
     try:
         os.mkdir(folder, 0o700)
     except FileExistsError:
-        # The compilers run code from this folder, so nobody else may be able to write to it.
+        # The compilers run code from this folder, so no other user may have write access to it.
         there = os.lstat(folder)
         ours = stat.S_ISDIR(there.st_mode) and there.st_uid == os.getuid()
         if not ours or there.st_mode & 0o022:
@@ -141,8 +142,9 @@ def _find_caches() -> None:
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
         "TRITON_CACHE_DIR": "triton",
     }
-    # Data sets and image caches use XDG_CACHE_HOME. It is not set for a home that can be read, as
-    # it may hold them, nor for an unknown home ("~"): then an error says which variable to set.
+    # XDG_CACHE_HOME is where data sets and .beton files are cached. It is not set for an existing
+    # home, which may hold them already, nor for an unknown home ("~"): for that, a later error
+    # names the variable to set.
     if home != "~" and not os.path.isdir(home):
         names["XDG_CACHE_HOME"] = "cache"
     for variable, name in names.items():
@@ -152,13 +154,14 @@ def _find_caches() -> None:
 
 
 def _run(argv: Sequence[str]) -> int:
+    """Run the command line in this process; return its exit status after printing any error."""
     try:
         with remembering_interrupts():
             command, config = parse(argv)
             if _processes() != "1" and command not in DISTRIBUTED:
                 raise InputError(
-                    f"{command} runs in one process, and torchrun has started {_processes()}: "
-                    f"give it as fastiat {command}"
+                    f"{command} runs in one process, but torchrun has started {_processes()}: "
+                    f"run fastiat {command} without torchrun"
                 )
             module, function = COMMANDS[command][1].split(":")
             call = getattr(importlib.import_module(module), function)
@@ -178,33 +181,38 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _processes() -> str:
-    """Return how many processes torchrun has started, this one among them."""
+    """Return the number of processes that torchrun has started, as text; "1" without torchrun."""
     return os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
 
 
 def explain(error: Exception) -> tuple[int | None, str]:
-    """Return the exit status and the line for an error that the user or the machine caused.
+    """Return the exit status and the message for an error that the user or the machine caused.
 
-    The status is None for any other error: it is a bug, and its traceback is needed.
+    Any other error is a bug: its status is None, and the caller raises it with its traceback.
     """
     if isinstance(error, InputError):
         return 2, str(error)
     if isinstance(error, BrokenPipeError):
         # Python would fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1, "the reader of the output went away"
+        return 1, "the program that reads the output has ended"
     if isinstance(error, OSError):
         return 2, explain_os(error)
     if out_of_memory(error):
         return 2, "this takes more memory than there is: lower --batch-size or --width"
     if isinstance(error, RankLostError):
         return 1, str(error)
+    # A `TrainingInterrupt`; no other `Exception` has a signal number.
     signum = getattr(error, "signum", None)
     return (None, "") if signum is None else (128 + signum, str(error))
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Settings]:
-    """Turn arguments into a command's name and its checked settings."""
+    """Return the command's name and its checked settings.
+
+    Raises `InputError` for wrong settings, and `SystemExit` after printing the error for wrong
+    arguments.
+    """
     parser = Parser(
         prog="fastiat",
         description="Interpolated Adversarial Training: robust image classifiers that keep their "
@@ -219,13 +227,14 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
             name,
             help=summary,
             usage=usage(f"fastiat {name}", kind),
-            # The formatter wraps the help of settings, but neither the description nor examples.
+            # This formatter wraps only the help of the settings, so that the examples keep their
+            # lines; the description is wrapped here.
             description=textwrap.fill(" ".join((kind.__doc__ or "").split()), 78)
             + "\n\nFor example:\n"
             + textwrap.indent(EXAMPLES[name], "  "),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS,
-            # A script that gives --ep would break when another flag starts with these letters.
+            # With abbreviations, a script's --ep would break once a new flag starts with --ep too.
             allow_abbrev=False,
         )
         presets = {name: make() for name, make in PRESETS.items()} if kind is TrainConfig else {}
@@ -243,7 +252,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
 
 
 def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
-    """Return the settings: those given, and for the others the defaults or a resumed run's values.
+    """Return the given settings, completed by the defaults or the values of the resumed run.
 
     Raises `InputError` for a data folder that holds no data set, and for a run that cannot be read.
     """
@@ -259,7 +268,7 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
     from fastiat.runs.directory import Run, default_out
 
     out = config.out or str(default_out(config))
-    # A .beton file that is named now replaces the folder that the run read its data from.
+    # A .beton file in this command replaces the folder that the run has read its data from.
     moved = {"data_dir": None} if is_beton(given.get("dataset")) else {}
     return replace(Run.open(Path(out)).config, **moved | given | {"out": out})
 
@@ -284,10 +293,11 @@ def train_and_evaluate(config: TrainConfig) -> None:
 
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "torchattacks", "foolbox")
+"""The packages whose versions `fastiat doctor` prints."""
 
 
 def doctor(config: DoctorConfig) -> None:
-    """Print the machine, the packages and what `fastiat train` would choose on this machine."""
+    """Print the machine, its packages and the choices of `fastiat train` on it."""
     import torch
 
     from fastiat.engine.device import has_fast_bf16, pick_device, pick_precision
@@ -306,7 +316,7 @@ def doctor(config: DoctorConfig) -> None:
     if not torch.cuda.is_available():
         rows.append(("cuda", "no device"))
     for package in PACKAGES:
-        # importlib.util would find a folder of that name, too.
+        # `importlib.util.find_spec` would also find a folder with the name of the package.
         try:
             rows.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
@@ -315,9 +325,9 @@ def doctor(config: DoctorConfig) -> None:
     rows += [
         ("processes", f"{ranks().count} started by torchrun" if not ranks().alone else "1"),
         ("data", config.data_dir or _data_dir()),
-        ("device", f"a run takes {device} ({fast})"),
-        ("precision", f"a run takes {pick_precision('auto', device)}"),
-        ("engine", f"a run takes {pick_engine('auto', device)}"),
+        ("device", f"a run uses {device} ({fast})"),
+        ("precision", f"a run uses {pick_precision('auto', device)}"),
+        ("engine", f"a run uses {pick_engine('auto', device)}"),
         ("loader", _loader(device)),
     ]
     width = max(len(name) for name, _ in rows)
@@ -326,6 +336,7 @@ def doctor(config: DoctorConfig) -> None:
 
 
 def _data_dir() -> str:
+    """Return the default folder of data sets, or why there is none."""
     from fastiat.data import default_dir
 
     try:
@@ -335,18 +346,18 @@ def _data_dir() -> str:
 
 
 def _loader(device: Any) -> str:
-    """Say which loader a run on this device takes, and why."""
+    """Return which loader a run on this device uses, and why."""
     from fastiat.engine.device import free_memory
     from fastiat.images.ffcv import obstacle
 
     if reason := obstacle():
-        return f"a run takes resident; {reason}"
+        return f"a run uses resident; {reason}"
     if device.type == "cpu":
-        most, where = "is in memory anyway", "memory"
+        most, where = "are in memory anyway", "free memory"
     else:
-        most, where = "fits", "the device's memory"
+        most, where = "fit", "free device memory"
     half = free_memory(device) / 2 / 2**30
     return (
-        f"a run takes resident for what {most}, ffcv for a .beton and for what takes more than "
-        f"half of {where}'s free part, {half:.1f} GiB now"
+        f"a run uses resident for data sets that {most}, ffcv for .beton files and for data sets "
+        f"larger than half of the {where}, now {half:.1f} GiB"
     )

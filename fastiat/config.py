@@ -1,8 +1,8 @@
-"""The settings of every command: one frozen dataclass each, and the presets of a training.
+"""The settings of every command, a frozen dataclass for each, and the presets of `fastiat train`.
 
-The docstring under a field is its `--help`. Settings are the same from Python as on the command
-line: `TrainConfig(preset="modern", eps="4/255")` takes the values of the preset for all settings
-that are not given. `dataclasses.replace` copies every value, so it keeps them all.
+The docstring under a field is its `--help`. The settings are the same in Python and on the command
+line: `TrainConfig(preset="modern", eps="4/255")` takes each setting that is not given from the
+preset. `dataclasses.replace` gives every field, so it never fills in values of a preset.
 """
 
 from collections.abc import Callable
@@ -32,17 +32,17 @@ POSITIVE = {
     *("epochs", "batch_size", "steps", "width", "mix_alpha", "restarts", "quality", "max_side"),
     *("limit", "eval_limit", "train_limit", "class_limit"),
 }
-"""Settings that have to be above 0; all other numbers can be 0."""
+"""Settings that must be greater than 0; all other numeric settings may be 0."""
 
 
-# Groups of settings that several commands have in common.
+# Groups of settings that several commands share.
 
 
 class Checked(Settings):
     """Settings whose types and ranges are checked."""
 
     def check(self) -> None:
-        """Raise `InputError`, naming the flag, for a value outside its range."""
+        """Raise `InputError`, which names the flag, for a value of wrong type or out of range."""
         check_ranges(self, POSITIVE)
         for split in getattr(self, "splits", ()):
             if split not in ("test", "train"):
@@ -51,58 +51,58 @@ class Checked(Settings):
 
 @dataclass(frozen=True)
 class OnDevice(Checked):
-    """Where a command computes."""
+    """The device that a command uses."""
 
     device: str = "auto"
-    """"cpu", "cuda" or "cuda:N"; "auto" is CUDA if there is a CUDA device."""
+    """"cpu", "cuda" or "cuda:N"; "auto" is CUDA if a CUDA device is available."""
 
 
 @dataclass(frozen=True)
 class WithPrecision(OnDevice):
-    """Where and in which arithmetic a command computes."""
+    """The device and the precision that a command uses."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of training and attack: "bf16" is autocast; "auto" is "bf16" if the device is fast
-    in it. Errors are always measured in fp32."""
+    """Precision of training and attack: "bf16" is bf16 autocast; "auto" is "bf16" on a device with
+    fast bf16, else "fp32". Errors are always measured in fp32."""
 
 
 @dataclass(frozen=True)
 class WithDataDir(Checked):
-    """Where the files of data sets are."""
+    """The folder that holds the files of a data set."""
 
     data_dir: str | None = None
-    """Folder of the data set, into which it is downloaded if it is not there (default:
-    $FASTIAT_DATA or ~/.cache/fastiat/data)."""
+    """Folder of the data set; a missing data set is downloaded into it (default: $FASTIAT_DATA
+    or ~/.cache/fastiat/data)."""
 
 
 @dataclass(frozen=True)
 class PGDOptions(Checked):
-    """What PGD maximises, and from where."""
+    """The loss that PGD maximises, and its starting point."""
 
     attack_loss: Literal["ce", "margin"] = "ce"
-    """Loss that the attack maximises: cross-entropy, or the highest wrong logit minus the true
-    one."""
+    """Loss that the attack maximises: "ce" is cross-entropy; "margin" is the highest logit of a
+    wrong class minus the logit of the true class."""
     random_start: bool = True
-    """Start PGD at a random point of the ball."""
+    """Start PGD at a random point of the eps ball instead of at the image."""
 
 
 @dataclass(frozen=True)
 class AttackOfRun(OnDevice):
-    """What all commands that attack trained runs have in common."""
+    """The settings that all commands that attack trained runs share."""
 
     norm: Literal["linf", "l2"] = "linf"
-    """Norm of the ball."""
+    """Norm of the eps ball."""
     alpha: float | None = None
-    """Length of a PGD step, in pixels of 0 to 1 (default: that of the run)."""
+    """PGD step size, for pixels in [0, 1] (default: that of the run)."""
     dataset: str | None = None
     """Data set, by its name or as a .beton file (default: that of the run)."""
     data_dir: str | None = None
     """Folder of the data set (default: that of the run)."""
     batch_size: int | None = None
-    """Images attacked at a time; this changes the memory that is used, not the result (default: the
-    batch size of the run's training, at most 500)."""
+    """Images per batch; this changes the memory used, not the result (default: the batch size that
+    the run was trained with, at most 500)."""
     seed: int = 0
-    """Seed of random starts, of noise and of the images that --limit draws."""
+    """Seed of random starts, of noise and of the choice of images for --limit."""
 
     def check(self) -> None:
         super().check()
@@ -111,11 +111,11 @@ class AttackOfRun(OnDevice):
             check_unit(self)
 
 
-# The training.
+# The settings of `fastiat train`.
 
 
 def _filled_by_preset(kind: type[T]) -> type[T]:
-    """Give the constructor of a configuration the values of its preset as defaults."""
+    """Make the constructor of a settings class use the values of the given preset as defaults."""
     init: Callable[..., None] = kind.__init__
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
 
@@ -124,7 +124,8 @@ def _filled_by_preset(kind: type[T]) -> type[T]:
         for name in given.keys() - set(names):
             raise TypeError(f"no setting is called {name}{did_you_mean(name, names)}")
         preset = given.get("preset", "paper")
-        # "paper" is the defaults of the fields. A preset is itself made by giving every field.
+        # The preset "paper" is the field defaults. A call that gives every field needs no preset;
+        # `PRESETS[preset]()` makes such a call in `replace`, so there is no endless recursion.
         if preset in ("authors", "modern") and len(given) < len(names):
             given = vars(PRESETS[preset]()) | given
         init(self, **given)
@@ -150,9 +151,10 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     width: int | None = None
     """Base channels (preact18: 64), widening factor (wrn: 10) or hidden units (mlp6: 512)."""
     variant: Literal["standard", "authors"] = "standard"
-    """Details of the network: as published, with BatchNorm and ReLU before the pooling (He et al.
-    2016), or as in the manifold mixup authors' code, where preact18 has no final BatchNorm and
-    needs --loss bce to train, and wrn has biases and other shortcuts."""
+    """Details of the network: "standard" is as published, with BatchNorm and ReLU before the
+    pooling (He et al. 2016); "authors" is as in the manifold mixup authors' code, where preact18
+    has no final BatchNorm and needs --loss bce to train, and wrn has biases and different
+    shortcuts."""
     mix: Literal["none", "mixup", "manifold"] = "manifold"
     """Interpolation of the clean and the adversarial batch: none, mixup, or manifold mixup."""
     adv: Literal["none", "fgsm", "pgd"] = "pgd"
@@ -162,70 +164,71 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     is built in; folder, a tree of images train/CLASS/*, test/CLASS/* in --data-dir; or a file that
     `fastiat convert` has written, NAME.beton."""
     train_limit: int | None = None
-    """Train on this many training images only, a stratified draw by --seed."""
+    """Train on this many training images only, a stratified sample drawn with --seed."""
     class_limit: int | None = None
-    """Train on at most this many images of each class, a draw by --seed."""
+    """Train on at most this many images of each class, a random sample drawn with --seed."""
     loader: Literal["auto", "resident", "ffcv"] = "auto"
     """How batches are made: "resident" keeps the whole data set as uint8 on the training device;
-    "ffcv" reads it from a .beton file, and first converts a data set that is none (into
-    $FASTIAT_CACHE or ~/.cache/fastiat/betons); "auto" is "ffcv", if it is installed, for a .beton
-    file and for a data set that does not fit."""
+    "ffcv" reads a .beton file, and first converts any other data set to such a file (in
+    $FASTIAT_CACHE or ~/.cache/fastiat/betons); "auto" is "ffcv", if FFCV is installed, for a .beton
+    file and for a data set that does not fit into memory, else "resident"."""
     pad: int = 2
-    """Random crops are cut from images padded by this many zero pixels on each side; 0 is no
-    crop."""
+    """Zero pixels added on each side of an image before a random crop; 0 turns random crops off."""
     flip: bool | None = None
-    """Mirror images at random (default: as in the paper for the data set: CIFAR-10 and folders yes,
-    the others no)."""
+    """Flip images horizontally at random (default: as in the paper for the data set: yes for
+    CIFAR-10 and folders, no for the others)."""
 
     epochs: int = 200
     """Passes over the training set."""
     batch_size: int = 64
-    """Images in a batch; each is used once clean and once attacked."""
+    """Images per batch; each image is used once clean and once attacked."""
     lr: float = 0.1
     """Highest learning rate."""
     schedule: Literal["step", "cosine"] = "step"
-    """Learning rate over time: divided by 10 after 1/2 and after 3/4 of the epochs, or a linear
-    warm-up over the first tenth followed by a cosine down to zero."""
+    """Learning rate schedule: "step" divides by 10 after 1/2 and after 3/4 of the epochs; "cosine"
+    is a linear warm-up over the first tenth, then a cosine decay to zero."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = True
-    """Nesterov's form of the momentum."""
+    """Use Nesterov momentum."""
     weight_decay: float = 1e-4
     """L2 penalty added to the gradient."""
     decay_norm: bool = True
     """Apply the weight decay to BatchNorm parameters and biases too."""
     loss: Literal["ce", "bce"] = "ce"
-    """Training loss: cross-entropy, or binary cross-entropy of the softmax."""
+    """Training loss: "ce" is cross-entropy; "bce" is binary cross-entropy of the softmax."""
     clean_weight: float = 0.5
-    """Weight of the clean batch in the loss, from 0 to 1; the adversarial batch has the rest."""
+    """Weight of the clean batch in the loss, from 0 to 1; the adversarial batch has 1
+    minus this weight."""
     ema: float = 0.0
-    """Decay per update of an exponential moving average of the weights; the averaged weights are
-    then evaluated and saved. 0 is off."""
+    """Decay per update of an exponential moving average of the weights; if the decay is above 0,
+    the averaged weights are evaluated and saved. 0 turns averaging off."""
     holdout: int | None = 0
-    """Training images that are not trained on, a stratified draw, to choose the epoch with the
-    lowest PGD error; 0 keeps the last epoch. The modern preset holds out 1000, or a tenth of the
+    """Training images to hold out, a stratified sample, on which the epoch with the lowest PGD
+    error is chosen; 0 keeps the last epoch. The modern preset holds out 1000, or a tenth of the
     training set if that is fewer."""
     patience: int = 0
     """Stop after this many epochs without a lower PGD error on the --holdout images; 0 never
     stops."""
 
     eps: float = 0.03
-    """Radius of the attack's L-infinity ball, in pixels of 0 to 1."""
+    """Radius of the attack's L-infinity ball, for pixels in [0, 1]."""
     alpha: float = 0.0075
-    """Length of a PGD step, in pixels of 0 to 1."""
+    """PGD step size, for pixels in [0, 1]."""
     steps: int = 7
-    """PGD steps while training."""
+    """Number of PGD steps during training."""
     bn: Literal["eval", "batch", "update"] = "eval"
-    """BatchNorm during the attack: with running statistics, with those of the batch, or with those
-    of the batch, which also update the running statistics."""
+    """BatchNorm during the attack: "eval" uses the running statistics; "batch" uses the batch
+    statistics; "update" uses the batch statistics and updates the running statistics."""
 
     mix_alpha: float | None = None
     """Lambda is drawn from Beta(A, A) (default: mixup 1, manifold 2)."""
     mix_layers: tuple[int, ...] | None = None
-    """Mix points to draw from: 0 is the input, 1 and 2 are after the first and second group of
-    blocks (default: mixup 0, manifold 0 1 2)."""
+    """Mix points to choose from at random: 0 is the input, 1 and 2 are after the first and second
+    group of blocks (default: mixup 0, manifold 0 1 2)."""
     mix_space: Literal["standardised", "pixel"] = "standardised"
-    """Whether mix point 0 is after or before the standardisation of the image."""
+    """Whether mix point 0 is after ("standardised") or before ("pixel") the standardisation of the
+    image."""
     lam_per_sample: bool = False
     """Draw a lambda for every image instead of one for the batch."""
     shared_mix: bool = False
@@ -233,27 +236,28 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     draw."""
 
     engine: Literal["auto", "eager", "compile", "graph"] = "auto"
-    """How an update is run: plain PyTorch, compiled, or compiled and captured as CUDA graphs;
-    "auto" is "graph" on CUDA and "eager" on the CPU, where compiling takes minutes."""
+    """How an update is run: "eager" is plain PyTorch; "compile" is torch.compile; "graph" is
+    torch.compile with CUDA graphs; "auto" is "graph" on CUDA and "eager" on the CPU, where
+    compiling takes minutes."""
     deterministic: bool = False
-    """Use only algorithms that repeat bit for bit on the same GPU; they are slower. On the CPU all
-    algorithms repeat."""
+    """Use only deterministic algorithms: the same GPU gives bitwise equal results, more slowly. On
+    the CPU all algorithms are deterministic."""
 
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     checkpoint_every: float = 300.0
-    """Seconds between two checkpoints; 0 writes one after every update. The start, the end and a
-    signal also write one. A resume can change this setting."""
+    """Seconds between two checkpoints; 0 saves a checkpoint after every update. A checkpoint is
+    also saved at the start, at the end and after a signal. A resume can change this setting."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What to do with an update whose loss or gradient is not finite: "stop" ends the training;
-    "skip" does not apply the update, and makes every update wait for the device. A resume can
-    change this setting."""
+    """Reaction to an update whose loss or gradient is not finite: "stop" ends the training; "skip"
+    discards the update, and makes every update wait for the device. A resume can change this
+    setting."""
     eval_limit: int | None = None
-    """Evaluate on this many test images only, a stratified draw."""
+    """Evaluate on this many test images only, a stratified sample."""
     out: str | None = None
     """Run directory (default: runs/DATASET-ARCH-ADV-MIX-sSEED)."""
     resume: bool = False
-    """Continue the run in --out where it stopped, with its own settings."""
+    """Continue the run in --out from its last checkpoint, with the settings of that run."""
 
     def check(self) -> None:
         super().check()
@@ -275,16 +279,17 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
 
 
 def paper() -> TrainConfig:
-    """Section 4.1 of the paper; what it leaves open is as in its authors' published code."""
+    """Return the recipe of section 4.1 of the paper, completed from its authors' published code."""
     return TrainConfig()
 
 
 def authors() -> TrainConfig:
-    """What the published code of the manifold mixup authors does where the paper leaves it open.
+    """Return the paper's recipe with the choices of the manifold mixup authors' published code.
 
-    (vikasverma1077/manifold_mixup; the IAT paper shares its first author.) Binary cross-entropy of
-    the softmax, no final BatchNorm in preact18, its own wide ResNet, attack sizes given as 8 and 2
-    of 255, and at most 7,325 training images of a class, which leaves 62,156 of SVHN's 73,257.
+    The code is vikasverma1077/manifold_mixup; the IAT paper shares its first author. The choices
+    are binary cross-entropy of the softmax, no final BatchNorm in preact18, a different wide
+    ResNet, eps 8/255, alpha 2/255, and at most 7,325 training images of a class, which leaves
+    62,156 of SVHN's 73,257.
     """
     return replace(
         paper(),
@@ -298,11 +303,11 @@ def authors() -> TrainConfig:
 
 
 def modern() -> TrainConfig:
-    """What was found out since the paper: a more robust model in fewer epochs.
+    """Return a recipe from later papers, which gives a more robust model in fewer epochs.
 
-    8/255 and 2/255, decay 5e-4 and padding 4 as in Rice et al. 2020, who also show why the best
-    epoch on held-out images has to be kept; a cosine schedule; averaged weights (Gowal et al.
-    2020).
+    Eps 8/255, alpha 2/255, weight decay 5e-4 and padding 4 are as in Rice et al. 2020, who also
+    show why the best epoch on held-out images has to be kept. The schedule is a cosine, and the
+    weights are averaged (Gowal et al. 2020).
     """
     return replace(
         paper(),
@@ -323,21 +328,21 @@ def modern() -> TrainConfig:
 PRESETS = {"paper": paper, "authors": authors, "modern": modern}
 
 
-# The measurements of trained runs.
+# The settings of the commands that measure trained runs.
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig(WithPrecision, AttackOfRun, PGDOptions):
-    """What `evaluate`, `sweep` and `transfer` have in common."""
+    """The settings that `evaluate`, `sweep` and `transfer` share."""
 
     positional = ("runs",)
 
     runs: tuple[str, ...] = ()
     """Run directories, or model.safetensors files."""
     splits: tuple[str, ...] = ("test",)
-    """Images to measure on: test, train (without augmentation)."""
+    """Splits to measure on: test, train (without augmentation)."""
     limit: int | None = None
-    """Use this many images of a split only, a stratified draw."""
+    """Use this many images of a split only, a stratified sample."""
     restarts: int = 1
     """Number of random starts of PGD; for each image the worst result counts."""
 
@@ -348,31 +353,34 @@ class MeasureConfig(WithPrecision, AttackOfRun, PGDOptions):
             if count > MOST_STEPS:
                 raise InputError(f"--steps is {count}: give at most {MOST_STEPS}")
         if self.restarts > 1 and not self.random_start:
-            raise InputError("--restarts without a random start would repeat the same attack")
+            raise InputError(
+                "--restarts would repeat the same attack without a random start: "
+                "leave out --restarts or --no-random-start"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(MeasureConfig):
     """Print the error rates of trained runs under white-box attacks.
 
-    All numbers of PGD steps that are asked for are measured in one pass.
+    All requested numbers of PGD steps are measured in one pass.
     """
 
     attacks: tuple[str, ...] = ("none", "fgsm", "pgd-7", "pgd-20")
     """Attacks to measure: none, fgsm, pgd-K with K steps."""
     worst: bool = False
     """Only the worst case: an image counts as an error if it is misclassified without attack or
-    under any attack or restart. It is then not attacked any more, which is faster."""
+    under any attack or restart. Such an image is not attacked again, which is faster."""
     autoattack: bool = False
     """Add AutoAttack's four standard attacks (Croce & Hein 2020; `pip install
     fastiat[autoattack]`)."""
     eps: float | None = None
-    """Radius of the ball, in pixels of 0 to 1 (default: that of the run)."""
+    """Radius of the eps ball, for pixels in [0, 1] (default: that of the run)."""
 
     def check(self) -> None:
         super().check()
         if not self.attacks:
-            raise InputError("--attacks is empty: give at least none")
+            raise InputError("--attacks is empty: give at least one attack, such as none")
         for name in self.attacks:
             steps_of(name)
 
@@ -381,7 +389,8 @@ class EvaluateConfig(MeasureConfig):
 class SweepConfig(MeasureConfig):
     """Print the PGD error of trained runs over --eps, over --steps, or over both.
 
-    A flag without values takes those of the paper's Table 6 or Table 7.
+    --eps without values takes the radii of the paper's Table 6, and --steps without values the
+    numbers of steps of Table 7.
     """
 
     bare: ClassVar[dict[str, Any]] = {
@@ -390,7 +399,7 @@ class SweepConfig(MeasureConfig):
     }
 
     eps: tuple[float, ...] = (0.02,)
-    """Radii of the ball, in pixels of 0 to 1; --eps alone: 0.005 to 0.2 as in Table 6."""
+    """Radii of the eps ball, for pixels in [0, 1]; --eps alone: 0.005 to 0.2 as in Table 6."""
     steps: tuple[int, ...] = (20,)
     """Numbers of PGD steps; --steps alone: 5 to 1000 as in Table 7."""
 
@@ -399,13 +408,13 @@ class SweepConfig(MeasureConfig):
 class TransferConfig(MeasureConfig):
     """Attack every run with the PGD examples made on every other run: Table 5 of the paper.
 
-    A row is the run that is attacked, a column the run on which the examples are made.
+    Rows are the attacked runs; columns are the runs that the examples are made on.
     """
 
     eps: tuple[float, ...] = (0.01, 0.02, 0.04)
-    """Radii of the ball, in pixels of 0 to 1: a matrix for each."""
+    """Radii of the eps ball, for pixels in [0, 1]; each gives one matrix."""
     steps: int = 20
-    """PGD steps."""
+    """Number of PGD steps."""
 
     def check(self) -> None:
         super().check()
@@ -423,7 +432,7 @@ class NormsConfig(Checked):
     runs: tuple[str, ...] = ()
     """Run directories, or model.safetensors files, of one architecture."""
     out: str | None = None
-    """Where the charts go: PATH-frobenius and PATH-spectral, each as .png and .svg (default:
+    """Path of the charts: PATH-frobenius and PATH-spectral, each as .png and .svg (default:
     "norms" in the run, or for several runs in the folder of the first)."""
 
     def check(self) -> None:
@@ -433,24 +442,24 @@ class NormsConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseConfig(AttackOfRun):
-    """Check whether a run is robust, or whether its gradients only make attacks fail."""
+    """Check whether a run is robust, or only has gradients that make attacks fail."""
 
     positional = ("run",)
 
     run: str = ""
     """A run directory, or a model.safetensors file."""
     partner: str | None = None
-    """Another run for the same images, whose adversarial examples are tried on this one."""
+    """Another run for the same images; its adversarial examples are tested on this run."""
     autoattack: bool = False
-    """Compare with AutoAttack too, which takes minutes to hours (Croce & Hein 2020; `pip install
+    """Also compare with AutoAttack, which takes minutes to hours (Croce & Hein 2020; `pip install
     fastiat[autoattack]`)."""
     limit: int = 1000
-    """Use this many of the test images only, a stratified draw."""
+    """Use this many of the test images only, a stratified sample."""
     eps: float | None = None
-    """Radius of the ball, in pixels of 0 to 1 (default: that of the run)."""
+    """Radius of the eps ball, for pixels in [0, 1] (default: that of the run)."""
     alpha: float | None = None
-    """Length of a PGD step, in pixels of 0 to 1 (default: that of the run, or eps/8 if that is
-    more)."""
+    """PGD step size, for pixels in [0, 1] (default: that of the run, or eps/8 if eps/8 is
+    larger)."""
 
     def check(self) -> None:
         super().check()
@@ -459,16 +468,16 @@ class DiagnoseConfig(AttackOfRun):
             check_once((self.run, self.partner))
 
 
-# The other commands.
+# The settings of the other commands.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig(WithPrecision, WithDataDir):
-    """Train and measure what a table of the paper needs, and write it next to the paper's.
+    """Train and measure the runs of a table of the paper, and write it next to the paper's.
 
-    Trainings and measurements that exist are kept: after Ctrl-C or a crash the same command
-    continues. The runs have the names that `fastiat train` gives, so its runs are used too. With
-    fewer --epochs, a smaller --width and a --limit it fits smaller machines.
+    Existing runs and measurements are kept: after Ctrl-C or a crash the same command continues. The
+    runs have the names that `fastiat train` gives, so runs of `fastiat train` are used too. For a
+    smaller machine, give fewer --epochs, a smaller --width and a --limit.
     """
 
     positional = ("target",)
@@ -476,13 +485,13 @@ class ReproduceConfig(WithPrecision, WithDataDir):
     target: Literal[
         "table1", "table2", "table3", "table4", "table5", "table6", "table7", "figure1"
     ] = "table3"
-    """What to reproduce: Tables 1 to 4 are white-box errors, 5 is transfer attacks, 6 errors by
-    eps, 7 by steps; Figure 1 is the norms of the weights."""
+    """Table or figure to reproduce: Tables 1 to 4 are white-box errors, 5 is transfer attacks, 6 is
+    errors by eps, 7 is errors by steps; Figure 1 is the norms of the weights."""
 
     out: str = "runs"
     """Folder of the runs, DATASET-ARCH-ADV-MIX-sSEED each, and of the table."""
     dry_run: bool = False
-    """List the runs with the time they would take, measured on a few updates; train and write
+    """List the runs with their estimated time, measured on a few updates; train nothing and write
     nothing."""
     seeds: tuple[int, ...] | None = None
     """Seeds to train every row with; the errors of several seeds are averaged (default: 0; figure1:
@@ -492,9 +501,9 @@ class ReproduceConfig(WithPrecision, WithDataDir):
     width: int | None = None
     """Base channels (preact18: 64), widening factor (wrn: 10) or hidden units (mlp6: 512)."""
     limit: int | None = None
-    """Measure on this many images of a split only, a stratified draw."""
+    """Measure on this many images of a split only, a stratified sample."""
     splits: tuple[str, ...] = ("test", "train")
-    """Images that Tables 1 to 4 are measured on; the paper gives train in parentheses."""
+    """Splits that Tables 1 to 4 are measured on; the paper gives train errors in parentheses."""
     arch: Arch | None = None
     """Network (default: the paper's)."""
     dataset: DatasetName | None = None
@@ -507,7 +516,7 @@ class ReproduceConfig(WithPrecision, WithDataDir):
         for name in ("seeds", "splits"):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):
-                raise InputError(f"{flag_of(name)} names one twice: give each once")
+                raise InputError(f"{flag_of(name)} names a value twice: give each value once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -542,20 +551,20 @@ class ConvertConfig(WithDataDir):
     out: str = ""
     """The file to write, NAME.beton."""
     format: Literal["raw", "jpeg"] = "raw"
-    """How images are stored: "raw" keeps every bit and is read fastest, "jpeg" takes a tenth of the
-    space."""
+    """How images are stored: "raw" is lossless and the fastest to read; "jpeg" takes a tenth of
+    the space."""
     quality: int = 95
     """Quality of the JPEGs, from 1 to 100."""
     max_side: int | None = None
-    """Largest side of the images in pixels: every image is cut square and resized to one side, at
-    most this (default: none if all images are squares of one size, else 224)."""
+    """Largest side of the images in pixels: every image is cropped to a square, and all are resized
+    to one side, at most this (default: none if all images are squares of one size, else 224)."""
     force: bool = False
     """Replace the file if it exists."""
 
     def check(self) -> None:
         super().check()
         if not self.out.endswith(".beton"):
-            raise InputError(f"{self.out!r} is no name for the file: let it end in .beton")
+            raise InputError(f"{self.out!r} is not the name of a .beton file: end it with .beton")
         if self.quality > 100:
             raise InputError(f"--quality is {self.quality}: give at most 100")
         if self.max_side is not None and self.max_side < SMALLEST_SIDE:

@@ -78,7 +78,7 @@ def test_the_older_checkpoint_stands_in_for_a_damaged_one_with_one_line(
     assert cli.main(["train", "--resume", "--out", str(stopped)]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"fastiat: warning: {file}") and line.endswith(
-        "taking state.previous.safetensors"
+        "using state.previous.safetensors"
     )
     assert_same(trained, stopped)
 

@@ -341,7 +341,7 @@ def test_half_of_torchruns_environment_gets_one_line(monkeypatch, capsys, compla
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["doctor", "--device", "cpu"]) == 0  # other launchers set this, too
     monkeypatch.setenv("RANK", "0")
-    assert "but not LOCAL_RANK: start it with torchrun" in complaint("doctor")
+    assert "but not LOCAL_RANK: start fastiat with torchrun" in complaint("doctor")
 
 
 def test_every_process_of_a_machine_takes_its_own_gpu(monkeypatch):

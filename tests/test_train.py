@@ -337,7 +337,7 @@ def test_a_reader_that_goes_away_ends_the_training_without_a_traceback(
     with os.fdopen(sender, "w") as stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
         assert cli.main(["train", *small, "--out", str(tmp_path / "run")]) == 1
-    assert capsys.readouterr().err == "fastiat: the reader of the output went away\n"
+    assert capsys.readouterr().err == "fastiat: the program that reads the output has ended\n"
 
 
 def test_a_disk_full_from_the_start_gets_one_line_and_no_run(small, tmp_path, complaint):

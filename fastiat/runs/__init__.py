@@ -1,1 +1,1 @@
-"""The run directory: configuration, metrics, results, weights."""
+"""The run directory: configuration, metrics, results, weights and locks."""

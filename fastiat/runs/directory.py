@@ -36,7 +36,7 @@ CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
 )
 T = TypeVar("T")
 MOVABLE = {"out", "data_dir", "loader", "resume", "checkpoint_every", "on_nan"}
-"""Settings that may change between stop and resume, as none of them changes the weights."""
+"""Settings that a resume may change, because they do not change the weights."""
 
 
 def default_out(config: TrainConfig) -> Path:
@@ -48,9 +48,9 @@ def default_out(config: TrainConfig) -> Path:
 class Run:
     """A run directory, `path`, and the configuration in it.
 
-    A training holds the directory's lock, from `create` or `lock` to `unlock`. Of several
-    processes that train together one writes; the others have `writes` False, and their methods
-    that would write or lock do nothing.
+    A training holds the lock of the directory, from `create` or `lock` to `unlock`. If several
+    processes train together, only one writes; in the others `writes` is False, and methods that
+    write or lock do nothing.
     """
 
     def __init__(self, path: Path, config: TrainConfig, writes: bool = True) -> None:
@@ -62,7 +62,11 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> "Run":
-        """Make the directory and lock it; raise `InputError` if it holds a run or is a file."""
+        """Make the directory, lock it and write config.json.
+
+        Raises `InputError` if the directory holds a run or other files, or is a file. After an
+        error the directories that this call has made are removed.
+        """
         check_free(path)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         run = cls(path, config)
@@ -77,21 +81,23 @@ class Run:
                 (path / LOCK).unlink(missing_ok=True)
                 run.unlock()
             for folder in made:
-                with suppress(OSError):  # it is not empty, or was not made
+                with suppress(OSError):  # the folder is not empty, or was not made
                     folder.rmdir()
             raise
         return run
 
     @classmethod
     def open(cls, path: Path, writes: bool = True) -> "Run":
-        """Open an existing run; raise `InputError` if there is none or its config is damaged."""
+        """Open an existing run; raise `InputError` if there is none or config.json is damaged."""
         file = path / CONFIG
         try:
             config = read_as(file, TrainConfig)
         except FileNotFoundError:
             raise InputError(f"{path} holds no run: there is no {CONFIG} in it") from None
         except (NotADirectoryError, IsADirectoryError):
-            raise InputError(f"{path} is no run directory") from None
+            raise InputError(
+                f"{path} is not a run directory: name the directory of a run"
+            ) from None
         try:
             config.check()
         except InputError as error:
@@ -99,7 +105,7 @@ class Run:
         return cls(path, config, writes)
 
     def follow(self, config: TrainConfig) -> None:
-        """Write where a resume found the data set into config.json, for later commands."""
+        """Write the place of the data set at a resume to config.json, for later commands."""
         moved = replace(self.config, dataset=config.dataset, data_dir=config.data_dir)
         if self.writes and _text(moved) != _text(self.config):
             with alone(self.path):
@@ -107,7 +113,7 @@ class Run:
         self.config = moved
 
     def check_same(self, config: TrainConfig) -> None:
-        """Raise `InputError`, naming the first difference, unless `config` is this run's."""
+        """Raise `InputError`, which names the first difference, unless `config` is this run's."""
         difference = _difference(_settings(self.config), _settings(config))
         if difference:
             name, mine, theirs = difference
@@ -117,9 +123,9 @@ class Run:
             )
 
     def lock(self) -> None:
-        """Lock the directory for training; raise `InputError` where another process trains in it.
+        """Lock the directory for training; raise `InputError` if another process trains in it.
 
-        Files that a killed process left half written are removed.
+        Temporary files that a killed process has left are removed.
         """
         if not self.writes:
             return
@@ -127,9 +133,9 @@ class Run:
         if not lock.take():
             check_unused(self.path / LOCK)
             # The other process released the lock after `take` failed.
-            raise InputError(f"{self.path} is in training by another process")
+            raise InputError(f"{self.path} is in training by another process: try again")
         self._lock = lock
-        with alone(self.path):  # an evaluation may be writing
+        with alone(self.path):  # an evaluation may be writing one of the files
             for name in (CONFIG, METRICS, MODEL, STATE, PREVIOUS, "evaluation.json"):
                 for file in self.path.glob(f".{name}.*"):
                     file.unlink(missing_ok=True)
@@ -144,14 +150,14 @@ class Run:
         """Raise `InputError` if the locked directory is no longer at `path`."""
         if self._lock is not None and not self._lock.intact():
             raise InputError(
-                f"{self.path} was removed, replaced or unmounted while it was trained in: "
-                f"put it back and resume it, or start again with another --out"
+                f"{self.path} was removed, replaced or unmounted during training: "
+                f"restore it and resume the run, or start again with another --out"
             )
 
     def log(self, kind: str, **values: Any) -> None:
         """Append one row, a JSON object on a line, to metrics.jsonl.
 
-        A last line that a crash cut short is removed first.
+        An incomplete last line, which a crash leaves, is removed first.
         """
         if not self.writes:
             return
@@ -163,7 +169,7 @@ class Run:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of metrics.jsonl; raise `InputError` for a damaged line.
 
-        A last line that a crash cut short is left out.
+        An incomplete last line, which a crash leaves, is skipped.
         """
         return metrics.read_rows(self.path / METRICS)
 
@@ -172,7 +178,7 @@ class Run:
         return metrics.has_row(self.path / METRICS, values)
 
     def rewind(self, step: int, epoch: int) -> None:
-        """Remove damaged rows, and those after `step` and `epoch`: a resume writes them again."""
+        """Remove damaged rows, and rows after `step` and `epoch`, which the resume writes again."""
         if self.writes:
             with alone(self.path):
                 metrics.drop_later_rows(self.path / METRICS, step, epoch)
@@ -202,7 +208,7 @@ class Run:
             write(self.path / MODEL, pack_model(weights, card))
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint, state.safetensors; the one before it is kept as PREVIOUS.
+        """Write a checkpoint, state.safetensors; the previous one is kept as PREVIOUS.
 
         `state` holds tensors, dictionaries of tensors, and values for JSON.
         """
@@ -210,26 +216,26 @@ class Run:
             return
         self._check_there()
         content = pack_state(state | {"config": _settings(self.config)})
-        # fsync metrics.jsonl first, so that a power cut cannot keep the checkpoint but lose its
-        # rows.
+        # fsync metrics.jsonl first, so that a power cut cannot keep the checkpoint but lose rows
+        # from before it.
         if (self.path / METRICS).exists():
             with open(self.path / METRICS, "rb", opener=no_link) as rows:
                 os.fsync(rows.fileno())
-        # A damaged checkpoint must not replace the intact one before it.
+        # A damaged STATE must not replace an intact PREVIOUS.
         older = None if self._newest_damaged else self.path / PREVIOUS
         write(self.path / STATE, content, older)
         self._newest_damaged = False
 
     def has_state(self) -> bool:
-        """Whether there is a checkpoint, readable or not."""
+        """Whether there is a checkpoint; it may be damaged."""
         return (self.path / STATE).exists() or (self.path / PREVIOUS).exists()
 
     def load_state(self, take: Callable[[dict[str, Any]], T]) -> T:
         """Call `take` with the checkpoint and return its result.
 
-        The checkpoint is STATE or, where that is missing or `Damaged`, PREVIOUS, with one line of
-        warning. `take` may raise `Damaged`, too. Raises `InputError` where both are damaged, or
-        where the checkpoint belongs to another run.
+        The checkpoint is STATE or, if STATE is missing or damaged, PREVIOUS, with one line of
+        warning. `take` may raise `Damaged` for a checkpoint that it cannot use. Raises `InputError`
+        if there is no usable checkpoint, or if the checkpoint belongs to another run.
         """
         if not self.has_state():
             raise InputError(f"{self.path} has no checkpoint yet: resume it, or remove the folder")
@@ -245,13 +251,14 @@ class Run:
             except InputError as error:
                 raise InputError(f"{file}: {error}") from None
             if wrong and ranks().first:
-                warning = one_line(f"warning: {wrong[0]}; taking {file.name}")
+                warning = one_line(f"warning: {wrong[0]}; using {file.name}")
                 print(f"fastiat: {warning}", file=sys.stderr)
             self._newest_damaged = bool(wrong)
             return taken
         raise InputError(f"{'; '.join(wrong)}: put one back, or start again with another --out")
 
     def _read_state(self, file: Path) -> dict[str, Any]:
+        """Return the state in `file`; raise `InputError` if it is damaged or of another run."""
         state = read_state(file)
         config = state.get("config")
         if not isinstance(config, dict):
@@ -261,7 +268,7 @@ class Run:
             name, mine, theirs = difference
             raise InputError(
                 f"it is of another run, with {flag_of(name)} {theirs} instead of {mine}: "
-                "put the run's own back"
+                "restore the checkpoint of this run"
             )
         return state
 
@@ -277,7 +284,7 @@ def _text(config: TrainConfig) -> bytes:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that a resume must not change, as JSON gives them back."""
+    """Return the settings that a resume must not change, as parsed JSON has them."""
     settings = {name: value for name, value in asdict(config).items() if name not in MOVABLE}
     settings["dataset"] = Path(config.dataset).name  # a .beton may have moved
     # JSON has no tuples: a checkpoint has lists in their place.
@@ -301,7 +308,7 @@ def check_free(path: Path) -> None:
         raise InputError(
             f"{path} already holds a run: continue it with --resume, or choose another --out"
         )
-    # A process that was killed while it made the run may have left its lock and half a config.
+    # A process that was killed in `create` may have left its lock and a temporary config file.
     if path.is_dir() and any(
         file.name != LOCK and not file.name.startswith(f".{CONFIG}.") for file in path.iterdir()
     ):
@@ -313,8 +320,8 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
     """Return the trained network of a run directory or a model.safetensors, in eval mode.
 
     The network takes pixels in [0, 1], (B, C, H, W), and returns logits, (B, num_classes), as
-    attack libraries expect. Raises `InputError` where the file is missing or damaged, or holds
-    other weights than its card says.
+    attack libraries expect. Raises `InputError` if the file is missing or damaged, or if its
+    weights do not fit its card.
     """
     return load_with_card(path, device)[0]
 
@@ -323,7 +330,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
 def load_with_card(
     path: str | os.PathLike[str], device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, ModelCard]:
-    """`load`, with the card: architecture, image size and class names."""
+    """Return the network, as `load` does, and its card: architecture, image size, class names."""
     path = Path(expanded(path))
     file = path / MODEL if path.is_dir() else path
     if not file.is_file():
@@ -339,7 +346,7 @@ def load_with_card(
 
 
 def _why_no_model(path: Path) -> str:
-    """Say what is at `path`, where there is no model, and what to name instead."""
+    """Return why there is no model at `path`, and which path to give instead."""
     if not path.is_dir():
         return "no such run" if not path.exists() else f"it is a pipe or a device: {EXPECTED}"
     if (path / CONFIG).exists():

@@ -1,6 +1,6 @@
-"""Locks between processes: one training in a run directory, one writer of its shared files.
+"""Locks between processes: one training per run directory, one writer of its shared files.
 
-They are `flock` locks: the system releases them when their process ends, also after kill -9.
+The locks are `flock` locks: the system releases them when the process ends, also after kill -9.
 """
 
 import fcntl
@@ -14,10 +14,11 @@ from pathlib import Path
 from fastiat.system.errors import InputError
 
 _held: set[int] = set()
+"""The file descriptors of the locks that this process holds."""
 
 
 def _forget() -> None:
-    """In a forked child, close the inherited descriptors: each would keep the parent's lock."""
+    """In a forked child, close the inherited descriptors, which would keep the parent's locks."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -27,7 +28,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 class Lock:
-    """A lock file, which one process at a time holds; its content names the process.
+    """A lock file, which one process at a time can lock; its content names that process.
 
     Neither forked children nor started programs inherit the lock.
     """
@@ -37,9 +38,9 @@ class Lock:
         self._descriptor = -1
 
     def take(self) -> bool:
-        """Make the file and lock it; return False where another process has it.
+        """Make the file and lock it; return False if another process holds the lock.
 
-        A file system that cannot lock gets a warning on stderr, and True.
+        If the file system does not support locks, print a warning on stderr and return True.
         """
         while True:
             descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -60,7 +61,7 @@ class Lock:
                 break
             # Another process removed the file between `open` and `flock`: lock the new one.
             self.release()
-        with suppress(OSError):  # on a full disk the file stays without a name
+        with suppress(OSError):  # on a full disk the file stays empty
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
         return True
@@ -81,7 +82,7 @@ class Lock:
 
 
 def check_unused(file: Path) -> None:
-    """Raise `InputError`, which names the process, where another one holds the lock on `file`."""
+    """Raise `InputError`, which names the process, if another one holds the lock on `file`."""
     with suppress(OSError):  # there is no such file, or it cannot be locked
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -101,7 +102,7 @@ def alone(folder: Path) -> Iterator[None]:
     """Hold the lock on `folder` while changing a file that trainings and measurements share."""
     opened = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # where it cannot be locked
+        with suppress(OSError):  # the file system does not support locks
             fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:

@@ -12,36 +12,39 @@ from fastiat.system.files import no_link, write
 from fastiat.system.untrusted import is_endless
 
 LARGEST_ROW = 2**20
-"""Characters of a line that are parsed at most."""
+"""Longest line that is parsed, in characters."""
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows; raise `InputError` for a damaged line.
 
-    A last line without its end, which a crash leaves, is left out.
+    An incomplete last line, which a crash leaves, is skipped.
     """
     for number, line in enumerate(_lines(file), 1):
         row = _row(line)
         if row is None and line.endswith("\n"):
-            raise InputError(f"{file}, line {number} is damaged: it is not a JSON object")
+            raise InputError(
+                f"{file}, line {number} is damaged: it is not a JSON object; remove it"
+            )
         if row is not None:
             yield row
 
 
 def has_row(file: Path, values: dict[str, Any]) -> bool:
-    """Whether a row has all these values; damaged lines are passed over."""
+    """Whether a row has all these values; damaged lines are skipped."""
+    # The values as JSON returns them: tuples become lists.
     wanted = json.loads(json.dumps(values))
     rows = map(_row, _lines(file))
     return any(row is not None and row | wanted == row for row in rows)
 
 
 def drop_cut_line(file: Path) -> None:
-    """Remove what stands after the last end of a line."""
+    """Remove an incomplete last line: the text after the last newline."""
     try:
         with open(file, "r+b", opener=no_link) as opened:
             end = opened.seek(0, os.SEEK_END)
             opened.seek(max(end - 1, 0))
-            # The file is read as a whole only where its last line was cut.
+            # The whole file is read only if its last line is incomplete.
             if opened.read(1) in (b"", b"\n"):
                 return
             opened.seek(0)
@@ -67,7 +70,7 @@ def drop_later_rows(file: Path, step: int, epoch: int) -> None:
 
 
 def _lines(file: Path) -> list[str]:
-    """Return the lines with their ends, or [] where there is no file."""
+    """Return the lines with their newlines, or [] if there is no file."""
     if is_endless(file):
         raise InputError(f"{file} is a pipe or a device: remove it")
     # Only "\n" ends a line: `str.splitlines` splits at other characters too.
@@ -76,7 +79,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """Return the row on a line, or None where the line is damaged or cut."""
+    """Return the row on a line, or None if the line is damaged or incomplete."""
     try:
         row = json.loads(line) if len(line) <= LARGEST_ROW else None
     except (ValueError, RecursionError):

@@ -1,19 +1,19 @@
 """The error rates of a run, with their intervals: evaluation.json.
 
 The file is a JSON list of entries, one object for each measured error rate. An entry has the fields
-of `Entry`; a field that has no meaning for the entry's attack is null. Besides, an entry may have
+of `Entry`; a field that has no meaning for the entry's attack is null. An entry may also have
 
-    errors_after  "autoattack": {attack: errors after it and those before it}, "none" first
-    warnings      "autoattack": what the library found suspicious
+    errors_after  "autoattack": {attack: errors after this and all earlier attacks}, "none" first
+    warnings      "autoattack": the warnings of the library
     batch_size    images attacked at a time, which changes AutoAttack's random numbers
     device        device of attack and classification, as text
     versions      {"fastiat", "torch"; "autoattack": "name version" where it was used}
-    seconds       duration of the pass over the images, which may have given other entries too
+    seconds       duration of the pass over the images; one pass may give several entries
     time          when the entry was written, ISO 8601 in UTC
 
-An entry replaces the one with the same `IDENTITY`, and is appended as the newest. Entries of other
-weights than the run has now are dropped. Tables and charts compare entries whose `measurement` is
-the same, and tell the others apart by `differences`.
+An entry replaces the one with the same `IDENTITY`, and is appended as the newest. Entries of
+weights that the run no longer has are dropped. Tables and charts compare entries with the same
+`measurement`, and label different measurements by their `differences`.
 """
 
 import json
@@ -46,7 +46,7 @@ class Entry:
     """The fields of an entry that its readers rely on."""
 
     kind: Literal["evaluation", "sweep", "transfer", "autoattack"]
-    """What measured: the command, or its part."""
+    """The command that measured, or "autoattack"."""
     dataset: str
     """Name of the data set."""
     data: str | None
@@ -54,27 +54,27 @@ class Entry:
     split: str
     """"test" or "train"."""
     attack: str
-    """"none", "fgsm", "pgd-K", "autoattack", or "worst": an image counts if any attack fools it."""
+    """"none", "fgsm", "pgd-K", "autoattack", or "worst": for each image the worst attack counts."""
     attacks: tuple[str, ...] | None
     """"worst": its attacks, "none" first; "autoattack": its four."""
     eps: float | None
-    """Radius, in pixels of [0, 1]."""
+    """Radius of the eps ball, for pixels in [0, 1]."""
     alpha: float | None
-    """Step size, in pixels of [0, 1]."""
+    """PGD step size, for pixels in [0, 1]."""
     steps: int | None
     """Gradient steps: fgsm 1, pgd-K K."""
     norm: str | None
-    """"linf" or "l2"."""
+    """Norm of the eps ball, "linf" or "l2"."""
     loss: str | None
-    """"ce" or "margin"."""
+    """Loss that the attack maximises, "ce" or "margin"."""
     restarts: int | None
-    """Random starts of PGD; each image keeps the worst."""
+    """Number of random starts of PGD; for each image the worst result counts."""
     random_start: bool | None
     """Whether PGD starts at a random point of the ball."""
     precision: str | None
-    """Arithmetic of the attack, "bf16" or "fp32"; classification is always in fp32."""
+    """Precision of the attack, "bf16" or "fp32"; classification is always in fp32."""
     seed: int | None
-    """Seed of the random starts, and of the choice of `n` images where there are more."""
+    """Seed of the random starts, and of the choice of `n` images if the split has more."""
     source: str | None
     """"transfer": directory name of the attacking run."""
     source_model: str | None
@@ -82,9 +82,9 @@ class Entry:
     model: str
     """Fingerprint of the measured weights (see `fingerprint`)."""
     n: int
-    """Images."""
+    """Number of images."""
     errors: int
-    """How many of the images are misclassified."""
+    """Number of misclassified images."""
     error_percent: float
     """100 * errors / n."""
     interval_95_percent: tuple[float, ...]
@@ -107,22 +107,22 @@ class Entry:
 
 FIELDS = tuple(hints_of(Entry))
 IDENTITY = tuple(n for n in FIELDS if n not in ("errors", "error_percent", "interval_95_percent"))
-"""The fields that tell entries apart."""
+"""The fields that identify an entry."""
 MEASUREMENT = tuple(name for name in IDENTITY if name not in ("kind", "model"))
-"""The fields that say what was measured: not of which weights, nor by which command."""
+"""The fields that define a measurement: all that identify an entry, except weights and command."""
 PGD = ("alpha", "steps", "restarts", "random_start")
 MEANINGLESS: dict[str, tuple[str, ...]] = {
     "none": ("eps", "norm", "loss", "precision", *PGD),
     "fgsm": ("alpha", "restarts", "random_start"),
     "autoattack": ("loss", *PGD),
 }
-"""The fields that are null for an attack."""
+"""Maps an attack to its fields without meaning, which are null."""
 Measurement = tuple[Any, ...]
 """The values of the fields of `MEASUREMENT`."""
 
 
 def measurement(entry: dict[str, Any]) -> Measurement:
-    """Return what an entry measures; only entries with equal measurements may be compared."""
+    """Return the measurement of an entry; only entries with equal measurements may be compared."""
     return tuple(_comparable(entry.get(name)) for name in MEASUREMENT)
 
 
@@ -133,13 +133,14 @@ def measures(entry: dict[str, Any], wanted: dict[str, Any]) -> bool:
 
 
 def _comparable(value: Any) -> Any:
+    """Return floats rounded to 9 significant digits, lists as tuples, other values unchanged."""
     if isinstance(value, float):
         return float(f"{value:.9g}")
     return tuple(value) if isinstance(value, list) else value
 
 
 def differences(measurements: Iterable[Measurement]) -> dict[Measurement, str]:
-    """Return, for each of several measurements, text that says how it differs from the others."""
+    """Map each of several measurements to text that says how it differs from the others."""
     several = list(dict.fromkeys(measurements))
     differ = [len(set(values)) > 1 for values in zip(*several, strict=True)]
     return {
@@ -153,7 +154,7 @@ def differences(measurements: Iterable[Measurement]) -> dict[Measurement, str]:
 
 
 def _phrase(name: str, value: Any) -> str:
-    """Write a field of `MEASUREMENT`; different values give different texts."""
+    """Return a field of `MEASUREMENT` as text; different values give different texts."""
     title = {"random_start": "random start", "source_model": "source", "n": "images"}.get(
         name, name
     )
@@ -193,7 +194,7 @@ class Rate:
         return wilson(self.errors / self.n, self.n)
 
     def __str__(self) -> str:
-        """Write the percentage and the distance to the farther end of its interval."""
+        """Return the percentage, "±" and its distance to the farther end of its interval."""
         return f"{self.percent:.2f}±{max(abs(end - self.percent) for end in self.interval()):.2f}"
 
 
@@ -265,7 +266,7 @@ def provenance(device: torch.device, seconds: float, **versions: str) -> dict[st
 def fingerprint(model: Path) -> str:
     """Return 16 hex digits of the SHA-256 of the weights in a model.safetensors.
 
-    The header is left out, so that the version of fastiat in it does not count.
+    The header, which holds the version of fastiat, does not change the fingerprint.
     """
     stat = model.stat()
     return _fingerprint(model, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size)
@@ -273,12 +274,13 @@ def fingerprint(model: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _fingerprint(model: Path, *_: int) -> str:
-    """Hash a file once for every state that its `stat` tells apart."""
+    """Hash a file; the other arguments, from `stat`, make the cache miss after a change."""
     return data_sha256(model)[:16]
 
 
 @cache
 def _cpu() -> str:
+    """Return the model name of the CPU, or the machine type if the name is unknown."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -305,7 +307,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def is_figure(entry: dict[str, Any]) -> bool:
-    """Whether an entry's fields make an `Entry`; a missing field counts as null."""
+    """Whether the fields of an entry are those of a valid `Entry`; a missing field is null."""
     try:
         validated({name: entry.get(name) for name in FIELDS}, Entry)
     except InputError:

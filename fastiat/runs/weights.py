@@ -34,9 +34,9 @@ T = TypeVar("T")
 
 
 def _explains_damage(reader: Callable[[Path], T]) -> Callable[[Path], T]:
-    """Have `reader` raise `Damaged` in place of the errors that a damaged file causes.
+    """Decorate `reader` to raise `Damaged` instead of the errors that a damaged file causes.
 
-    An `OSError` passes, as the disk is at fault then, not the file.
+    `InputError` is raised unchanged, and so is `OSError`, which is a fault of the disk.
     """
 
     @functools.wraps(reader)
@@ -45,7 +45,7 @@ def _explains_damage(reader: Callable[[Path], T]) -> Callable[[Path], T]:
             return reader(file)
         except (InputError, OSError):
             raise
-        # The errors of the library and of our own code at damaged files are too many to list.
+        # Damaged files cause too many errors to list, in safetensors and in our own code.
         except Exception as error:
             reason = printable((str(error).splitlines() or [type(error).__name__])[0])
             raise Damaged(f"it is damaged or truncated ({reason[:100]})") from None
@@ -57,22 +57,24 @@ def _explains_damage(reader: Callable[[Path], T]) -> Callable[[Path], T]:
 def read_model(file: Path) -> tuple[nn.Module, ModelCard]:
     """Return the network of a model.safetensors, on the CPU, and its card.
 
-    Raises `InputError` for a file that is damaged or holds other weights than its card says.
+    Raises `InputError` for a file that is damaged or whose weights do not fit its card.
     """
     metadata, tensors = _unpack(file)
     if "card" not in metadata:
         what = "the training state of a run" if "state" in metadata else "a safetensors file"
         raise InputError(
-            f"it is {what}, not a model of fastiat, as it does not say which network: {EXPECTED}"
+            f"it is {what}, not a model of fastiat: it does not say which network; {EXPECTED}"
         )
     card: ModelCard = validated(_parsed(metadata["card"]), ModelCard)
-    # On the meta device a network takes no memory, whatever width the card claims.
+    # On the meta device a network takes no memory, even if a damaged card has a huge width.
     with torch.device("meta"):
         model = card.build()
     if not alike(tensors, model.state_dict()):
         raise InputError(f"it does not hold the weights of {card.arch} of width {card.width}")
     if len(card.classes) != card.num_classes:
-        raise InputError(f"it names {len(card.classes)} classes of {card.num_classes}")
+        raise InputError(
+            f"its card names {len(card.classes)} classes instead of {card.num_classes}"
+        )
     model.load_state_dict(tensors, assign=True)
     return model, card
 
@@ -86,7 +88,7 @@ def pack_model(weights: Mapping[str, Tensor], card: ModelCard) -> bytes:
 def pack_state(state: Mapping[str, Any]) -> bytes:
     """Return the content of a state.safetensors.
 
-    The values of `state` are tensors, dictionaries of tensors, or what JSON can hold.
+    The values of `state` are tensors, dictionaries of tensors, or values for JSON.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
@@ -113,8 +115,8 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
 def read_state(file: Path) -> dict[str, Any]:
     """Return the state in a state.safetensors, see `pack_state`.
 
-    Raises `Damaged` for a file that is damaged or not a checkpoint. Whether names, shapes and
-    values are right is for the caller to check.
+    Raises `Damaged` for a file that is damaged or not a checkpoint. The caller has to check names,
+    shapes and values.
     """
     if is_endless(file):
         raise Damaged("it is a pipe or a device")
@@ -139,16 +141,16 @@ def data_sha256(file: Path, text: str = "") -> str:
     checksum = hashlib.sha256(text.encode())
     with open(file, "rb") as opened:
         header = int.from_bytes(opened.read(8), "little")
-        # A damaged length may be more than `seek` takes.
+        # A damaged length may be larger than `seek` accepts.
         opened.seek(min(header, file.stat().st_size), os.SEEK_CUR)
         hashlib.file_digest(opened, lambda: checksum)
     return checksum.hexdigest()
 
 
 def _pack(tensors: Mapping[str, Tensor], describe: Callable[[memoryview], dict[str, str]]) -> bytes:
-    """Return a safetensors file; `describe` gives the metadata for the data section.
+    """Return the content of a safetensors file; `describe` returns the metadata of a data section.
 
-    The library writes metadata in an order that differs from call to call; here it is sorted.
+    safetensors writes metadata in an order that differs between calls, so they are sorted here.
     """
     packed = safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -157,7 +159,7 @@ def _pack(tensors: Mapping[str, Tensor], describe: Callable[[memoryview], dict[s
     header, data = json.loads(packed[8:start]), memoryview(packed)[start:]
     header = {"__metadata__": dict(sorted(describe(data).items()))} | header
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data section is aligned to 8 bytes, as the library's
+    text += b" " * (-len(text) % 8)  # aligns the data section to 8 bytes, as safetensors does
     return len(text).to_bytes(8, "little") + text + data
 
 
@@ -168,12 +170,13 @@ def _unpack(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             raise Damaged("it is damaged: its header is larger than any that fastiat writes")
     with safe_open(file, "pt") as opened:
         names = opened.keys()
-        # Cloned, as the library maps the file into memory: with the file cut short later, a
-        # process that reads such a tensor would die of SIGBUS.
+        # Cloned, as safetensors maps the file into memory: if the file is truncated later, SIGBUS
+        # ends a process that reads a mapped tensor.
         return opened.metadata() or {}, {name: opened.get_tensor(name).clone() for name in names}
 
 
 def _parsed(text: str) -> dict[str, Any]:
+    """Return the JSON object in a metadata text; raise `Damaged` for another JSON value."""
     values = finite_json(text)
     if not isinstance(values, dict):
         raise Damaged("it is damaged: its metadata is not a JSON object")
@@ -181,7 +184,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two values are tensors of one shape and type, dictionaries of such, or both None."""
+    """Whether two values are tensors of equal shape and dtype, dictionaries of these, or None."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return (one.shape, one.dtype) == (other.shape, other.dtype)
     if isinstance(one, Mapping) and isinstance(other, Mapping):

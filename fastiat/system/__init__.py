@@ -1,1 +1,1 @@
-"""What every stage needs from the machine: errors, settings, files, ranks, signals."""
+"""Code that all stages share: errors, settings, flags, files, ranks, signals, progress, tables."""

@@ -1,11 +1,11 @@
-"""Errors that a command answers with one line, and the lines themselves."""
+"""Exceptions that the command line reports in one line, and functions that write the line."""
 
 import errno
 import sys
 from collections.abc import Callable
 
 LONGEST_LINE = 2000
-"""Characters of a message, at most."""
+"""Maximum length of a message, in characters."""
 
 REMEDIES = {
     errno.ENOSPC: "free some space on that disk",
@@ -17,6 +17,7 @@ REMEDIES = {
     errno.EISDIR: "move that folder away",
     errno.ELOOP: "remove that link",
 }
+"""Maps the errno of an `OSError` to the remedy that `explain_os` adds to its message."""
 
 
 class InputError(ValueError):
@@ -28,27 +29,28 @@ class InputError(ValueError):
 
 
 class RankLostError(Exception):
-    """A collective failed because another rank of the job has ended, so this one cannot go on."""
+    """A collective failed because another rank has ended, so this rank cannot continue."""
 
 
 may_report: Callable[[], bool] = lambda: True  # noqa: E731
-"""Whether this process prints why the command ends: where several ranks do the job, one does."""
+"""Whether this process prints its error message; of several ranks only one does."""
 
 
 def complain(line: str) -> None:
-    """Print to stderr the one line that a command ends with."""
+    """Print an error message on stderr, if this process is the one that reports."""
     if may_report():
         print(line, file=sys.stderr, flush=True)
 
 
 class Damaged(InputError):
-    """A file of our own is not what was written; an older copy of it may do instead."""
+    """A file that fastiat wrote is damaged; the caller may read an older copy of it instead."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out on the host or the GPU; torch raises a `RuntimeError` for the latter.
+    """Whether an error means that the host or the GPU has run out of memory.
 
-    The texts are those of torch's CPU and CUDA allocators, cuBLAS, the system and the C++ library.
+    torch raises `RuntimeError` for this, also for other errors, so its text decides. The texts are
+    those of torch's CPU and CUDA allocators, cuBLAS, the system and the C++ library.
     """
     signs = (
         "out of memory",
@@ -64,7 +66,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def explain_os(error: OSError) -> str:
-    """Return one line for a system error: what was refused, for which file, and the remedy."""
+    """Return one line for a system error: the reason, the file and, if one is known, the remedy."""
     where = f": {error.filename}" if error.filename else ""
     remedy = REMEDIES.get(error.errno or 0)
     return f"{error.strerror or error}{where}" + (f": {remedy}" if remedy else "")
@@ -81,7 +83,7 @@ def printable_lines(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return a `printable` text, cut in its middle to `LONGEST_LINE` characters."""
+    """Return a `printable` text; if longer than `LONGEST_LINE`, " ... " replaces its middle."""
     line = printable(text)
     if len(line) <= LONGEST_LINE:
         return line

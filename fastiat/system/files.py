@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and checking where a file can be written."""
+"""Functions that write files atomically and check whether a place is writable."""
 
 import errno
 import os
@@ -8,18 +8,18 @@ from fastiat.system.errors import InputError
 
 
 def no_link(file: str, flags: int) -> int:
-    """Open a file, for `open(..., opener=no_link)`; raise `OSError` for a symbolic link.
+    """Open a file as `open(..., opener=no_link)`; raise `OSError` for a symbolic link.
 
-    A link in a folder that somebody else made may lead to any file. A pipe is opened without
-    waiting for its other end.
+    In a folder that another person made, a link may point to any file of the user. Opening a pipe
+    does not wait for its other end.
     """
     return os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def write(file: Path, content: bytes | memoryview, older: Path | None = None) -> None:
-    """Write a file whole or not at all: to a file beside it, fsync, then rename onto it.
+    """Write a file atomically: write a temporary file beside it, fsync it, rename it onto `file`.
 
-    With `older`, the file's previous content is kept under that name. Raises `OSError` that names
+    With `older`, the previous content of `file` is kept in that file. Raises `OSError`, which names
     the file that could not be written.
     """
     beside = file.with_name(f".{file.name}.{os.getpid()}")
@@ -41,7 +41,7 @@ def write(file: Path, content: bytes | memoryview, older: Path | None = None) ->
 
 
 def flush_folder(folder: Path) -> None:
-    """fsync a folder: a rename in it is on the disk only after that."""
+    """fsync a folder, so that a rename in it survives a power cut."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -50,18 +50,21 @@ def flush_folder(folder: Path) -> None:
 
 
 def _keep(file: Path, older: Path) -> None:
-    """Give `file` the second name `older`; `file` exists at every moment."""
+    """Keep the content of `file` as `older`.
+
+    With hard links `file` exists at every moment; on a file system without them it is renamed.
+    """
     if older.is_dir():
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(older))
     beside = older.with_name(f".{older.name}.{os.getpid()}")
     try:
-        # A hard link, renamed, replaces `older` in one step.
+        # Renaming a hard link onto `older` replaces it in one step.
         os.link(file, beside)
     except OSError:  # the file system has no hard links
         os.replace(file, older)
         return
     os.replace(beside, older)
-    # `rename` does nothing, and leaves both names, where they were one file already.
+    # `rename` does nothing and leaves `beside` if both names are links to the same file.
     beside.unlink(missing_ok=True)
 
 

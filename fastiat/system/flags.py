@@ -1,7 +1,7 @@
 """Command-line flags: each field of a settings dataclass becomes an argparse flag or argument.
 
-The annotation of the field says how its value is read, its docstring is the help text, and its
-default value is written behind the help text. Nothing here imports torch, so that `--help` is fast.
+The annotation of the field decides how its value is parsed, its docstring is the help text, and its
+default is appended to the help text. This module does not import torch, so that `--help` is fast.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from fastiat.system.errors import complain
 from fastiat.system.settings import Settings, flag_of, hints_of, number
 
 HEADINGS: dict[str, tuple[str, ...]] = {
-    "what is measured": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
+    "measurement": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
     "method": ("preset", "arch", "width", "variant", "mix", "adv"),
     "data": (
         *("dataset", "data_dir", "train_limit", "class_limit", "loader", "pad", "flip"),
@@ -34,8 +34,8 @@ HEADINGS: dict[str, tuple[str, ...]] = {
 }
 """The headings of `--help` with the fields under each, in the order in which they are printed.
 
-A heading is printed for the commands that have one of its fields. Every field that is not an
-argument has to be under one heading.
+A command prints the headings that have one of its fields. Every field that is not positional must
+be under exactly one heading.
 """
 
 METAVARS = {
@@ -49,7 +49,7 @@ METAVARS = {
     "data_dir": "DIR",
     "attacks": "ATTACK",
 }
-"""What `--help` writes for the value of a field, where its type does not say enough."""
+"""Placeholders for values in `--help`, for fields whose type is not a clear placeholder."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # argparse takes "-1/255" or "-inf" for a flag unless this private pattern matches it.
+        # argparse reads "-1/255" or "-inf" as a flag unless this private pattern matches it.
         self._negative_number_matcher = re.compile(r"-\.?(\d|inf|nan)")
 
     def error(self, message: str) -> NoReturn:
@@ -69,10 +69,10 @@ class Parser(argparse.ArgumentParser):
 def add_settings(
     parser: argparse.ArgumentParser, kind: type[Settings], presets: Mapping[str, Settings]
 ) -> None:
-    """Add an argument for every positional field of the dataclass and a flag for the others.
+    """Add an argument for every positional field of the dataclass and a flag for every other field.
 
-    The help text of a flag names its default, and the values of those `presets` (settings by the
-    name of the preset) that differ from it.
+    The help text of a flag gives its default, and the values that differ from it in `presets`,
+    which maps names of presets to their settings.
     """
     hints, docs = hints_of(kind), kind.docs()
     for name in kind.positional:
@@ -86,13 +86,13 @@ def add_settings(
             text, default = docs[name], _default(kind, name, presets)
             if default:
                 text = f"{text.removesuffix('.')} (default: {default})."
-            # argparse would take a % for the start of a placeholder.
+            # argparse reads a single % as the start of a placeholder.
             text = text.replace("%", "%%")
             group.add_argument(flag_of(name), dest=name, help=text, **_options(kind, name))
 
 
 def usage(prog: str, kind: type[Settings]) -> str:
-    """Return the usage line of a command, which names its arguments and not its flags."""
+    """Return the usage line of a command, which lists its arguments but not its flags."""
     words = [prog]
     for name in kind.positional:
         words.append(METAVARS[name])
@@ -102,7 +102,7 @@ def usage(prog: str, kind: type[Settings]) -> str:
 
 
 def _options(kind: type[Settings], name: str) -> dict[str, Any]:
-    """Return the options of `add_argument` that read a value of this field."""
+    """Return the options of `add_argument` for this field."""
     options = _reading(hints_of(kind)[name])
     if name in kind.bare:
         options |= {"nargs": "*", "const": kind.bare[name]}
@@ -110,7 +110,7 @@ def _options(kind: type[Settings], name: str) -> dict[str, Any]:
 
 
 def _reading(hint: Any) -> dict[str, Any]:
-    """Return the options of `add_argument` that read a value of this annotation."""
+    """Return the options of `add_argument` that parse a value of this annotation."""
     if type(None) in get_args(hint):
         (hint,) = (option for option in get_args(hint) if option is not type(None))
     if hint is bool:
@@ -137,14 +137,14 @@ def _number(text: str) -> float:
     try:
         return number(text)
     except ValueError as error:
-        # argparse prints the message of this exception alone.
+        # argparse prints the message of an ArgumentTypeError, but not that of a ValueError.
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _default(kind: type[Settings], name: str, presets: Mapping[str, Settings]) -> str:
-    """Write a field's default and the values of presets that differ; "" if there is no default.
+    """Return the text of a field's default and of the presets' values that differ from it, or "".
 
-    A default of None depends on other settings, so the docstring of the field explains it.
+    A default of None depends on other settings; the docstring of the field explains it.
     """
     default = getattr(kind, name)
     others = {} if name == "preset" else {key: getattr(of, name) for key, of in presets.items()}
@@ -155,7 +155,7 @@ def _default(kind: type[Settings], name: str, presets: Mapping[str, Settings]) -
 
 
 def _write(value: Any) -> str:
-    """Write a value as a user would type it."""
+    """Return a value as the text that a user would type."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Progress of a long job: a bar on a terminal, else a line every 30 seconds; TensorBoard events."""
+"""Progress of long jobs, as a bar on a terminal or a line every 30 seconds; TensorBoard events."""
 
 import io
 import os
@@ -13,15 +13,14 @@ from tqdm import tqdm
 from fastiat.system.ranks import ranks
 
 PLAIN_EVERY = 30.0
-"""Seconds between two lines of progress where stderr is no terminal."""
+"""Seconds between two progress lines if stderr is not a terminal."""
 
 
 class Progress:
     """Progress over `total` images under a title, on stderr of rank 0; a context manager.
 
-    done: images that an earlier session has done; they do not count for the speed.
-    share: the number of ranks that share the images; every image that this rank reports counts as
-        so many.
+    done: number of images that an earlier session has processed; the speed does not include them.
+    share: number of ranks that share the images; each image of this rank counts `share` times.
     """
 
     def __init__(self, title: str, total: int, done: int = 0, share: int = 1) -> None:
@@ -39,7 +38,7 @@ class Progress:
                 unit=" img",
                 leave=False,
                 dynamic_ncols=True,
-                # Without the counts, so that the figures after them fit into 80 columns.
+                # Without counts of images, so that the figures of `show` fit into 80 columns.
                 bar_format="{desc} {percentage:3.0f}%|{bar}| {rate_noinv_fmt}, "
                 "{remaining} left{postfix}",
             )
@@ -52,7 +51,7 @@ class Progress:
             self._bar.close()
 
     def advance(self, images: int) -> None:
-        """Count `images` more of this rank as done."""
+        """Add `images`, a number of images that this rank has processed since the last call."""
         images = min(images * self.share, self.total - self.done)
         self.done += images
         if self._bar is not None:
@@ -76,21 +75,23 @@ class Progress:
             self._bar.clear()
 
     def show(self, **figures: str) -> None:
-        """Show these figures after the progress from now on."""
+        """Append these figures to the progress from now on."""
         self._figures = "".join(f", {name} {value}" for name, value in figures.items())
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures.removeprefix(", "), refresh=False)
 
 
 class Events:
-    """TensorBoard events of one session; `append(file_name, record)` gets each of them.
+    """TensorBoard events of one session; `append(file_name, record)` is called for each event.
 
-    TensorBoard's own writer has a thread, where an error such as a full disk ends in a traceback.
-    step: where the session starts; TensorBoard hides what earlier sessions wrote after it.
+    TensorBoard's own writer runs in a thread, where an error such as a full disk ends in a
+    traceback.
+    step: step at which the session starts; TensorBoard hides later events of earlier sessions.
     """
 
     def __init__(self, append: Callable[[str, bytes], None], step: int) -> None:
-        # Imported here because it takes a second, which a wrong flag should not wait for.
+        # Imported here because the import takes a second, which would delay the error for a wrong
+        # flag.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -100,10 +101,11 @@ class Events:
         self._name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._write(file_version="brain.Event:2")
         if step:
+            # This event makes TensorBoard hide events of this step and later ones written so far.
             self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
-        """Write the figures of a row of metrics.jsonl at its "step", each under kind/name."""
+        """Write the values of a row of metrics.jsonl at its "step", each with the tag kind/name."""
         values = [
             self._summary.Value(tag=f"{kind}/{name}", simple_value=value)
             for name, value in row.items()

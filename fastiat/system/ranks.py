@@ -1,8 +1,9 @@
 """Ranks: this process's place among those that torchrun has started, and their collectives.
 
-torchrun starts the processes, on one machine or several, and ends the others when one is lost. The
+torchrun starts the processes, on one machine or several, and ends the others when one fails. The
 network needs no wrapper such as DistributedDataParallel: an update all-reduces one flat buffer, an
-evaluation its counts, and the rest is equal on all ranks because it comes from the same seed. In a
+evaluation all-reduces its counts, and all other state is equal on all ranks, as it comes from the
+same seed. In a
 single process every collective returns at once.
 """
 
@@ -29,17 +30,18 @@ from fastiat.system import errors
 from fastiat.system.errors import InputError, RankLostError, out_of_memory
 
 TIMEOUT = timedelta(minutes=20)
-"""How long a collective waits for a rank whose connection is open but silent."""
+"""Time until a collective fails if a rank is connected but does not answer."""
 
 
 @dataclass(eq=False)
 class Ranks:
     """This process's place among the ranks of a job, and the collectives that they share.
 
-    rank, count: its number, from 0, and the number of ranks (`RANK`, `WORLD_SIZE`).
-    local_rank, local_count: the same among the ranks of this machine, which has the number `node`.
+    rank, count: number of this rank, from 0, and number of ranks (`RANK`, `WORLD_SIZE`).
+    local_rank, local_count: the same among the ranks of this machine.
+    node: number of this machine, from 0.
     store: torchrun's key-value store; None for a single process.
-    context: ends the message of a `RankLostError`: the step, and the command that resumes.
+    context: returns the end of the message of a `RankLostError`: the step and the resume command.
     """
 
     rank: int = 0
@@ -64,7 +66,7 @@ class Ranks:
 
     @property
     def launcher(self) -> str:
-        """The command line that starts as many processes, up to fastiat's own arguments."""
+        """The command that starts the same number of processes, without fastiat's arguments."""
         if self.alone:
             return "fastiat"
         nodes = self.count // self.local_count
@@ -72,18 +74,18 @@ class Ranks:
         return f"torchrun {several}--nproc-per-node {self.local_count} -m fastiat"
 
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace fp32 tensors by their means over the ranks, the same bits on each.
+        """Replace fp32 tensors by their means over the ranks, bitwise equal on all ranks.
 
         All tensors are on one device, and their shapes are the same in every call. Copying them to
-        one flat buffer makes it one all-reduce instead of dozens.
+        one flat buffer needs one all-reduce instead of dozens.
         """
         if self.alone:
             return
         sizes = [tensor.numel() for tensor in tensors]
         if self._flat is None or len(self._flat[0]) != sum(sizes):
             flat = torch.empty(sum(sizes), device=tensors[0].device)
-            # Each part has its tensor's strides: for equal strides `_foreach_copy_` copies many
-            # tensors in one kernel, for others one by one.
+            # Each part has the strides of its tensor: with equal strides `_foreach_copy_` copies
+            # many tensors in one kernel, otherwise each tensor in its own.
             parts = [
                 part.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
                 for part, tensor in zip(flat.split(sizes), tensors, strict=True)
@@ -116,11 +118,14 @@ class Ranks:
         return [self.store.get(key).decode() for key in keys]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this method."""
         self.all_reduce_max(0)
 
     def check_same(self, what: str, *contents: Any) -> None:
-        """Raise `InputError` unless the tensors and values `contents` are equal on all ranks."""
+        """Raise `InputError`, which names `what`, unless `contents` are equal on all ranks.
+
+        contents: tensors, and values that `repr` tells apart.
+        """
         if self.alone:
             return
         digest = hashlib.sha256()
@@ -128,20 +133,23 @@ class Ranks:
             is_tensor = isinstance(content, Tensor)
             digest.update(content.cpu().numpy().tobytes() if is_tensor else repr(content).encode())
         if len(set(self.gather(digest.hexdigest()))) > 1:
-            raise InputError(f"the {self.count} processes do not have the same {what}")
+            raise InputError(
+                f"the {self.count} processes do not have the same {what}: "
+                f"start all of them with the same command and files"
+            )
 
     @contextmanager
     def local_rank_first(self) -> Iterator[None]:
         """Let local rank 0 of every machine run the block before the machine's other ranks.
 
-        The others find what it has downloaded and cached there.
+        The other ranks then find the files that local rank 0 has downloaded and cached.
         """
         if self.store is None:
             yield
             return
         self._turns += 1
         done = f"done/{self._turns}/{self.node}"
-        # `Store.wait` would block in C++, where Ctrl-C is not noticed.
+        # `Store.wait` would block in C++, where Ctrl-C has no effect.
         while self.local_rank and not self.store.check([done]):
             time.sleep(0.1)
         try:
@@ -150,10 +158,10 @@ class Ranks:
             self.store.set(done, "")
 
     def may_report(self) -> bool:
-        """Whether this rank is the first that asks, so that of all that fail one prints why.
+        """Whether this rank is the first that calls this, so that only one failing rank reports.
 
-        From then on SIGINT and SIGTERM are ignored: torchrun sends one of them to the others as
-        soon as a rank ends, which must not cut off the message.
+        From then on SIGINT and SIGTERM are ignored: torchrun sends one of them to the other ranks
+        as soon as a rank ends, which must not cut off the message.
         """
         if self.store is None:
             return True
@@ -161,7 +169,7 @@ class Ranks:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             return self.store.add("reports", 1) == 1
-        except RuntimeError:  # the store was on a machine that is lost
+        except RuntimeError:  # the machine that has the store has failed
             return True
 
     def _all_reduce(self, tensor: Tensor, operation: Any) -> Tensor:
@@ -172,7 +180,7 @@ class Ranks:
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            # gloo's message starts with a place in its source and goes on after the cause.
+            # gloo's message is "[file:line] cause. Further text": keep the cause alone.
             first_line = (str(error).splitlines() or [""])[0]
             cause = re.sub(r"^\[\S*\] ", "", first_line).partition(". ")[0]
             raise RankLostError(
@@ -185,15 +193,15 @@ _ranks = Ranks()
 
 
 def ranks() -> Ranks:
-    """Return this process's place: a single process, except inside `run_distributed`."""
+    """Return this process's place: that of a single process, except inside `run_distributed`."""
     return _ranks
 
 
 def run_distributed(work: Callable[[], int]) -> int:
     """Join the ranks that torchrun has started, do `work` with them and return its exit status.
 
-    Only rank 0 has a stdout, and only the first rank that fails prints why. A rank that fails ends
-    here, with its status or, after a traceback, 1.
+    Only rank 0 prints to stdout, and only the first rank that fails prints its error. A rank that
+    fails exits here, with its status, or with 1 after a traceback.
     """
     global _ranks
     _ranks = _join()
@@ -205,26 +213,29 @@ def run_distributed(work: Callable[[], int]) -> int:
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:
-        _ranks.may_report()  # the others, whose collectives fail now, are to print nothing
+        _ranks.may_report()  # the other ranks, whose collectives fail now, then print nothing
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
-        # A normal exit may wait for a collective on the GPU that never ends.
+        # A normal exit may wait forever for a collective on the GPU.
         os._exit(status)
     dist.destroy_process_group()
     return status
 
 
 def _join() -> Ranks:
-    """Make the process group that torchrun's environment variables describe."""
+    """Join the process group that torchrun's environment variables describe.
+
+    Raises `SystemExit` with status 2, after an error message, if one of the variables is not set.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             errors.complain(
-                f"fastiat: RANK and WORLD_SIZE are set, but not {name}: start it with torchrun, or "
-                f"unset them"
+                f"fastiat: RANK and WORLD_SIZE are set, but not {name}: start fastiat with "
+                f"torchrun, or unset RANK and WORLD_SIZE"
             )
             raise SystemExit(2)
     rank, count, local_rank, local_count = (int(os.environ[name]) for name in names)
@@ -235,7 +246,8 @@ def _join() -> Ranks:
         backend = "cpu:gloo,cuda:nccl"
         if local_rank < torch.cuda.device_count():
             torch.cuda.set_device(local_rank)
-    # gloo opens a connection, so a file descriptor, to every other rank: 1,024 are often allowed.
+    # gloo opens a connection, which takes a file descriptor, to every other rank; the soft limit is
+    # often 1,024.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)

@@ -1,6 +1,6 @@
-"""The base of every configuration: conversion and checks of values, also of values from JSON.
+"""The base class of all settings, which converts and checks values; checks of values from JSON.
 
-Nothing here imports torch, which takes seconds, so that `--help` is printed at once.
+This module does not import torch, which takes seconds, so that `--help` is printed at once.
 """
 
 import ast
@@ -25,20 +25,20 @@ DATASETS: tuple[str, ...] = get_args(DatasetName)
 LARGEST = 2**32
 """The largest number in a setting or a result: larger ones could overflow in later sums."""
 SMALLEST_SIDE = 8
-"""Side, in pixels, of the smallest images that the networks take."""
+"""Side, in pixels, of the smallest images that the networks accept."""
 MOST_STEPS = 999_999
-"""The most steps of an attack."""
+"""The largest number of steps of an attack."""
 PATHS = {"out", "data_dir", "dataset", "runs", "run", "partner", "dir"}
-"""Settings that are paths, or may be."""
+"""Settings that are, or may be, paths."""
 
 
 class Settings:
-    """Base of the configurations: frozen dataclasses with a docstring under each field."""
+    """Base class of all settings: frozen dataclasses with a docstring under each field."""
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Fields that are positional arguments on the command line, not flags."""
     bare: ClassVar[dict[str, Any]] = {}
-    """For fields whose flag may be given without a value: the value that it then stands for."""
+    """Maps each field whose flag may be given without a value to the value of the bare flag."""
 
     def __post_init__(self) -> None:
         """Convert each value to its field's type (see `converted`), and expand `~` in paths."""
@@ -59,7 +59,7 @@ class Settings:
     def docs(cls) -> dict[str, str]:
         """Map every field to the docstring written under it."""
         found: dict[str, str] = {}
-        # Bases come first, so that a subclass can document a field that it redefines.
+        # Bases come first, so that the docstring in a subclass replaces that of the base.
         for kind in reversed(cls.__mro__[:-1]):
             (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
             assert isinstance(body, ast.ClassDef)
@@ -80,9 +80,9 @@ def hints_of(kind: type[Any]) -> dict[str, Any]:
 def converted(value: Any, hint: Any) -> Any:
     """Return a value converted to its annotated type, if that loses no information.
 
-    NumPy scalars and tensors of one element become Python numbers, "8/255" and `Fraction` a float,
-    paths text, lists tuples, and a single value a tuple of one. Anything else is returned
-    unchanged, and `check_types` refuses it.
+    NumPy scalars and 0-dimensional tensors become Python numbers, "8/255" and `Fraction` become a
+    float, paths become text, lists become tuples, and a single value becomes a tuple of one. Any
+    other value is returned unchanged, and `check_types` refuses it.
     """
     if type(value).__module__ != "builtins" and getattr(value, "shape", None) == ():
         value = value.item()
@@ -118,7 +118,7 @@ def number(text: str) -> float:
 
 
 def check_types(config: Any) -> None:
-    """Raise `InputError`, naming the flag, unless every field fits its annotation."""
+    """Raise `InputError`, which names the flag, unless every field fits its annotation."""
     for name, hint in hints_of(type(config)).items():
         value = getattr(config, name)
         if not fits(value, hint):
@@ -128,7 +128,7 @@ def check_types(config: Any) -> None:
 
 
 def _wanted(value: Any, hint: Any) -> str:
-    """Say which values an annotation allows, and which of them is close to the given one."""
+    """Return which values an annotation allows, and which of them is close to `value`."""
     options = get_args(hint) if get_origin(hint) not in (Literal, tuple) else ()
     if options:
         hint = next(option for option in options if option is not type(None))
@@ -144,9 +144,9 @@ _SINGULARS = {
     bool: "True or False",
     int: "a whole number",
     float: "a number such as 0.03 or 8/255",
-    str: "text",
+    str: "a string",
 }
-_PLURALS = {int: "whole numbers", float: "numbers such as 0.03 or 8/255", str: "texts"}
+_PLURALS = {int: "whole numbers", float: "numbers such as 0.03 or 8/255", str: "strings"}
 
 
 def did_you_mean(given: Any, known: Iterable[str]) -> str:
@@ -156,14 +156,16 @@ def did_you_mean(given: Any, known: Iterable[str]) -> str:
 
 
 def check_ranges(config: Any, positive: set[str]) -> None:
-    """Raise `InputError` unless every field fits its type, and every number is finite, at most
-    `LARGEST` and at least 0; above 0 for the fields in `positive`.
+    """Raise `InputError`, which names the flag, for a value of wrong type or out of range.
+
+    Numbers must be finite, at most `LARGEST`, and at least 0, or above 0 for the fields in
+    `positive`. Text must not be empty.
     """
     check_types(config)
     for field in fields(config):
         given, flag = getattr(config, field.name), flag_of(field.name)
         if given == "":
-            raise InputError(f"{flag} is empty: give it a value, or leave it out")
+            raise InputError(f"{flag} is empty: give a value, or leave out the setting")
         for value in given if isinstance(given, tuple) else (given,):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
@@ -195,7 +197,7 @@ def check_dataset(name: str | None) -> None:
 
 
 def check_once(runs: tuple[str, ...]) -> None:
-    """Raise `InputError` for a run that is named twice, also by two spellings of its path."""
+    """Raise `InputError` for a run that is given twice, also by two spellings of its path."""
     places = [os.path.realpath(run) for run in runs]
     for run, place in zip(runs, places, strict=True):
         if places.count(place) > 1:
@@ -203,18 +205,18 @@ def check_once(runs: tuple[str, ...]) -> None:
 
 
 def check_unit(config: Any) -> None:
-    """Raise `InputError` for an eps or alpha above 1: it is meant for pixels of 0 to 255."""
+    """Raise `InputError` for an eps or alpha above 1, which is meant for pixels in [0, 255]."""
     for name in ("eps", "alpha"):
         given = getattr(config, name)
         for value in given if isinstance(given, tuple) else (given,):
             if value is not None and value > 1:
                 raise InputError(
-                    f"--{name} is {value:g}, but pixels are in 0 to 1: give, say, {value:g}/255"
+                    f"--{name} is {value:g}, but pixels are in [0, 1]: give, say, {value:g}/255"
                 )
 
 
 def steps_of(attack: str) -> int:
-    """Return how many gradient steps the attack of this name takes: none 0, fgsm 1, pgd-K K.
+    """Return the number of gradient steps of the attack `attack`: none 0, fgsm 1, pgd-K K.
 
     Raises `InputError` for any other name.
     """
@@ -238,7 +240,7 @@ def validated(values: Any, kind: Any, name: str = "it") -> Any:
 
     The JSON must have every field of the dataclass and no other, each of its annotated type. A JSON
     list becomes a tuple where the annotation is one, and dataclasses may be nested. Raises
-    `InputError` for the first value that is wrong; the message calls the whole `name`.
+    `InputError` for the first wrong value; the message uses `name` as the name of `values`.
     """
     if get_origin(kind) in (list, tuple) and isinstance(values, list):
         return get_origin(kind)(validated(value, get_args(kind)[0], name) for value in values)
@@ -252,7 +254,7 @@ def validated(values: Any, kind: Any, name: str = "it") -> Any:
             if field not in values:
                 raise InputError(f"{name} lacks the field {field!r}")
         return kind(**{f: validated(values[f], hint, repr(f)) for f, hint in hints.items()})
-    # `converted` does not apply: it accepts text such as "8/255" for a number.
+    # `converted` is not used here, because it accepts text such as "8/255" as a number.
     value = tuple(values) if isinstance(values, list) and fits(tuple(values), kind) else values
     if not fits(value, kind):
         raise InputError(f"{name} cannot be {repr(value)[:50]}")

@@ -1,6 +1,6 @@
 """SIGINT and SIGTERM: recorded until an update is done, or raised at once as an exception.
 
-Nothing here imports torch, so that a wrong argument is answered at once.
+This module does not import torch, so that a wrong argument is reported without delay.
 """
 
 import signal
@@ -11,9 +11,9 @@ from typing import Any
 
 
 class SignalInterrupt(KeyboardInterrupt):
-    """The signal `signum` came in a block that is to end at once.
+    """The signal `signum` has arrived in a block of `Signals.at_once`.
 
-    A `KeyboardInterrupt`, so that no `except Exception` on its way takes it for another error.
+    It is a `KeyboardInterrupt`, so that no `except Exception` handles it as an error.
     """
 
     def __init__(self, signum: int) -> None:
@@ -30,11 +30,12 @@ class TrainingInterrupt(Exception):
 
 
 class Signals:
-    """Handle SIGINT and SIGTERM in a `with` block; other threads than the main one cannot.
+    """Handle SIGINT and SIGTERM in a `with` block; in other threads than the main one, do nothing.
 
-    The first signal is recorded in `received` (0: none) so that the update can finish; a second one
-    of its kind ends the process. Under torchrun (`second_ends=False`) it does not, as every rank
-    gets the signal twice: from SLURM, and from torchrun, which passes on its own.
+    The first signal is recorded in `received` (0: none) so that the update can finish; a second
+    signal with the same number ends the process. Under torchrun (`second_ends=False`) a second
+    signal is recorded too, because every rank gets each signal twice: from SLURM, and from
+    torchrun, which forwards the signal that it has received.
     """
 
     def __init__(self, second_ends: bool = True) -> None:
@@ -57,6 +58,7 @@ class Signals:
 
     def _handle(self, number: int, _: object) -> None:
         self.received = number
+        # The previous handler, usually Python's default, handles the second signal.
         if self._second_ends:
             signal.signal(number, self._previous[number])
         if self._raising:
@@ -64,7 +66,7 @@ class Signals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise `SignalInterrupt` in the block as soon as a signal comes, or if one has come."""
+        """Raise `SignalInterrupt` in the block when a signal arrives, or if one already has."""
         self._raising = True
         try:
             if self.received:
@@ -75,11 +77,12 @@ class Signals:
 
 
 _interrupts: list[int] = []
+"""The signals that have arrived in the latest block of `remembering_interrupts`."""
 
 
 @contextmanager
 def remembering_interrupts() -> Iterator[None]:
-    """Remember every SIGINT of the block, so that a `KeyboardInterrupt` that is lost is raised.
+    """Remember every SIGINT of the block, so that a lost `KeyboardInterrupt` is raised again.
 
     torch imports NumPy from C, which swallows `KeyboardInterrupt` and leaves NumPy half imported:
     remember the signal, and raise it in place of the error that follows, or where
@@ -100,6 +103,7 @@ def remembering_interrupts() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # An error with a signal number, a `TrainingInterrupt`, reports the signal itself.
         if not hasattr(error, "signum"):
             check_interrupts()
         raise
@@ -109,6 +113,6 @@ def remembering_interrupts() -> Iterator[None]:
 
 
 def check_interrupts() -> None:
-    """Raise `KeyboardInterrupt` if a SIGINT came in the block of `remembering_interrupts`."""
+    """Raise `KeyboardInterrupt` if a SIGINT arrived in the block of `remembering_interrupts`."""
     if _interrupts:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Tables as text: the same rows as Markdown, as CSV, or aligned for a terminal."""
+"""Tables as text: Markdown, CSV, or columns aligned for a terminal."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from fastiat.system.errors import printable
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> list[list[str]]:
-    """Pad the cells of every column to one width; the first `left` columns are aligned left."""
+    """Pad the cells of each column to one width; the first `left` columns are aligned left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         [
@@ -21,8 +21,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> list[list[str]]:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Return a Markdown table, its columns padded, the first `left` of them aligned left."""
-    # A bar would end its cell.
+    """Return a Markdown table with padded columns; the first `left` columns are aligned left."""
+    # An unescaped | would end the cell.
     cells = [[printable(cell).replace("|", r"\|") for cell in row] for row in rows]
     top, *body = aligned([head, *cells], left)
     rules = [
@@ -33,7 +33,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
 
 
 def csv_text(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a table as CSV with a line of names; None becomes an empty field."""
+    """Return a table as CSV with a header line; None becomes an empty field."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([head, *rows])
     return out.getvalue()

@@ -1,4 +1,4 @@
-"""Files that somebody else may have written: the checks before a parser reads them."""
+"""Readers for files from other people, which check a file before a parser reads it."""
 
 import ast
 import json
@@ -14,12 +14,12 @@ from fastiat.system.errors import InputError
 from fastiat.system.settings import validated
 
 LARGEST_JSON = 16 * 2**20
-"""Bytes of JSON that are parsed at most; the parsed values can take forty times as many."""
+"""Largest JSON that is parsed, in bytes; the parsed values can take forty times as many bytes."""
 T = TypeVar("T")
 
 
 def is_endless(path: Path) -> bool:
-    """Whether `path` is a pipe or a device: reading one may wait forever."""
+    """Whether `path` is a pipe or a device, which may block a reader forever."""
     return path.exists() and not (path.is_file() or path.is_dir())
 
 
@@ -39,8 +39,8 @@ def finite_json(text: str) -> Any:
     return json.loads(text, parse_constant=number, parse_float=number, parse_int=whole)
 
 
-def read_json(file: Path, remedy: str = "put the original back") -> Any:
-    """Return what a JSON file holds.
+def read_json(file: Path, remedy: str = "restore the original file") -> Any:
+    """Return the parsed content of a JSON file.
 
     Raises `InputError`, which names the file and ends with `remedy`, for a file that is too large
     or not JSON with finite numbers, and `OSError` where the file cannot be read.
@@ -49,18 +49,18 @@ def read_json(file: Path, remedy: str = "put the original back") -> Any:
         if is_endless(file):
             raise InputError("it is a pipe or a device: remove it")
         if file.stat().st_size > LARGEST_JSON:
-            raise InputError("it is larger than any that fastiat writes: remove it")
+            raise InputError("it is larger than any JSON file that fastiat writes: remove it")
         return finite_json(file.read_text())
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    # Deep nesting ends in a RecursionError, bytes that are no UTF-8 in a ValueError.
+    # Deep nesting raises a RecursionError; text that is not UTF-8 raises a ValueError.
     except (ValueError, RecursionError):
         raise InputError(
             f"{file} is damaged: it is not JSON with finite numbers; {remedy}"
         ) from None
 
 
-def read_as(file: Path, kind: type[T], remedy: str = "put the original back") -> T:
+def read_as(file: Path, kind: type[T], remedy: str = "restore the original file") -> T:
     """Read a JSON file as `kind`: a dataclass, or `list[...]` of one (see `settings.validated`).
 
     Raises what `read_json` raises, and `InputError` for missing, unknown or ill-typed fields.
@@ -73,11 +73,11 @@ def read_as(file: Path, kind: type[T], remedy: str = "put the original back") ->
 
 
 def read_npz(file: Any, largest: int) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a .npz, a path or an open file, none of them above `largest` bytes.
+    """Return the arrays of a .npz by name; `file` is a path or an open file.
 
-    Nothing is unpickled, and an array is unpacked only where the archive and the array's own
-    header give the same size. Raises `InputError`, or what `zipfile` and NumPy raise, for a
-    damaged file.
+    Nothing is unpickled, and an array is decompressed only if the archive and the array's own
+    header give the same size. Raises `InputError` for an array larger than `largest` bytes, and
+    `InputError` or an exception of `zipfile` or NumPy for a damaged file.
     """
     arrays = {}
     with zipfile.ZipFile(file) as archive:
@@ -88,26 +88,28 @@ def read_npz(file: Any, largest: int) -> dict[str, NDArray[Any]]:
 
 
 def _array(member: Any, entry: zipfile.ZipInfo, largest: int) -> NDArray[Any]:
+    """Return the array in `member`, a .npy file whose size in the archive is that of `entry`."""
+    # Format 1.0: 6 bytes of signature, 2 of version, 2 of the header's length, then the header.
     magic = member.read(10)
     if magic[:8] != b"\x93NUMPY\x01\x00":
-        raise InputError("it holds something else than arrays")
+        raise InputError("it holds other data than arrays")
     size = int.from_bytes(magic[8:], "little")
     header = ast.literal_eval(member.read(size).decode("latin1").strip())
     dtype, shape = np.dtype(header["descr"]), header["shape"]
     if dtype.hasobject or not all(type(n) is int and n >= 0 for n in shape):
-        raise InputError("it holds something else than arrays of numbers")
+        raise InputError("it holds other data than arrays of numbers")
     count = math.prod(shape) * dtype.itemsize
     if header["fortran_order"] or count > largest or entry.file_size != 10 + size + count:
         raise InputError("an array's size is not the one in its header")
     raw, done = np.empty(count, np.uint8), 0
     while done < count:
-        # In parts: one read of everything would hold the packed and the unpacked bytes.
+        # Read in parts: one read would keep compressed and decompressed bytes in memory at once.
         part = member.read(min(2**24, count - done))
         if not part:
             raise InputError("an array is cut short")
         raw[done : done + len(part)] = np.frombuffer(part, np.uint8)
         done += len(part)
-    member.read(1)  # `zipfile` compares the checksum when it reaches the end
+    member.read(1)  # at the end of the data `zipfile` checks the checksum
     array: NDArray[Any] = raw.view(dtype).reshape(shape)
     return array
 
@@ -129,14 +131,15 @@ _SIGNATURES = {
     b"\x80\x02": "a pickle, such as an old PyTorch checkpoint (torch.save)",
     b"\x80": "a pickle",
 }
+"""Maps the first bytes of a file to its format, as `kind_of` names it."""
 
 
 def kind_of(file: Path) -> str | None:
-    """Say which kind of file was given instead of a safetensors file; None where it may be one."""
+    """Return, as text, the format of a file that is not safetensors; None if it may be one."""
     with open(file, "rb") as opened:
         head = opened.read(512)
     # Safetensors: eight bytes with the length of the header, then the header, which is JSON.
-    # This comes first, as those eight bytes may look like another format's signature.
+    # This check comes first, as those eight bytes may equal the signature of another format.
     if head[8:9] == b"{":
         return None
     if head.startswith(b"PK\3\4") or head.startswith(b"PK\5\6"):
@@ -155,7 +158,7 @@ def kind_of(file: Path) -> str | None:
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
-        # The 512 bytes may end within a character.
+        # The 512 bytes may end within a character; "\0" stands for data that are not text.
         text = head[: error.start].decode() if error.start > len(head) - 4 else "\0"
     if all(c.isprintable() or c in "\t\n\r\f" for c in text):
         return "a text file"
@@ -163,6 +166,7 @@ def kind_of(file: Path) -> str | None:
 
 
 def _kind_of_zip(file: Path) -> str:
+    """Return the format of a zip archive, as text."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
