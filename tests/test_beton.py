@@ -196,7 +196,7 @@ def test_name_tells_a_resized_data_set_from_the_original(tmp_path: Path, digits:
 
 def test_convert_refuses_in_one_line(tmp_path: Path, digits: Path, complaint) -> None:
     before = digits.read_bytes()
-    assert "is there already" in complaint("convert", "digits", digits)
+    assert "exists already" in complaint("convert", "digits", digits)
     assert "create it" in complaint("convert", "digits", tmp_path / "no/x.beton")
     assert "does not exist" in complaint("convert", tmp_path / "no", tmp_path / "x.beton")
     assert "needs a data folder" in complaint("convert", "folder", tmp_path / "x.beton")
@@ -204,7 +204,7 @@ def test_convert_refuses_in_one_line(tmp_path: Path, digits: Path, complaint) ->
     out = tmp_path / "x.beton"
     assert "leave it out with" in complaint("convert", tree, out, "--data-dir", tmp_path)
     out.symlink_to(tmp_path / "nowhere")
-    assert "is there already" in complaint("convert", "digits", out)
+    assert "exists already" in complaint("convert", "digits", out)
     out.unlink()
     assert "1.png is 7x30 pixels: 8" in complaint("convert", tree, tmp_path / "x.beton")
     (tree / "train/b/1.png").write_bytes((tree / "train/b/0.png").read_bytes()[:300])
@@ -363,7 +363,7 @@ HOSTILE: dict[str, tuple[Callable[..., object], str]] = {
     "sample's pointer": (
         lambda h, s, a, c: s["image"]["data_ptr"].__setitem__(7, 2**40), "not at the positions"
     ),
-    "sample's number": (lambda h, s, a, c: a["sample_id"].__setitem__(1, 0), "not at the positions"),
+    "sample's number": (lambda h, s, a, c: a["sample_id"].__setitem__(1, 0), "not at the"),
     "swapped": (swap, "not at the positions"),
     "width": (lambda h, s, a, c: s["image"]["width"].__setitem__(9, 65535), "are 8x8"),
     "mode": (lambda h, s, a, c: s["image"]["mode"].__setitem__(9, 0), "are raw"),
