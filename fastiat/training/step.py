@@ -100,7 +100,7 @@ class Step:
         self.weights = graphs.Weights(model, dtype, self._cast(attack))
         # All graphs allocate their intermediate results in one memory pool. That is safe because
         # only one graph runs at a time and no piece reads intermediate results of another. With one
-        # pool per graph, the memory of a pass would be needed once for each mix layer.
+        # pool per graph, the memory of an update would be needed once for each mix layer.
         self.pool = torch.cuda.graph_pool_handle() if captured else None
         self.attack: PGDLoop | None = None
         if attack is not None:
