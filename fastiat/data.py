@@ -1,4 +1,4 @@
-"""The data stage: load a data set, make batches of its images, convert it to a .beton."""
+"""The data stage: load a data set, make batches of its images, convert a data set to a .beton."""
 
 import importlib.resources
 import logging
@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 
 def default_dir() -> Path:
-    """Return where data sets are looked for and downloaded to when no folder is named."""
+    """Return the folder that data sets are read from and downloaded to if no folder is given."""
     return tree.cache_folder("data", "FASTIAT_DATA", "data sets with --data-dir or FASTIAT_DATA")
 
 
@@ -75,24 +75,27 @@ def load(
 ) -> Dataset:
     """Return the data set `name`: one of `DATASETS`, or the path of a .beton.
 
-    `cifar10`, `svhn` (73,257 training images, no extra ones) and `fashion-mnist` are downloaded
-    by torchvision, which compares checksums, into `data_dir`, else `$FASTIAT_DATA`, else
-    `~/.cache/fastiat/data` (`$XDG_CACHE_HOME/fastiat/data`). `folder` is the image tree at
-    `data_dir` (`fastiat.images.tree` says what it may hold). `digits` ships with the package:
-    scikit-learn's 1,797 scans of 8x8 pixels, 0..16 scaled to 0..255, 1,437 of them to train on.
-    Progress bars are shown if `progress` is set and stderr is a terminal.
+    torchvision downloads `cifar10`, `svhn` (73,257 training images, without the extra images) and
+    `fashion-mnist`, and compares checksums. The files are in `data_dir`, else `$FASTIAT_DATA`, else
+    `$XDG_CACHE_HOME/fastiat/data`, else `~/.cache/fastiat/data`. `folder` is the image tree at
+    `data_dir`; `fastiat.images.tree` documents the rules for it. `digits` ships with the package:
+    scikit-learn's 1,797 scans of 8x8 pixels, with values 0..16 scaled to 0..255; 1,437 of them are
+    training images. Progress bars are shown if `progress` is set and stderr is a terminal.
 
-    `data_dir` may also be a .beton that was made of the data set. For a .beton that was moved,
-    `data_dir` is the folder that holds it now, or the file itself. The images of a .beton stay in
-    the file. A tree is decoded into a .beton of the cache. With the `loader` "ffcv" its images may
-    have any sizes, and stay in that file; with "auto" they stay there if FFCV is installed and they
-    take more than half of the free memory; else they are read into memory.
+    `data_dir` may also be a .beton that was made from the data set. For a .beton that was moved,
+    `data_dir` is the folder that now holds the file, or the file itself. The images of a .beton
+    stay in the file.
 
-    Without `fetch` nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
-    config.json of somebody else's run, must not choose where something is written.
+    An image tree is decoded into a .beton in the cache. With the `loader` "ffcv", the images of the
+    tree may have any sizes, and stay in that file. With "auto", they stay in the file if FFCV is
+    installed and the images take more than half of the free memory. Otherwise they are read into
+    memory.
 
-    Raises `InputError` in one line for an unknown name, a folder that does not exist, files that
-    can neither be found nor downloaded (it says where to put them) and a damaged file.
+    Without `fetch`, nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
+    config.json of a run from an untrusted source, must not choose where files are written.
+
+    Raises `InputError`, in one line, for an unknown name, a folder that does not exist, files that
+    can neither be found nor downloaded (the message says where to put them) and a damaged file.
     """
     name = expanded(name)
     data_dir = None if data_dir is None else expanded(data_dir)
@@ -106,6 +109,7 @@ def load(
         check_folder(name, data_dir)
     if name == "digits":
         return _digits()
+    # One rank of each machine downloads or decodes; the others then find its files.
     with ranks().local_rank_first():
         return _load(name, data_dir, loader, progress, fetch)
 
@@ -116,23 +120,23 @@ def _load(
     root = tree.root_of(data_dir) if name == "folder" or data_dir is not None else default_dir()
     if name == "folder":
         if downloads.held(root) and not os.path.isdir(root / "train"):
-            raise InputError(f"{root} is no image tree: it {downloads.looks_like(root)}")
+            raise InputError(f"{root} is not an image tree: it {downloads.looks_like(root)}")
         return _load_tree(root, loader, progress)
     bars = progress and sys.stderr.isatty()
     return downloads.read(name, root, progress=bars, fetch=fetch)
 
 
 def _load_tree(root: Path, loader: str, progress: bool) -> Dataset:
-    """Return an image tree, decoded once into a .beton of the cache.
+    """Return the image tree at `root`, which is decoded once into a .beton in the cache.
 
-    The images stay in that file for the `loader` "ffcv", and for "auto" where FFCV is installed
-    and they take more than half of the free memory.
+    The images stay in that file for the `loader` "ffcv", and for "auto" if FFCV is installed and
+    the images take more than half of the free memory.
     """
     source = tree_source(root)
     options = {"resize": loader == "ffcv", "progress": progress}
     try:
         dataset = cached(source, **options)
-    except (tree.NoFolder, OSError) as error:  # `OSError`: the disk is full
+    except (tree.NoFolder, OSError) as error:  # `OSError`: for example, the disk is full
         if loader == "ffcv":
             raise
         log.warning("no cache of the images (%s): the next run decodes them again", error)
@@ -145,25 +149,26 @@ def _load_tree(root: Path, loader: str, progress: bool) -> Dataset:
     except Damaged as error:
         log.warning("the cache %s: it is written again", error)
         assert isinstance(dataset.train, StoredSplit)
-        with suppress(OSError):  # a cache that is shared, and read-only
+        with suppress(OSError):  # a shared cache may be read-only
             dataset.train.file.path.unlink()
         return in_memory(cached(source, **options))
 
 
 def _moved(name: str, data_dir: str) -> str:
-    """Return where the .beton `name` is now: in the folder `data_dir`, or at that path."""
+    """Return the present path of the .beton `name`: in the folder `data_dir`, or `data_dir`."""
     if not os.path.isdir(data_dir):
         return data_dir if is_beton(data_dir) else str(tree.root_of(data_dir) / Path(name).name)
     place = os.path.join(data_dir, Path(name).name)
     if not os.path.exists(place):
         raise InputError(
-            f"{data_dir} holds no {Path(name).name}: name the folder that it is in, or leave "
-            f"--data-dir out where {name} is"
+            f"{data_dir} holds no {Path(name).name}: name the folder that holds it, or leave "
+            f"--data-dir out if it is at {name}"
         )
     return place
 
 
 def _stored_as(name: str, path: str) -> Dataset:
+    """Return the data set in the .beton at `path`; raise `InputError` if it is not `name`."""
     dataset = stored(path)
     if name != "folder" and name != dataset.name and not dataset.name.startswith(f"{name}-"):
         raise InputError(
@@ -173,10 +178,11 @@ def _stored_as(name: str, path: str) -> Dataset:
 
 
 def check_folder(name: str, data_dir: str | os.PathLike[str], *, chosen: bool = True) -> None:
-    """Raise `InputError`, saying what it holds, for a data folder with other images than `name`'s.
+    """Raise `InputError` if a data folder holds other images than those of the data set `name`.
 
-    If the data set was `chosen`, only an image tree is refused, because several data sets may be
-    downloaded to one folder. The default data set is not downloaded beside any other images.
+    If the user has `chosen` the data set, only an image tree is an error, because several data sets
+    may be downloaded to one folder. If `name` is the default, any other images are an error: the
+    default data set is not downloaded beside them.
     """
     root = Path(expanded(data_dir))
     if not os.path.isdir(root) or name in downloads.held(root) or name == "folder":
@@ -184,7 +190,7 @@ def check_folder(name: str, data_dir: str | os.PathLike[str], *, chosen: bool = 
     is_tree = all(os.path.isdir(root / split) for split in tree.SPLITS)
     looks = downloads.looks_like(root) if is_tree or not chosen else ""
     if looks:
-        raise InputError(f"--data-dir {root} {looks} (the data set asked for is {name})")
+        raise InputError(f"--data-dir {root} {looks} (the requested data set is {name})")
 
 
 def _digits() -> Dataset:
@@ -199,7 +205,7 @@ def _digits() -> Dataset:
         everything = Split(images, labels)
         train, test = everything.take(~in_test), everything.take(in_test)
         return Dataset("digits", tuple("0123456789"), train, test, flip=False)
-    # What zipfile, NumPy and torch raise for a damaged file is of any kind.
+    # zipfile, NumPy and torch raise errors of any type for a damaged file.
     except Exception as error:
         raise InputError(
             f"{source} is damaged ({one_line(error)[:100]}): install fastiat again"
@@ -208,14 +214,14 @@ def _digits() -> Dataset:
 
 @own_defaults()
 def convert(config: ConvertConfig) -> beton.Card:
-    """Write the .beton that `config` asks for, print what it holds, and return its card.
+    """Write the .beton that `config` describes, print a summary of it, and return its card.
 
-    Raises `InputError` for images that cannot be read and where OUT cannot be written.
+    Raises `InputError` for images that cannot be read and for an OUT that cannot be written.
     """
     config.check()
     out = Path(config.out).absolute()
     if os.path.lexists(out) and not config.force:
-        raise InputError(f"{out} is there already: choose another name, or replace it with --force")
+        raise InputError(f"{out} exists already: choose another name, or replace it with --force")
     if not out.parent.is_dir():
         raise InputError(f"the folder {out.parent} does not exist: create it, or choose another")
     if out.is_dir():
@@ -223,7 +229,7 @@ def convert(config: ConvertConfig) -> beton.Card:
     named = config.dataset in DATASETS
     if config.data_dir is not None and not named:
         raise InputError(
-            f"--data-dir is where a data set of a name is: leave it out with {config.dataset}"
+            f"--data-dir is only for a data set given by name: leave it out with {config.dataset}"
         )
     if (named and config.dataset != "folder") or is_beton(config.dataset):
         source = dataset_source(load(config.dataset, config.data_dir))
@@ -239,10 +245,11 @@ def convert(config: ConvertConfig) -> beton.Card:
 
 
 Kind = Literal["resident", "ffcv"]
+"""Kind of a loader, see `Loader`."""
 
 
 class Shard(NamedTuple):
-    """The part of every pass that this process takes: number `rank` of `ranks` equal parts."""
+    """The part of every pass that one rank reads: number `rank` of `ranks` equal parts."""
 
     rank: int
     ranks: int
@@ -258,18 +265,19 @@ WHOLE = Shard(0, 1)
 
 
 class ResidentBatches:
-    """Batches of a split that is copied to the device's memory."""
+    """Batches of a split whose images are all copied to the device's memory at the start."""
 
     def __init__(self, split: Split, device: torch.device) -> None:
         self.images = split.images.to(device)
 
     def slices(self, spans: list[slice]) -> Iterator[Tensor]:
-        """Yield views, (B, H, W, C), of the images at each span of positions."""
+        """Yield a view, (B, H, W, C) uint8, of the images at each span of positions."""
         return (self.images[span] for span in spans)
 
     def picked(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield for each row of `batches`, (batches, B), a store of images, (M, H, W, C), and the
-        positions of the row's images in that store, (B,).
+        """Yield (images (M, H, W, C) uint8, indices (B,) into them) for each row of `batches`.
+
+        `batches` is (batches, B) int64, positions in the split.
         """
         return ((self.images, index) for index in batches.to(self.images.device))
 
@@ -279,24 +287,26 @@ class Loader:
 
     Iterating yields (x, y): x (B, C, H, W) uint8 and channels-last, y (B,) int64, both on
     `device`. With `train`, a pass is shuffled and its partial last batch is dropped. Every image is
-    shifted by up to `pad` pixels in each direction, filled with zeros, and with `flip` mirrored
+    shifted by up to `pad` pixels in each direction, filled with zeros, and, with `flip`, mirrored
     with probability 0.5 (section 4.1 of the IAT paper, after Madry et al. 2018). Without `train`,
-    images come in their order and unchanged, and the last batch may be smaller; do not write to
-    those x.
+    images are unchanged and in the order of the split, and the last batch may be smaller; do not
+    write to x, which may then be a view of the split.
 
-    `order`, a CPU generator, draws the permutation of each pass; `augment`, a generator on
-    `device`, draws the shifts and flips of each batch; None means torch's default generators. Both
-    kinds draw the same numbers, so the same seeds give the same batches. No batch waits for the
-    device.
+    `order`, a CPU generator, draws the permutation of each pass. `augment`, a generator on
+    `device`, draws the shifts and flips of each batch. None means torch's default generators. Both
+    kinds of loader draw the same numbers, so the same seeds give the same batches. Making a batch
+    does not wait for the device.
 
-    With a `shard`, training takes the rank's slice of every batch of `batch_size` images. The
-    slices of all ranks, if their generators are equal, form the batch that one process would
-    see. Without `train`, the loader takes every `ranks`-th batch, beginning with number `rank`.
+    With a `shard`, a training loader yields this rank's slice of every batch of `batch_size`
+    images. If the generators of all ranks have equal states, their slices form the batch that a
+    single process would yield. Without `train`, the loader yields every `ranks`-th batch, from
+    number `rank` on.
 
-    `kind` says where the images are: "resident" moves the split to the device (154 MB for
-    CIFAR-10); "ffcv" reads a `StoredSplit` from its .beton while the training runs.
+    `kind` says where the images are: "resident" copies the split to the device (154 MB for
+    CIFAR-10); "ffcv" reads a `StoredSplit` from its .beton during the training.
 
-    Raises `InputError` where no full training batch exists or the ranks cannot share one equally.
+    Raises `InputError` for a `batch_size` below 1, a negative `pad`, fewer training images than
+    `batch_size`, and a training `batch_size` that is not a multiple of the number of ranks.
     """
 
     def __init__(
@@ -336,7 +346,7 @@ class Loader:
         self.source: FFCVBatches | ResidentBatches = source(split, self.device)
 
     def __len__(self) -> int:
-        """Number of batches in a pass; without `train`, in this shard's part of it."""
+        """Number of batches that a pass yields on this rank."""
         full, rest = divmod(len(self.labels), self.batch_size)
         if self.train:
             return full
@@ -346,11 +356,11 @@ class Loader:
         return self.epoch()
 
     def epoch(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return one pass that starts at batch `skip`.
+        """Return one pass without its first `skip` batches.
 
         This call draws from `order`; each batch draws from `augment` when it is made. To repeat
-        the rest of a pass exactly, set `order` to its state at the start of that pass and `augment`
-        to its state after `skip` batches.
+        the rest of a pass exactly, set `order` to its state before that pass and `augment` to its
+        state after `skip` batches.
         """
         if not self.train:
             return self._in_order(skip)
@@ -368,9 +378,11 @@ class Loader:
             yield images.permute(0, 3, 1, 2), self.labels[span]
 
     def _augmented(self, batches: Tensor, own: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches of the images at `batches`, (batches, B) positions in the split on the CPU.
+        """Yield the augmented images at each row of `batches`, with their labels.
 
-        Every rank draws shifts and flips for the whole batch, and takes those of its `own` part.
+        `batches` is (batches, B) int64 on the CPU, positions in the split. Every rank draws shifts
+        and flips for the whole batch and uses those of its `own` part, so that the number of ranks
+        changes no draw.
         """
         size = self.batch_size
         none = torch.zeros(batches.shape[1], dtype=torch.bool, device=self.device)
@@ -387,19 +399,20 @@ class Loader:
 def choose_loader(
     wanted: Literal["auto", "resident", "ffcv"], dataset: Dataset, device: torch.device
 ) -> tuple[Kind, str]:
-    """Return the kind of loader for a data set, and the reason.
+    """Return the kind of loader for a data set, and the reason in words.
 
     If FFCV is installed, "auto" chooses "ffcv" for a .beton and for images that take more than half
-    of the device's free memory. Raises `InputError` for "ffcv" if FFCV cannot be used.
+    of the device's free memory; otherwise "resident". Raises `InputError` for "ffcv" if FFCV cannot
+    be used.
     """
     if wanted == "ffcv" and (reason := obstacle()):
         raise InputError(f"--loader ffcv: {reason}")
     if wanted != "auto":
-        return wanted, "it was asked for"
+        return wanted, "it was requested"
     if dataset.stored:
         return ("ffcv", "it is a .beton") if installed() else ("resident", "FFCV is not installed")
     if fits(dataset.nbytes, device, in_memory=True):
-        return "resident", "it fits"
+        return "resident", "the images fit into memory"
     if installed():
         return "ffcv", f"it takes more than half of the memory that is free on {device}"
     return "resident", "FFCV is not installed"
@@ -408,15 +421,15 @@ def choose_loader(
 def convert_if_needed(
     dataset: Dataset, wanted: Literal["auto", "resident", "ffcv"], device: torch.device
 ) -> tuple[Dataset, Kind, str]:
-    """Return the data set, its kind of loader, and the reason for that kind.
+    """Return the data set, the kind of its loader, and the reason for that kind in words.
 
-    For "ffcv" the data set is one in a .beton, of the cache if it was in memory.
+    For "ffcv", a data set in memory is converted to a .beton in the cache, and returned from there.
 
-    All ranks of a job must call this together. Raises `InputError` as `choose_loader` does, and
-    where the cache cannot be written.
+    All ranks of a job must call this function together. Raises the errors of `choose_loader`, and
+    `InputError` if the cache cannot be written.
     """
     kind, reason = choose_loader(wanted, dataset, device)
-    # If one rank streams from the .beton, all do: their free memory may differ.
+    # Free memory may differ between ranks. If any rank streams from the .beton, all do.
     if ranks().all_reduce_max(kind == "ffcv")[0]:
         kind = "ffcv"
     if kind == "ffcv" and not dataset.stored:
@@ -426,7 +439,10 @@ def convert_if_needed(
 
 
 def fits(nbytes: int, device: torch.device, *, in_memory: bool = False) -> bool:
-    """Whether images take at most half of the device's free memory, or are in it already."""
+    """Whether images of `nbytes` bytes take at most half of the device's free memory.
+
+    Images that are `in_memory` already always fit on the CPU.
+    """
     if in_memory and device.type == "cpu":
         return True
     return nbytes <= free_memory(device) // 2
@@ -435,10 +451,11 @@ def fits(nbytes: int, device: torch.device, *, in_memory: bool = False) -> bool:
 def make_loader(
     split: Split, batch_size: int, *, kind: Kind | None = None, **options: Any
 ) -> Loader:
-    """Return a `Loader`. If `kind` is None, it is "resident" for all that fits.
+    """Return a `Loader`; `options` are its other arguments.
 
-    So commands that measure, which use every image only a few times, need FFCV only for a .beton
-    that takes more than half of the device's free memory.
+    If `kind` is None, it is "ffcv" only for a .beton whose images take more than half of the
+    device's free memory, and only if FFCV is installed. This is the choice of the commands that
+    measure: they use every image only a few times.
     """
     if kind is None:
         device = torch.device(options.get("device", "cpu"))
@@ -448,16 +465,17 @@ def make_loader(
 
 
 class Loaders(NamedTuple):
-    """The batches of a training, and the fingerprint of the data set that they come from."""
+    """The loaders of a training, and the fingerprint of their data set."""
 
     train: Loader
     test: Loader
     holdout: Loader | None
+    """Held-out training images; None if none are held out."""
     fingerprint: str
 
 
 EVAL_BATCH = 500
-"""Images evaluated at a time during a training, or as many as an update takes if that is less."""
+"""Largest batch of a validation during a training; never larger than a rank's part of an update."""
 
 
 def open_loaders(
@@ -470,28 +488,32 @@ def open_loaders(
 ) -> Loaders:
     """Open the loaders of a training; `order` and `augment` are as for `Loader`.
 
-    The training images are limited (`--train-limit`, `--class-limit`) before some are held out.
-    All ranks of a job must call this together. Raises `InputError` for settings that leave nothing
-    to train on or that the ranks cannot share.
+    The training images are limited (`--train-limit`, `--class-limit`) before `--holdout` takes its
+    images from them. All ranks of a job must call this function together. Raises `InputError` if
+    the settings leave no image to train on, if `--pad` is not less than the side of an image, and
+    for a batch size that is larger than the training set or not a multiple of the number of ranks.
     """
     dataset, kind, _ = convert_if_needed(dataset, config.loader, device)
     train = limited(dataset.train, config.train_limit, config.class_limit, config.seed)
     test, held_out = dataset.test, None
     kept_out = min(1000, len(train) // 10) if config.holdout is None else config.holdout
     if kept_out >= len(train):
-        raise InputError(f"--holdout {kept_out} leaves none of the {len(train)} training images")
+        raise InputError(
+            f"--holdout {kept_out} leaves none of the {len(train)} training images: give less"
+        )
     if kept_out:
         train, held_out = holdout(train, kept_out, config.seed)
     if config.eval_limit is not None and config.eval_limit < len(test):
         test = draw(test, config.eval_limit, config.seed)
     if config.pad >= min(train.shape[1:]):
         raise InputError(
-            f"--pad {config.pad} can shift images of {train.shape[1]} pixels out of sight: "
+            f"--pad {config.pad} can shift all pixels out of an image of side {train.shape[1]}: "
             f"give less"
         )
     if config.batch_size > len(train):
         raise InputError(
-            f"--batch-size {config.batch_size} is more than the {len(train)} training images"
+            f"--batch-size {config.batch_size} is more than the {len(train)} training images: "
+            f"give {len(train)} or less"
         )
     shard = Shard(ranks().rank, ranks().count)
     if config.batch_size % shard.ranks:
@@ -499,7 +521,7 @@ def open_loaders(
             f"--batch-size {config.batch_size} cannot be shared equally by {shard.ranks} "
             f"processes: give a multiple of {shard.ranks}, or start another number of them"
         )
-    # Memory for a rank's part of an update is needed anyway.
+    # An update needs the memory for a rank's part anyway, so a validation batch of that size fits.
     at_a_time = max(min(EVAL_BATCH, config.batch_size // shard.ranks), 1)
     open_loader = partial(make_loader, kind=kind, device=device, shard=shard)
     return Loaders(

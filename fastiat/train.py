@@ -1,4 +1,4 @@
-"""Training: Algorithm 1 of the paper, the trainer that repeats it, and the loop over the epochs."""
+"""Training: Algorithm 1 of the paper, the trainer that applies it, and the loop over the epochs."""
 
 import copy
 import time
@@ -34,7 +34,7 @@ from fastiat.training.step import Step, running_statistics
 from fastiat.training.update import Update, mixed_pass
 
 Attack = Callable[[Tensor, Tensor], Tensor]
-"""Returns adversarial examples of pixels (B, C, H, W) with true labels (B,)."""
+"""Returns adversarial examples, (B, C, H, W), for pixels (B, C, H, W) and true labels (B,)."""
 
 
 def algorithm1(
@@ -50,30 +50,32 @@ def algorithm1(
     mix_pixels: bool = False,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Update:
-    """Add the gradient of Algorithm 1's loss L to the parameters of `model`.
+    """Add the gradient of the loss L of Algorithm 1 to the `.grad` of `model`'s parameters.
 
         L_c = Loss(f, Mix, x, y)
         L_a = Loss(f, Mix, attack(x, y), y)
         L = w L_c + (1 - w) L_a,  w = `clean_weight`, 1/2 in the paper
 
     x, y: (B, C, H, W) pixels in [0, 1], (B,) int64 true labels.
-    attack: attacks the un-mixed batch with its true labels; None leaves L = L_c.
-    draw: returns a draw of Mix; called for each of L_c and L_a, or once with `shared_mix`.
+    attack: attacks the un-mixed batch with its true labels; None means L = L_c.
+    draw: returns a draw of Mix; called for L_c and again for L_a, or once with `shared_mix`.
     loss, mix_pixels: as for `fastiat.training.update.mixed_pass`.
-    precision: returns the context that forward passes run in; losses are computed outside of it.
+    precision: returns the context manager for forward passes; losses are computed outside of it.
+
+    Returns the two losses and the numbers of correct images.
     """
 
     def forward(x: Tensor, mix: Mix | None) -> Tensor:
         with precision():
             return model(x, mix)
 
-    # Autocast keeps its copies of the weights until the outermost context is left. With one around
-    # all passes, disabled, each copy is made once.
+    # Autocast caches its copies of the weights until the outermost autocast context ends. A
+    # disabled context around all passes keeps the cache, so that each weight is cast once.
     with torch.autocast(x.device.type, torch.bfloat16, enabled=False):
         mix = draw()
         clean_loss, clean_correct = mixed_pass(forward, x, y, mix, loss, mix_pixels)
-        # The attack and both losses see the same weights, so each half of L can be backpropagated
-        # at once: the activations of only one half are in memory at a time.
+        # `backward` changes no weight, so the clean half of L can be backpropagated before the
+        # attack. The activations of only one half are in memory at a time.
         ((clean_weight if attack else 1.0) * clean_loss).backward()
         clean_loss = clean_loss.detach()
         if attack is None:
@@ -88,12 +90,14 @@ def algorithm1(
 
 
 class Trainer:
-    """Everything that a training changes: network, optimizer, average, generators, position.
+    """The state of a training: network, optimizer, average, generators, position.
 
-    Each rank of a training (`fastiat.system.ranks`) takes its part of every batch. Gradients,
-    running statistics and figures are averaged over the ranks before the optimizer's step, so that
-    all ranks hold the same bits after it, checkpoint included. A running variance is the mean of
-    the variances of the parts, not the variance of the batch.
+    Each rank of a training (`fastiat.system.ranks`) computes its part of every batch. Gradients,
+    running statistics and figures are averaged over the ranks before the optimizer's step. So all
+    ranks hold the same bits after the step, and a checkpoint of one rank is valid for all. A
+    running variance is the mean of the variances of the parts, not the variance of the batch.
+
+    Raises `InputError` for settings that the device, the data or the number of ranks do not allow.
     """
 
     def __init__(self, config: TrainConfig, dataset: data.Dataset) -> None:
@@ -118,27 +122,30 @@ class Trainer:
         self.lr_tensor = torch.tensor(config.lr, device=self.device)
         self.optimizer = make_sgd(self.model, config, self.lr_tensor)
         self.step = 0
-        """Updates so far, skipped ones too."""
+        """Updates so far, including skipped updates."""
         self.order_before_epoch = self.random["order"].get_state()
         self.totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-        """Sums of the figures of an `Update` over the epoch so far."""
+        """Sums of the figures of the updates of this epoch so far, without skipped updates."""
         self.best: dict[str, int] | None = None
+        """"epoch" and "errors" of the epoch with the fewest held-out errors; see `validate`."""
         self.validated_epochs = 0
+        """Number of epochs whose validation has finished."""
         self.seconds = 0.0
         """Seconds that the updates of the current epoch have taken."""
         self.skipped = self.skipped_in_a_row = 0
-        """Updates skipped in this epoch; skipped since the last one that was not."""
+        """Updates skipped in this epoch; updates skipped consecutively, up to the last update."""
 
     def _make_generators(self) -> None:
-        """Make a generator for each purpose, so that no draw depends on the others."""
+        """Make a generator for each purpose, so that no draw depends on the other purposes."""
         cpu, device = torch.device("cpu"), self.device
         places = {"order": cpu, "augment": device, "mix": cpu, "attack": device}
         self.random = {
             purpose: torch.Generator(place).manual_seed(self.config.seed * 1000 + number)
             for number, (purpose, place) in enumerate(places.items())
         }
-        # Each rank mixes and attacks its own part. The generators of these are seeded anew for
-        # every update (see `_seed_rank`), so that no checkpoint needs to hold those of all ranks.
+        # Each rank mixes and attacks its own part of the batch, with generators of its own. These
+        # are seeded anew for every update (see `_seed_rank`), so a checkpoint need not hold the
+        # generators of every rank.
         self.rank_random = self.random
         if not self.ranks.alone:
             self.rank_random = {name: torch.Generator(places[name]) for name in ("mix", "attack")}
@@ -160,7 +167,7 @@ class Trainer:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The network that is measured and saved: the average where there is one."""
+        """The network that is measured and saved: the average with --ema, else the model."""
         return self.model if self.average is None else self.average
 
     @property
@@ -175,7 +182,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or the held-out error has not fallen for `patience`."""
+        """Whether all epochs are done, or `patience` epochs have passed since the best one."""
         patience, best = self.config.patience, self.best
         stale = bool(patience and best and self.epoch - best["epoch"] >= patience)
         return stale or self.epoch >= self.config.epochs
@@ -184,7 +191,7 @@ class Trainer:
         """Run the rest of the current epoch, yielding the figures of each update."""
         skip = self.step % len(self.loader)
         if skip:
-            # Draw the permutation of this epoch once more; its first `skip` batches are done.
+            # Draw the permutation of this epoch again, without its first `skip` batches.
             self.random["order"].set_state(self.order_before_epoch)
         else:
             self.order_before_epoch = self.random["order"].get_state()
@@ -195,14 +202,15 @@ class Trainer:
             yield self.update(images, y)
 
     def update(self, images: Tensor, y: Tensor) -> Update:
-        """Make one update on a uint8 batch (B, C, H, W) with labels (B,), or this rank's part.
+        """Make one update on this rank's part of a batch: uint8 (B, C, H, W), labels (B,) int64.
 
-        The figures that it returns are those of the whole batch.
+        Returns the figures of the whole batch.
         """
         config = self.config
         self.lr_tensor.fill_(learning_rate(config, self.step, len(self.loader)))
         self._seed_rank()
-        # A pass changes the running statistics before it is known whether its loss is finite.
+        # A pass changes the running statistics before the loss is known to be finite, so keep
+        # copies, which a skipped update restores.
         skipping = config.on_nan == "skip"
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers() if skipping]
         if self.engine == "eager":
@@ -223,7 +231,7 @@ class Trainer:
             if self._accept(update):
                 self.optimizer.step()
         else:
-            # The step copies the draws into its buffers, so they may stay on the CPU.
+            # `Step` copies the draws into its buffers on the device, so draw on the CPU.
             cpu = torch.device("cpu")
             mix = self._draw(cpu)
             other = mix if config.shared_mix or self.attack is None else self._draw(cpu)
@@ -239,9 +247,10 @@ class Trainer:
         return update
 
     def _seed_rank(self) -> None:
-        """Seed this rank's generators for one update, from a draw that all ranks share."""
+        """Seed this rank's generators for one update."""
         if self.ranks.alone:
             return
+        # All ranks draw the same `common`; the rank makes their seeds differ.
         common = int(torch.randint(2**63 - 1, (), generator=self.random["mix"]))
         seeds = np.random.SeedSequence((common, self.ranks.rank)).generate_state(2, np.uint64)
         for generator, seed in zip(self.rank_random.values(), seeds.tolist(), strict=True):
@@ -260,7 +269,10 @@ class Trainer:
         )
 
     def _all_reduce_mean(self, update: Update) -> Update:
-        """Average gradients and running statistics over the ranks; return the batch's figures."""
+        """Average gradients and running statistics over the ranks, in place.
+
+        `update` has the figures of this rank's part; returns those of the whole batch.
+        """
         figures = torch.stack(update)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.ranks.all_reduce_mean_([*grads, *running_statistics(self.model), figures])
@@ -269,7 +281,7 @@ class Trainer:
     def _accept(self, update: Update) -> bool:
         """Return whether the optimizer may use the gradients; if not, count the update as skipped.
 
-        With --on-nan stop it always may, as looking at them would wait for the device.
+        Always true with --on-nan stop, because to check gradients the CPU waits for the device.
         """
         if self.config.on_nan == "stop":
             return True
@@ -282,7 +294,7 @@ class Trainer:
 
     @cached_property
     def attack(self) -> Attack | None:
-        """The training's attack on the network, or None where it has none."""
+        """The attack of Algorithm 1 for the eager engine; None with --adv none."""
         settings = self._attack_settings(self.config.bn, self.rank_random["attack"])
         return None if settings is None else partial(pgd, self.model, **settings)
 
@@ -309,18 +321,18 @@ class Trainer:
 
     @cached_property
     def validation_attack(self) -> PGD | None:
-        """The training's attack on the network that is measured, with a generator of its own."""
+        """The training's attack on `eval_model`, with its own generator; None with --adv none."""
         settings = self._attack_settings("eval", torch.Generator(self.device))
         if settings is None:
             return None
-        # Compiling for another batch size takes longer than it saves where it is not captured.
+        # Without capture, compiling for the batch size of a validation takes longer than it saves.
         engine: Engine = "graph" if self.engine == "graph" else "eager"
         return PGD(self.eval_model, engine=engine, precision=self.arithmetic, **settings)
 
     def _attack_settings(
         self, bn: BatchNormMode, generator: torch.Generator
     ) -> dict[str, Any] | None:
-        """Return all keyword arguments of `pgd` for the training's attack, or None without one."""
+        """Return all keyword arguments of `pgd` for the training's attack; None with --adv none."""
         config = self.config
         if config.adv == "none":
             return None
@@ -336,10 +348,11 @@ class Trainer:
         }
 
     def validate(self, row: dict[str, Any]) -> bool:
-        """Measure test and held-out errors into `row`; return whether to keep these weights.
+        """Write test and held-out errors, in percent, to `row`; return whether to save the weights.
 
-        Held-out images are attacked from the same random points after every epoch, so that the
-        errors of epochs compare. Without held-out images every epoch's weights are kept.
+        The attack on held-out images starts from the same random points after every epoch, so that
+        the errors of epochs are comparable. Weights are saved if the held-out error is lower than
+        in all epochs before; without held-out images, the weights of every epoch are saved.
         """
         row["test_error_percent"] = 100 * self._errors(self.test, None) / len(self.test.labels)
         if self.holdout is None:
@@ -355,12 +368,15 @@ class Trainer:
         return True
 
     def _errors(self, batches: data.Loader, attack: PGD | None) -> int:
-        """Count the errors over all ranks; the number of ranks changes no random start."""
+        """Return the number of errors over all ranks.
+
+        The random starts do not depend on the number of ranks.
+        """
         gaps = batches.shard.gaps()
 
         def attacked(x: Tensor, y: Tensor) -> Tensor:
             assert attack is not None
-            # Pass over the seeds of the batches that other ranks have.
+            # Each batch takes one seed: draw and discard the seeds of the batches of other ranks.
             for _ in range(next(gaps) if attack.settings["random_start"] else 0):
                 draw_seed(x, attack.settings["generator"])
             return attack(x, y)
@@ -369,7 +385,7 @@ class Trainer:
         return int(self.ranks.all_reduce_sum_(torch.tensor(errors)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resume needs: tensors by name, and the fields of `Position`."""
+        """Return the state that a resume needs: tensors by name, and the fields of `Position`."""
         momentum = {
             name: self.optimizer.state[parameter]["momentum_buffer"]
             for name, parameter in self.model.named_parameters()
@@ -396,9 +412,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, in full or not at all.
+        """Load a state that `state_dict` returned; nothing is changed if it does not fit.
 
-        Raises `InputError` for a state of other data, and `Damaged` for one that does not fit.
+        Raises `InputError` for a state of other data or another number of ranks, and `Damaged` for
+        a state that does not fit this training.
         """
         own = self.state_dict()
         position = checked_position(
@@ -417,18 +434,20 @@ class Trainer:
             generator.set_state(state["random"][name])
         self.order_before_epoch = state["order_before_epoch"]
         self.totals.copy_(state["totals"])
-        # A captured update holds the generators as they were when it was captured.
+        # A captured step holds the state of the generators at its capture: the next update makes a
+        # new step.
         self.__dict__.pop("fast_step", None)
         self.step, self.best = position.step, position.best
         self.validated_epochs, self.seconds = position.validated_epochs, position.seconds
         self.skipped = position.skipped
-        # With --on-nan stop no update is skipped, whatever the checkpoint counted with "skip".
+        # With --on-nan stop no update is skipped: drop a count from a run with --on-nan skip, which
+        # `update` would take for a skip.
         in_a_row = position.skipped_in_a_row
         self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
 
 
 def _check_batch_of_one(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> None:
-    """Raise `InputError` for a network whose BatchNorm cannot normalise a batch of `shape`."""
+    """Raise `InputError` if BatchNorm has only one value per channel in a batch of `shape`."""
     probe = copy.deepcopy(model).to("meta").train()  # computes shapes only
     try:
         probe(torch.empty(shape, device="meta"))
@@ -436,9 +455,9 @@ def _check_batch_of_one(model: nn.Module, shape: tuple[int, ...], batch_size: in
         if "more than 1 value per channel" not in str(error):
             raise
         raise InputError(
-            f"--batch-size {batch_size} is one image a process, and BatchNorm has one value a "
-            f"channel to normalise with at {shape[-1]}x{shape[-1]} pixels: give each process two "
-            "images or more, or larger images"
+            f"--batch-size {batch_size} is one image per process, and BatchNorm needs more than "
+            f"one value per channel, which images of {shape[-1]}x{shape[-1]} pixels do not give: "
+            "give each process two images or more, or larger images"
         ) from None
 
 
@@ -446,10 +465,11 @@ def _check_batch_of_one(model: nn.Module, shape: tuple[int, ...], batch_size: in
 def train(config: TrainConfig) -> Path:
     """Train as `config` says and return the run directory.
 
-    The ranks of a job (`fastiat.system.ranks`) train together, and the first writes the directory.
-    Raises `InputError` before anything is written if the settings or the data are wrong or another
-    process trains there, `TrainingInterrupt` after a checkpoint when SIGINT or SIGTERM ends it,
-    and `RankLostError` where another rank has ended.
+    The ranks of a job (`fastiat.system.ranks`) train together, and the first rank writes the run
+    directory. Raises `InputError`, before anything is written, if the settings or the data are
+    wrong or if another process trains in that directory. Raises `InputError` later if the training
+    diverges. Raises `TrainingInterrupt`, after a checkpoint is written, for SIGINT or SIGTERM, and
+    `RankLostError` if another rank has ended.
     """
     config.check()
     path = Path(config.out) if config.out else default_out(config)
@@ -462,7 +482,8 @@ def train(config: TrainConfig) -> Path:
     try:
         if run is not None:
             run.lock()
-        # A folder that is named only in config.json, which may be a stranger's, is not written to.
+        # config.json may come from an untrusted source: nothing is downloaded to a folder that only
+        # config.json names.
         known = None if run is None else run.config.data_dir
         fetch = config.data_dir is None or config.data_dir != known
         dataset = data.load(config.dataset, config.data_dir, loader=config.loader, fetch=fetch)
@@ -474,7 +495,8 @@ def train(config: TrainConfig) -> Path:
             check_interrupts()
             if session.start():
                 _loop(trainer, session)
-            # A signal may have come since; and no rank ends before the first has written.
+            # A signal may have arrived after the last check. The reduction also keeps every rank
+            # running until the first rank has written its files.
             session.stop_or_save()
     finally:
         if run is not None:
@@ -483,7 +505,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def _loop(trainer: Trainer, session: Session) -> None:
-    """Train to the end."""
+    """Train and validate the remaining epochs, then write the last checkpoint."""
     config, run = trainer.config, session.run
     started = time.monotonic()
     run.log_line(rows.headline(trainer))
@@ -503,7 +525,7 @@ def _loop(trainer: Trainer, session: Session) -> None:
 
 
 def _train_epoch(trainer: Trainer, session: Session, progress: Progress) -> None:
-    """Make the rest of the current epoch's updates; save or stop between them where that is due."""
+    """Make the remaining updates of the current epoch; between updates, save or stop if due."""
     config = trainer.config
     begun, first = time.monotonic() - trainer.seconds, trainer.step + 1
     for update in trainer.epoch_updates():
@@ -511,7 +533,7 @@ def _train_epoch(trainer: Trainer, session: Session, progress: Progress) -> None
         progress.advance(config.batch_size)
         session.check_skipped(progress)
         logged = trainer.step % rows.LOG_EVERY == 0
-        # Reading the figures waits for the device, so this is not done at every update.
+        # To read the figures the CPU waits for the device, so they are not read after every update.
         if logged or trainer.step == first:
             row = rows.step_row(trainer, update)
             if not trainer.skipped_in_a_row:
@@ -520,19 +542,20 @@ def _train_epoch(trainer: Trainer, session: Session, progress: Progress) -> None
             if logged:
                 session.log("step", row)
         session.stop_or_save(save=True)
-    session.check_finite()  # which waits until the device has finished, too
+    session.check_finite()  # also waits for the device, so that the seconds are complete
     trainer.seconds = time.monotonic() - begun
 
 
 def _validate_epoch(trainer: Trainer, session: Session, progress: Progress) -> None:
-    """Measure and log the epoch that has been trained; keep its weights if they are the best."""
+    """Validate the epoch that was just trained, log its row, and save its weights if best."""
     config, run = trainer.config, session.run
     row = rows.epoch_row(trainer)
     images = len(trainer.loader) * config.batch_size
     row["images_per_second"] = round(images / max(trainer.seconds, 1e-9), 1)
     best, begun = trainer.best, time.monotonic()
     try:
-        # One rank alone must not leave: the others would wait for its errors.
+        # With several ranks, a signal must not end the validation of one rank: the others would
+        # wait for its errors. It is handled after the validation instead.
         with session.signals.at_once() if trainer.ranks.alone else nullcontext():
             better = trainer.validate(row)
     except SignalInterrupt:

@@ -196,7 +196,7 @@ def test_name_tells_a_resized_data_set_from_the_original(tmp_path: Path, digits:
 
 def test_convert_refuses_in_one_line(tmp_path: Path, digits: Path, complaint) -> None:
     before = digits.read_bytes()
-    assert "is there already" in complaint("convert", "digits", digits)
+    assert "exists already" in complaint("convert", "digits", digits)
     assert "create it" in complaint("convert", "digits", tmp_path / "no/x.beton")
     assert "does not exist" in complaint("convert", tmp_path / "no", tmp_path / "x.beton")
     assert "needs a data folder" in complaint("convert", "folder", tmp_path / "x.beton")
@@ -204,7 +204,7 @@ def test_convert_refuses_in_one_line(tmp_path: Path, digits: Path, complaint) ->
     out = tmp_path / "x.beton"
     assert "leave it out with" in complaint("convert", tree, out, "--data-dir", tmp_path)
     out.symlink_to(tmp_path / "nowhere")
-    assert "is there already" in complaint("convert", "digits", out)
+    assert "exists already" in complaint("convert", "digits", out)
     out.unlink()
     assert "1.png is 7x30 pixels: 8" in complaint("convert", tree, tmp_path / "x.beton")
     (tree / "train/b/1.png").write_bytes((tree / "train/b/0.png").read_bytes()[:300])
@@ -234,7 +234,7 @@ def test_a_disk_that_keeps_other_bytes_is_noticed(tmp_path: Path, monkeypatch) -
             yield blob if number != 3 else bytes([blob[0] ^ 1]) + blob[1:]
 
     monkeypatch.setattr(beton.Beton, "blobs", flipped)
-    with pytest.raises(InputError, match="does not hold what was written"):
+    with pytest.raises(InputError, match="differs from the data written to it"):
         convert.write_beton(tmp_path / "x.beton", convert.dataset_source(DIGITS), "raw", 0, None)
     assert list(tmp_path.iterdir()) == []
 
@@ -302,7 +302,7 @@ def test_a_longer_file_is_refused_by_name(tmp_path: Path, digits: Path) -> None:
     whole = digits.read_bytes()
     for more in (b"\0", bytes(24), whole):
         (tmp_path / "long.beton").write_bytes(whole + more)
-        with pytest.raises(InputError, match=r"long\.beton .* it goes on after its end"):
+        with pytest.raises(InputError, match=r"long\.beton .* it has bytes after its end"):
             data.load(str(tmp_path / "long.beton"))
 
 
@@ -330,7 +330,7 @@ def test_a_file_of_ffcvs_own_writer_is_refused_by_name(tmp_path: Path, capfd) ->
     fields = {"image": RGBImageField(), "label": IntField()}
     writer = DatasetWriter(str(file), fields, num_workers=1)
     writer.from_indexed_dataset([(np.zeros((8, 8, 3), np.uint8), i % 2) for i in range(4)])
-    with pytest.raises(InputError, match=r"theirs\.beton .* it has no card"):
+    with pytest.raises(InputError, match=r"theirs\.beton .* metadata are missing"):
         data.load(str(file))
 
 
@@ -356,15 +356,15 @@ def swap(header, samples, allocations, card):
 
 
 HOSTILE: dict[str, tuple[Callable[..., object], str]] = {
-    "size": (lambda h, s, a, c: a["size"].__setitem__(5, 193), "not where it says"),
-    "huge size": (lambda h, s, a, c: a["size"].__setitem__(5, 2**64 - 1), "not where it says"),
-    "pointer": (lambda h, s, a, c: a["ptr"].__setitem__(5, 2**64 - 100), "not where it says"),
-    "pointer into header": (lambda h, s, a, c: a["ptr"].__setitem__(0, 0), "not where it says"),
+    "size": (lambda h, s, a, c: a["size"].__setitem__(5, 193), "not at the positions"),
+    "huge size": (lambda h, s, a, c: a["size"].__setitem__(5, 2**64 - 1), "not at the positions"),
+    "pointer": (lambda h, s, a, c: a["ptr"].__setitem__(5, 2**64 - 100), "not at the positions"),
+    "pointer into header": (lambda h, s, a, c: a["ptr"].__setitem__(0, 0), "not at the positions"),
     "sample's pointer": (
-        lambda h, s, a, c: s["image"]["data_ptr"].__setitem__(7, 2**40), "not where it says"
+        lambda h, s, a, c: s["image"]["data_ptr"].__setitem__(7, 2**40), "not at the positions"
     ),
-    "sample's number": (lambda h, s, a, c: a["sample_id"].__setitem__(1, 0), "not where it says"),
-    "swapped": (swap, "not where it says"),
+    "sample's number": (lambda h, s, a, c: a["sample_id"].__setitem__(1, 0), "not at the"),
+    "swapped": (swap, "not at the positions"),
     "width": (lambda h, s, a, c: s["image"]["width"].__setitem__(9, 65535), "are 8x8"),
     "mode": (lambda h, s, a, c: s["image"]["mode"].__setitem__(9, 0), "are raw"),
     "unknown mode": (lambda h, s, a, c: s["image"]["mode"].__setitem__(9, 7), "are raw"),
@@ -376,13 +376,13 @@ HOSTILE: dict[str, tuple[Callable[..., object], str]] = {
     "fields": (lambda h, s, a, c: h.__setitem__("num_fields", 9), "not a .beton of fastiat"),
     "page": (lambda h, s, a, c: h.__setitem__("page_size", 0), "page size is 0"),
     "side": (lambda h, s, a, c: c.update(side=9), "are 9x9"),
-    "no side": (lambda h, s, a, c: c.update(side=0), "card does not fit"),
-    "all to train on": (lambda h, s, a, c: c.update(n_train=1797), "card does not fit"),
-    "channels": (lambda h, s, a, c: c.update(channels=2), "card does not fit"),
+    "no side": (lambda h, s, a, c: c.update(side=0), "metadata do not match"),
+    "all to train on": (lambda h, s, a, c: c.update(n_train=1797), "metadata do not match"),
+    "channels": (lambda h, s, a, c: c.update(channels=2), "metadata do not match"),
     "classes": (lambda h, s, a, c: c.update(classes=["0", "1"]), "outside its 2 classes"),
-    "type": (lambda h, s, a, c: c.update(classes="0123456789"), "card is damaged"),
-    "unknown": (lambda h, s, a, c: c.update(more=1), "card is damaged"),
-    "format": (lambda h, s, a, c: c.update(format="png"), "card is damaged"),
+    "type": (lambda h, s, a, c: c.update(classes="0123456789"), "metadata are damaged"),
+    "unknown": (lambda h, s, a, c: c.update(more=1), "metadata are damaged"),
+    "format": (lambda h, s, a, c: c.update(format="png"), "metadata are damaged"),
     "jpeg": (lambda h, s, a, c: c.update(format="jpeg"), "are jpeg"),
 }  # fmt: skip
 
@@ -425,7 +425,7 @@ def test_jpeg_of_another_size_is_refused(jpegs: Path, tmp_path: Path) -> None:
     at = content.index(b"\xff\xc0", int(opened.ptrs[0]))
     content[at + 5 : at + 7] = (4096).to_bytes(2, "big")
     (tmp_path / "x.beton").write_bytes(content)
-    with pytest.raises(InputError, match="image 0 is no JPEG of 8x8"):
+    with pytest.raises(InputError, match="image 0 is not a JPEG of 8x8"):
         data.load(str(tmp_path / "x.beton"))
 
 

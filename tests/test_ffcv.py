@@ -216,7 +216,7 @@ def test_the_choice_and_its_reason(digits: Path, monkeypatch, without_ffcv) -> N
         choose_loader("ffcv", DIGITS, CPU)
     monkeypatch.setattr(data, "installed", lambda: True)
     monkeypatch.setattr(data, "free_memory", lambda _: 2 * DIGITS.nbytes)
-    assert choose_loader("auto", DIGITS, cuda) == ("resident", "it fits")
+    assert choose_loader("auto", DIGITS, cuda) == ("resident", "the images fit into memory")
     assert choose_loader("auto", stored, cuda) == ("ffcv", "it is a .beton")
     assert choose_loader("resident", stored, cuda)[0] == "resident"
     monkeypatch.setattr(data, "free_memory", lambda _: 2 * DIGITS.nbytes - 1)
@@ -380,7 +380,7 @@ def test_an_ffcv_that_cannot_be_imported_is_not_called_missing(
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loader")]
     assert "resident" in row and str(error) in row
-    assert choose_loader("auto", DIGITS, CPU) == ("resident", "it fits")
+    assert choose_loader("auto", DIGITS, CPU) == ("resident", "the images fit into memory")
 
 
 def test_a_cache_that_cannot_be_written_is_named_and_used_for_what_it_has(

@@ -136,7 +136,7 @@ def test_skipped_updates_are_counted_and_a_stop_between_them_changes_nothing(
     argv = ["train", *small, "--on-nan", "skip"]
     assert cli.main([*argv, "--out", str(whole)]) == 0
     shown = capsys.readouterr().out
-    assert "the loss or gradient of step 5 is not finite; it is skipped" in shown
+    assert "the loss or gradient of step 5 is not finite: this update is skipped" in shown
     assert shown.count("warning: ") == 2 and ", 2 updates skipped, " in shown
     rows = rows_of(whole)
     assert [row["skipped"] for row in rows if row["kind"] == "epoch"] == [2, 2]

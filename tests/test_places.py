@@ -309,5 +309,5 @@ def test_one_image_a_process_and_maps_of_one_pixel_are_refused(
     out = tmp_path / "run"
     network = ("--dataset", "digits", "--arch", "preact18", "--width", "2", *CPU)
     line = complaint("train", *network, "--batch-size", "1", "--out", out)
-    assert "--batch-size 1 is one image a process" in line and "larger images" in line
+    assert "--batch-size 1 is one image per process" in line and "larger images" in line
     assert not out.exists()

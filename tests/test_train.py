@@ -266,7 +266,7 @@ def test_a_loss_far_above_a_guess_is_told_once_in_the_first_epoch(
     assert cli.main(["train", *flags]) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == 1
-    assert "the loss is 24 at step 1, and that of a guess 2.3" in warnings[0]
+    assert "the loss is 24 at step 1, and the loss of a guess is 2.3" in warnings[0]
     assert "a lower --lr than 0.02, or --schedule cosine" in warnings[0]
 
 

@@ -1,1 +1,1 @@
-"""Where images come from: downloads, image trees, .beton files, conversion."""
+"""Sources of images: downloads, image trees, .beton files, and conversion between them."""

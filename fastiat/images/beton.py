@@ -1,9 +1,12 @@
-"""FFCV's .beton files: their layout, the checks before they are used, reading without FFCV.
+"""FFCV's .beton files: their layout, the checks before a file is used, reading without FFCV.
 
-A .beton of fastiat has the fields "image" (RGB, raw or JPEG) and "label" (integer); FFCV's own
-loader reads it. Training images come first. All images are squares of one side; a grey image is
-stored as three equal channels. The `Card` is between the images and FFCV's table of allocations,
-where FFCV does not read: JSON, its length in 8 bytes, and `MAGIC`.
+A .beton of fastiat has the fields "image" (RGB, raw or JPEG) and "label" (integer), and FFCV's own
+loader can read it. Training images come first. All images are squares of the same side; a grey
+image is stored as three equal channels. The `Card` is stored between the images and FFCV's
+allocation table, where FFCV does not read. It consists of JSON, the length of the JSON in 8 bytes
+(little-endian), and `MAGIC`.
+
+All numbers in the file are little-endian. Positions are bytes from the start of the file.
 """
 
 import ctypes
@@ -25,7 +28,8 @@ from fastiat.images.pixels import quiet
 from fastiat.system.errors import InputError
 from fastiat.system.settings import expanded, validated
 
-# The same types as in `ffcv.types` and in FFCV's RGB image and integer fields.
+# Copies of the types in `ffcv.types` and in FFCV's RGB image and integer fields, so that a file can
+# be checked and read without FFCV.
 HEADER = np.dtype(
     [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
      ("alloc_table_ptr", "<u8")], align=True,
@@ -36,54 +40,64 @@ SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 VERSION = 2
 FIELDS = {"image": 2, "label": 1}
-"""The names of the fields, with FFCV's number for each type."""
+"""The names of the fields, with FFCV's number for each field type."""
 MODES = {"jpeg": 0, "raw": 1}
+"""FFCV's number for each way to store an image."""
 
 MAGIC = b"fastiat1"
 LONGEST_CARD = 1 << 24
+"""Largest size of a card, in bytes."""
 SMALLEST_PAGE, LARGEST_PAGE = 1 << 21, 1 << 31
+"""Limits of FFCV's page size, in bytes."""
 LARGEST_SIDE = 4096
-LOOKED_AT = 1024
-"""Number of JPEGs whose header is checked when a file is opened; decoding checks each one."""
+"""Largest side of an image, in pixels."""
+CHECKED_JPEGS = 1024
+"""Number of JPEGs whose header is checked when a file is opened; decoding checks every JPEG."""
 CHUNK = 1 << 23
-"""Bytes of images that a conversion handles at a time."""
+"""Bytes of raw images in one task of a conversion."""
 
 Format = Literal["raw", "jpeg"]
 
 
 @dataclass(frozen=True)
 class Card:
-    """What fastiat stores in a .beton in addition to FFCV's own metadata."""
+    """The metadata that fastiat stores in a .beton in addition to FFCV's own."""
 
     name: str
-    """The data set's name, as results have it."""
+    """Name of the data set, as recorded in results."""
     classes: tuple[str, ...]
+    """Names of the classes, indexed by label."""
     flip: bool
-    """Whether training mirrors the images."""
+    """Whether training mirrors images at random."""
     channels: int
+    """1 for grey images, 3 for colour images; three channels are stored in both cases."""
     side: int
-    """Pixels of an image, each way."""
+    """Height and width of every image, in pixels."""
     n_train: int
-    """Training images, which come first."""
+    """Number of training images, which come first."""
     format: Format
     quality: int
-    """Quality of the JPEGs, 0 to 100."""
+    """JPEG quality, 0 to 100; not used for raw images."""
     fingerprint: str
-    """`Dataset.fingerprint` of the images; of JPEGs, the same over their bytes."""
+    """`Dataset.fingerprint` of raw images; for JPEGs, the same digest over the encoded bytes."""
     source: str
-    """What the file was made from: a digest of a tree's listing, or a data set's fingerprint."""
+    """Identifies the source images: the digest of a tree's listing, or a data set's fingerprint."""
     fastiat: str
-    """The version of fastiat that wrote the file."""
+    """Version of fastiat that wrote the file."""
 
     @property
     def raw_size(self) -> int:
-        """Bytes of a raw image in the file."""
+        """Size of one raw image in the file, in bytes."""
         return 3 * self.side**2
 
 
 @dataclass(frozen=True, eq=False)
 class Beton:
-    """A checked file: `labels` (N,) int64; `ptrs` and `sizes` (N,) of the images, in bytes."""
+    """A checked .beton file.
+
+    `labels` is (N,) int64. `ptrs` and `sizes`, (N,) uint64, are the position and the size of each
+    stored image, in bytes.
+    """
 
     path: Path
     card: Card
@@ -95,7 +109,10 @@ class Beton:
         return len(self.labels)
 
     def blobs(self, index: Iterable[int]) -> Iterator[bytes]:
-        """Yield the stored bytes of images; raise `InputError` if the file was cut since."""
+        """Yield the stored bytes of the images at `index`.
+
+        Raises `InputError` if the file was truncated after it was opened.
+        """
         with open(self.path, "rb", buffering=0) as file:
             for i in index:
                 blob = os.pread(file.fileno(), int(self.sizes[i]), int(self.ptrs[i]))
@@ -104,10 +121,11 @@ class Beton:
                 yield blob
 
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return the images at `index` as (M, H, W, C).
+        """Return the images at `index`, (M,), as (M, H, W, C) uint8.
 
-        FFCV's decoder decodes JPEGs, so that the pixels are those of FFCV's loader. Raises
-        `InputError` for a damaged JPEG, and for every JPEG if FFCV is not installed.
+        FFCV's decoder decodes JPEGs, so that the pixels equal those of FFCV's loader. Raises
+        `InputError` for a damaged JPEG, for a truncated file, and for any JPEG if FFCV is not
+        installed.
         """
         side, channels = self.card.side, self.card.channels
         images = np.empty((len(index), side, side, channels), np.uint8)
@@ -127,9 +145,10 @@ class Beton:
 
 @cache
 def jpeg_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
-    """Return FFCV's JPEG decoder, which fills (H, W, 3) uint8 and returns whether it succeeded.
+    """Return FFCV's JPEG decoder, a function of (JPEG bytes, output (H, W, 3) uint8).
 
-    Raises `InputError` if FFCV is not installed.
+    The decoder fills the output and returns True, or returns False for a damaged JPEG. Raises
+    `InputError` if FFCV is not installed.
     """
     from fastiat.images.ffcv import import_ffcv
 
@@ -140,6 +159,7 @@ def jpeg_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
         height, width, _ = pixels.shape
         source = ctypes.cast(ctypes.c_char_p(blob), ctypes.c_void_p)
         target = pixels.ctypes.data_as(ctypes.c_void_p)
+        # Size and offset of the crop, scale as a fraction, whether to crop, whether to mirror.
         whole = (height, width, 0, 0, 1, 1, False, False)
         return ctypes_imdecode(source, len(blob), height, width, target, *whole) == 0
 
@@ -149,11 +169,13 @@ def jpeg_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
 def open_beton(path: str | os.PathLike[str]) -> Beton:
     """Open a .beton and check every position and size in it.
 
-    FFCV maps the file into memory and trusts them: a wrong one would crash the process. Raises
-    `InputError`, in one line that names the file, unless it is a whole .beton of fastiat.
+    FFCV maps the file into memory and does not check positions and sizes: a wrong value would
+    crash the process. Raises `InputError`, in one line that names the file, if the file is missing,
+    unreadable or damaged, or was not written by fastiat.
     """
     path = Path(expanded(path)).absolute()
     try:
+        # O_NONBLOCK: to open a named pipe would wait for a writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise InputError(f"{path} is not a file: name a .beton")
@@ -166,7 +188,7 @@ def open_beton(path: str | os.PathLike[str]) -> Beton:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except InputError:
         raise
-    # What NumPy and json raise for a damaged file.
+    # NumPy and json raise these for a damaged file.
     except (ValueError, TypeError, RecursionError, MemoryError, OverflowError) as error:
         raise refusal(path, f"it is damaged ({str(error)[:60]})") from None
 
@@ -197,7 +219,7 @@ def _open(path: Path, file: IO[bytes]) -> Beton:
     if n < 2 or table == 0 or table + n * ALLOCATION.itemsize > size:
         raise refusal(path, "it is truncated")
     if table + n * ALLOCATION.itemsize < size:
-        raise refusal(path, "it goes on after its end")
+        raise refusal(path, "it has bytes after its end")
     start = data_start(n, page)
     tail = len(MAGIC) + 8
     if table < start + tail:
@@ -206,7 +228,7 @@ def _open(path: Path, file: IO[bytes]) -> Beton:
     length = int.from_bytes(ending[:8], "little")
     end = table - tail - length
     if ending[8:] != MAGIC or length > LONGEST_CARD or end < start:
-        raise refusal(path, "it is not a .beton of fastiat: it has no card")
+        raise refusal(path, "it is not a .beton of fastiat: fastiat's metadata are missing")
     card = _card(path, read(np.uint8, length, end).tobytes(), n)
     samples = read(SAMPLE, n, HEADER.itemsize + fields.nbytes)
     allocations = read(ALLOCATION, n, table)
@@ -224,7 +246,7 @@ def _card(path: Path, text: bytes, n: int) -> Card:
     try:
         card: Card = validated(json.loads(text), Card)
     except (InputError, ValueError, RecursionError, TypeError) as error:
-        raise refusal(path, f"its card is damaged ({str(error)[:60]})") from None
+        raise refusal(path, f"its metadata are damaged ({str(error)[:60]})") from None
     good = (
         card.channels in (1, 3)
         and 1 <= card.side <= LARGEST_SIDE
@@ -232,7 +254,7 @@ def _card(path: Path, text: bytes, n: int) -> Card:
         and len(card.classes) >= 2
     )
     if not good:
-        raise refusal(path, "its card does not fit its images")
+        raise refusal(path, "its metadata do not match its images")
     return card
 
 
@@ -247,7 +269,7 @@ def _check_samples(
     labels = samples["label"]
     if labels.min() < 0 or labels.max() >= len(card.classes):
         raise refusal(path, f"it has labels outside its {len(card.classes)} classes")
-    # First, because the sum of unsigned numbers below must not overflow.
+    # Check the bounds first, because the sum of uint64 positions and sizes below must not overflow.
     inside = (ptrs >= start).all() and (ptrs < end).all() and (sizes <= end).all()
     if card.format == "raw":
         inside = inside and (sizes == card.raw_size).all()
@@ -257,13 +279,13 @@ def _check_samples(
     inside = inside and (ends[:-1] <= ptrs[1:]).all() and ends[-1] <= end
     matching = (allocations["sample_id"] == np.arange(len(ptrs))).all()
     if not (inside and matching and np.array_equal(image["data_ptr"], ptrs)):
-        raise refusal(path, "its images are not where it says")
+        raise refusal(path, "its images are not at the positions that it records")
 
 
 def _check_jpegs(beton: Beton) -> None:
-    """Check the size in the headers of about a thousand JPEGs, spread over the file."""
+    """Check size and mode in the headers of about `CHECKED_JPEGS` JPEGs, spread over the file."""
     side = beton.card.side
-    every = range(0, len(beton), -(-len(beton) // LOOKED_AT))
+    every = range(0, len(beton), -(-len(beton) // CHECKED_JPEGS))
     for i, blob in zip(every, beton.blobs(every), strict=True):
         try:
             with quiet(), Image.open(io.BytesIO(blob), formats=["JPEG"]) as jpeg:
@@ -271,16 +293,18 @@ def _check_jpegs(beton: Beton) -> None:
         except Exception:  # Pillow's readers raise errors of any kind for a damaged file
             good = False
         if not good:
-            raise refusal(beton.path, f"its image {i} is no JPEG of {side}x{side} pixels")
+            raise refusal(beton.path, f"its image {i} is not a JPEG of {side}x{side} pixels")
 
 
 def refusal(path: Path, reason: str) -> InputError:
+    """Return the error for a .beton that cannot be used; the remedy is to convert again."""
     return InputError(
         f"{path} cannot be used, {reason}: write it again with fastiat convert DATASET {path.name}"
     )
 
 
 def field_table() -> NDArray[Any]:
+    """Return the (2,) `FIELD` records of the two fields, as FFCV stores them."""
     table = np.zeros(len(FIELDS), FIELD)
     for row, (name, type_id) in zip(table, FIELDS.items(), strict=True):
         row["type_id"] = type_id
@@ -289,8 +313,10 @@ def field_table() -> NDArray[Any]:
 
 
 def data_start(n: int, page: int) -> int:
+    """Return the position of the first page of images in a file of `n` samples."""
     return round_up(HEADER.itemsize + len(FIELDS) * FIELD.itemsize + n * SAMPLE.itemsize, page)
 
 
 def round_up(at: int, page: int) -> int:
+    """Return the smallest multiple of `page` that is at least `at`."""
     return -(-at // page) * page

@@ -1,4 +1,4 @@
-"""Write .beton files: image by image, read back and compared, then renamed into place."""
+"""Write .beton files image by image; read each file back and compare, then rename it into place."""
 
 import glob
 import hashlib
@@ -23,7 +23,7 @@ from fastiat.system.progress import Progress
 
 
 class Fingerprint:
-    """The fingerprint of a `Dataset`, computed image by image; of JPEGs, over their bytes."""
+    """`Dataset.fingerprint`, computed image by image; for JPEGs, over their encoded bytes."""
 
     def __init__(self, labels: NDArray[np.int64], card: beton.Card) -> None:
         self._digest, self._left, self._card = hashlib.sha256(), 0, card
@@ -37,7 +37,7 @@ class Fingerprint:
             self._digest.update(str((len(labels), card.side, card.side, card.channels)).encode())
             self._digest.update(np.ascontiguousarray(labels, np.int64).data)
             self._left = len(labels)
-        # A grey image is stored as three equal channels, but has one.
+        # A grey image is stored as three equal channels; the `Dataset` has only one of them.
         grey = card.format == "raw" and card.channels == 1
         self._digest.update(blob[::3] if grey else blob)
         self._left -= 1
@@ -50,13 +50,14 @@ def write(
     path: Path, labels: NDArray[np.int64], blobs: Iterable[bytes], *, progress: bool = True,
     **card: Any,
 ) -> beton.Card:  # fmt: skip
-    """Write a .beton beside `path`, read it back, compare, and rename it onto `path`.
+    """Write a .beton beside `path`, read it back, compare, and rename it to `path`.
 
-    labels: (N,), of all images, training images first.
-    blobs: the N images as they are stored: side * side * 3 bytes, or a JPEG.
+    labels: (N,) int64, training images first.
+    blobs: the N images in their stored form: side * side * 3 raw bytes each, or JPEGs.
     card: the fields of `Card` except the fingerprint.
 
-    Raises `InputError` if the file does not hold what was written to it.
+    Returns the card with its fingerprint. Raises `InputError` if the file that is read back differs
+    from the data that were written.
     """
     draft = beton.Card(**card, fingerprint="")
     samples = np.zeros(len(labels), beton.SAMPLE)
@@ -72,7 +73,8 @@ def write(
         file.seek(at)
         shown = _shown("converting", blobs, len(labels), progress)
         for i, blob in zip(range(len(labels)), shown, strict=True):
-            if at % page + len(blob) > page:  # FFCV reads whole pages: no image lies on two
+            # FFCV reads whole pages, so an image must not extend over a page boundary.
+            if at % page + len(blob) > page:
                 at = file.seek(beton.round_up(at, page))
             file.write(blob)
             allocations[i] = i, at, len(blob)
@@ -87,6 +89,7 @@ def write(
         header["page_size"], header["num_samples"] = page, len(labels)
         header["alloc_table_ptr"] = file.tell()
         file.write(allocations.tobytes())
+        # The head of the file holds the positions of the images, so it is written last.
         samples["image"]["data_ptr"] = allocations["ptr"]
         file.seek(0)
         file.write(header.tobytes() + beton.field_table().tobytes() + samples.tobytes())
@@ -97,9 +100,10 @@ def write(
 
 
 def check(path: Path, labels: NDArray[np.int64], card: beton.Card, progress: bool) -> None:
-    """Read back all images of a file that was just written, or raise `InputError`.
+    """Read back all images of a file that was just written.
 
-    Raw pixels and the bytes of JPEGs must be those that were written, and every JPEG must decode.
+    Raises `InputError` if labels, raw pixels or bytes of JPEGs differ from those that were written,
+    or if a JPEG cannot be decoded.
     """
     opened = beton.open_beton(path)
     fingerprint = Fingerprint(opened.labels, card)
@@ -108,13 +112,13 @@ def check(path: Path, labels: NDArray[np.int64], card: beton.Card, progress: boo
     for blob in _shown("checking", opened.blobs(range(len(opened))), len(opened), progress):
         fingerprint.add(blob)
         if decode is not None and not decode(blob, pixels):
-            raise InputError(f"{path} cannot be decoded again: convert anew")
+            raise InputError(f"{path} has a JPEG that cannot be decoded: convert again")
     if str(fingerprint) != card.fingerprint or not np.array_equal(opened.labels, labels):
-        raise InputError(f"{path} does not hold what was written to it: check the disk")
+        raise InputError(f"{path} differs from the data written to it: check the disk")
 
 
 def _shown(title: str, blobs: Iterable[bytes], total: int, shown: bool) -> Iterable[bytes]:
-    """Return the blobs; if `shown`, with a progress bar as they are taken."""
+    """Return the blobs; if `shown`, iterating over them advances a progress bar."""
 
     def with_bar() -> Iterator[bytes]:
         with Progress(title, total) as progress:
@@ -141,9 +145,10 @@ def _any_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """Yield a file beside `path`: renamed onto `path` if the block succeeds, else removed.
+    """Yield the path of a file beside `path`, and the open file.
 
-    Files that killed processes of this machine left beside `path` are removed too.
+    The file is renamed to `path` if the block succeeds, and removed otherwise. Unfinished files
+    that killed processes of this machine left beside `path` are removed too.
     """
     host = socket.gethostname().replace(".", "-")
     for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}.*.part"):
@@ -156,16 +161,16 @@ def replacing(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
             yield part, file
         os.replace(part, path)
     except BaseException as error:
-        with suppress(OSError):  # a read-only file system refuses this too
+        with suppress(OSError):  # on a read-only file system this fails too
             part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError):  # name the file that the user asked for
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     flush_folder(path.parent)
 
 
 def _page_size(image: int) -> int:
-    """Return a page size of which images of `image` bytes leave at most a tenth unused."""
+    """Return a page size of which at most a tenth stays unused for images of `image` bytes."""
     page = beton.SMALLEST_PAGE
     while page < 10 * image:
         page *= 2

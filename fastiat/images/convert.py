@@ -1,9 +1,10 @@
 """Convert data sets, and image trees of any mixture of sizes, to .beton files.
 
-Every image of a file is a square of one side. A tree of squares of one size keeps that size.
-Otherwise the side is 224 pixels, or the side of the largest square that any image holds if that is
-less, and the centre square of each image is resized to it. `max_side` replaces the 224, also for a
-tree of one size. At most a few hundred images of a tree are in memory at a time.
+All images of a file are squares of the same side. If all source images are squares of one size,
+they keep that size. Otherwise the side is 224 pixels, or the side of the largest square that fits
+into any of the images if that is less, and the centre square of each image is resized to that side.
+`max_side` replaces the 224, and also limits the side of images of one size. At most a few hundred
+images of a tree are in memory at a time.
 """
 
 import fcntl
@@ -31,10 +32,10 @@ from fastiat.system.settings import SMALLEST_SIDE
 from fastiat.system.signals import Signals
 
 RESIZED = "-resized"
-"""Added to the digest of a source whose images were resized because their sizes differ."""
+"""Appended to the digest of a source whose images were resized because their sizes differ."""
 USUAL_SIDE = 224
-"""Side of the images of a tree of mixed sizes: the usual input size for photographs."""
-AHEAD = 64
+"""Side of converted images of mixed sizes, in pixels: the usual input size for photographs."""
+LARGEST_TASK = 64
 """Largest number of images in one task of a worker process."""
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """End the block with `SignalInterrupt` when SIGINT or SIGTERM arrives, so that the code that
-    writes a file can delete the unfinished one.
+    """Raise `SignalInterrupt` in the block when SIGINT or SIGTERM arrives.
+
+    Code in the block that writes a file can then delete the unfinished file.
     """
     with Signals() as signals, signals.at_once():
         yield
@@ -51,27 +53,30 @@ def stoppable() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes and colours of all images."""
+    """A summary of the sizes and colours of all images."""
 
     widest: int
-    """The largest shorter side."""
+    """Side of the largest square that fits into any of the images, in pixels."""
     grey: bool
+    """Whether all images are grey."""
     mixed: str = ""
-    """Why the images cannot stay as they are; "" if all are squares of one size."""
+    """Why the images must be resized, with a remedy; "" if all are squares of one size."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns an image into the bytes that are stored: RGB pixels, or a JPEG of a quality."""
+    """Encodes an image as it is stored in a .beton: raw RGB pixels, or a JPEG."""
 
     side: int
+    """Height and width of the stored image, in pixels."""
     quality: int | None
+    """JPEG quality, 0 to 100; None for raw pixels."""
 
     def __call__(self, pixels: NDArray[np.uint8]) -> bytes:
         """Resize the centre square of an image, (H, W), (H, W, 1) or (H, W, 3), and encode it.
 
-        Pillow widens the Lanczos filter when it shrinks an image, so there is no aliasing. An
-        image that has the right size already is not resampled.
+        Pillow scales the support of the Lanczos filter when it shrinks an image, so there is no
+        aliasing. An image that already has the right size is not resampled.
         """
         size = self.side, self.side
         if pixels.ndim == 3 and pixels.shape[2] == 1:
@@ -97,18 +102,22 @@ class Source:
     flip: bool
     labels: NDArray[np.int64]
     n_train: int
+    """Number of training images."""
     digest: str
-    """Identifies the images: a digest of a tree's listing, or a data set's fingerprint."""
+    """Identifies the images: the digest of a tree's listing, or a data set's fingerprint."""
     cache_name: str
-    """Name of its file in the cache, without the extension."""
+    """Name of the source's file in the cache, without the extension."""
     sizes: Callable[[], Sizes]
-    """Reads the size of every image."""
+    """Returns a summary of the sizes of all images."""
     blobs: Callable[[Encoder], AbstractContextManager[Iterable[bytes]]]
-    """Yields the encoded images, in the order of `labels`."""
+    """Returns a context manager that yields the encoded images, in the order of `labels`."""
 
 
 def tree_source(root: Path) -> Source:
-    """Return the image tree at `root` as a source; worker processes decode its images."""
+    """Return the image tree at `root` as a `Source`; worker processes decode its images.
+
+    Raises `InputError` for a tree that breaks the rules of `fastiat.images.tree`.
+    """
     listing = tree.scan(root.absolute())
     tree.warn_ignored(listing)
 
@@ -134,12 +143,12 @@ def tree_source(root: Path) -> Source:
 
 
 def dataset_source(dataset: Dataset) -> Source:
-    """Return a data set that is loaded as a source."""
+    """Return a loaded data set as a `Source`."""
     splits = dataset.train, dataset.test
     channels, height, width = dataset.train.shape
 
     def blobs(encoder: Encoder) -> AbstractContextManager[Iterable[bytes]]:
-        # A few images at a time, because those of a .beton are read from the file.
+        # Take a few images at a time: those of a .beton are read into memory.
         parts = (
             split.take(index).images.numpy()
             for split in splits
@@ -169,7 +178,8 @@ def write_beton(
     sizes = source.sizes()
     side = _side(sizes, max_side, resize)
     name = source.name
-    if name != "folder":  # results must not pass for those of the original images
+    # The name separates results on resized or JPEG images from results on the original images.
+    if name != "folder":
         name += f"-{side}" * (side != sizes.widest) + "-jpeg" * (form == "jpeg")
     with source.blobs(Encoder(side, quality if form == "jpeg" else None)) as blobs:
         return beton_writer.write(
@@ -181,7 +191,11 @@ def write_beton(
 
 
 def decoded(source: Source) -> Dataset:
-    """Return a source's images in memory, without a file; they must be squares of one size."""
+    """Decode all images of a source into memory, without writing a file.
+
+    Raises `InputError` for an image that cannot be read, and for images that are not all squares
+    of one size.
+    """
     sizes = source.sizes()
     side, channels = _side(sizes, None, resize=False), 1 if sizes.grey else 3
     images = np.empty((len(source.labels), side, side, channels), np.uint8)
@@ -196,7 +210,7 @@ def decoded(source: Source) -> Dataset:
 
 
 def _side(sizes: Sizes, max_side: int | None, resize: bool) -> int:
-    """Return the side that all images get."""
+    """Return the side of all converted images, in pixels; `write_beton` says which errors."""
     if sizes.mixed and not resize:
         raise InputError(f"{sizes.mixed}, or let fastiat convert resize them")
     side = min(max_side or (USUAL_SIDE if sizes.mixed else sizes.widest), sizes.widest)
@@ -209,10 +223,10 @@ def _side(sizes: Sizes, max_side: int | None, resize: bool) -> int:
 
 
 def cached(source: Source, *, resize: bool = True, progress: bool = True) -> Dataset:
-    """Return a source as a raw .beton of the cache, written if it is missing, old or damaged.
+    """Return a source as a raw .beton in the cache, which is written if missing, old or damaged.
 
-    Of several processes one writes it. Raises `tree.NoFolder` where that is not possible, and what
-    `write_beton` raises.
+    If several processes call this function at once, only one of them writes the file. Raises
+    `tree.NoFolder` if the cache folder cannot be written to, and the errors of `write_beton`.
     """
     folder = tree.cache_folder("betons", "FASTIAT_CACHE", "converted images with FASTIAT_CACHE")
     file = folder / f"{source.cache_name}.beton"
@@ -220,13 +234,14 @@ def cached(source: Source, *, resize: bool = True, progress: bool = True) -> Dat
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115
     except OSError as error:
-        if _holds(file, source, resize):  # a cache that is shared, and read-only
+        if _holds(file, source, resize):  # a shared cache may be read-only
             return stored(file)
         raise tree.NoFolder(
             f"{folder} cannot be written to ({error.strerror}): "
             "name another folder for converted images with FASTIAT_CACHE"
         ) from None
     with lock:
+        # The check comes after the lock: another process may just have written the file.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _holds(file, source, resize):
             write_beton(file, source, "raw", 0, None, resize=resize, progress=progress)
@@ -234,7 +249,7 @@ def cached(source: Source, *, resize: bool = True, progress: bool = True) -> Dat
 
 
 def _holds(file: Path, source: Source, resize: bool) -> bool:
-    """Whether a file of the cache is whole and was made from these images."""
+    """Whether a file of the cache is undamaged and was made from the images of `source`."""
     if not file.exists():
         return False
     try:
@@ -247,12 +262,15 @@ def _holds(file: Path, source: Source, resize: bool) -> bool:
 
 
 def _images_per_task(side: int) -> int:
-    """Return how many images a task has: as many as `beton.CHUNK` holds, but at least one."""
-    return max(1, min(AHEAD, beton.CHUNK // (3 * side**2)))
+    """Return the number of images in a task: as many as fit into `beton.CHUNK`, at least 1."""
+    return max(1, min(LARGEST_TASK, beton.CHUNK // (3 * side**2)))
 
 
 def _sizes_of(paths: list[str], first: str, size: tuple[int, int]) -> Sizes:
-    """Return the sizes of the images at `paths`; `size` is that of the tree's `first` image."""
+    """Return a summary of the images at `paths`; `size` (W, H) is that of the tree's `first` image.
+
+    Reads only the headers. Raises `InputError` for an image that is too small or unreadable.
+    """
     widest, grey, mixed = 0, True, ""
     for path in paths:
         with pixels.opened(path, head_only=True) as image:
@@ -272,6 +290,7 @@ def _sizes_of(paths: list[str], first: str, size: tuple[int, int]) -> Sizes:
 
 
 def _blobs_of(paths: list[str], encoder: Encoder) -> list[bytes]:
+    """Decode the images at `paths` and encode them as they are stored."""
     blobs = []
     for path in paths:
         with pixels.opened(path) as image:

@@ -41,28 +41,31 @@ class Split:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pixels in memory."""
+        """Size of the pixels in memory, in bytes."""
         return len(self) * math.prod(self.shape)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """One image's (C, H, W)."""
+        """Shape (C, H, W) of one image."""
         _, height, width, channels = self.images.shape
         return channels, height, width
 
     def take(self, index: Tensor) -> "Split":
-        """Return the images and labels that `index`, (M,) int64, picks, in its order."""
+        """Return the images and labels at `index`, in its order.
+
+        `index` is (M,) int64 positions, or a mask (N,) bool.
+        """
         return Split(self.images[index], self.labels[index])
 
     def pixels(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return the first `count` images, or all, and their labels, as attack libraries take them.
+        """Return the first `count` images, or all, and labels, in the form for attack libraries.
 
         Pixels are (M, C, H, W) fp32 in [0, 1] and contiguous, labels (M,) int64; both are copies.
         Raises `InputError` for a count below 1 or above the number of images.
         """
         count = len(self) if count is None else count
         if not 1 <= count <= len(self):
-            raise InputError(f"{count} images are asked for: give 1 to {len(self)}")
+            raise InputError(f"{count} images were requested: give 1 to {len(self)}")
         part = self.take(torch.arange(count, device="cpu"))
         return part.images.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255, part.labels
 
@@ -70,7 +73,7 @@ class Split:
 class StoredSplit(Split):
     """Labelled images in a .beton: a `Split` that reads `images` from the file at every access.
 
-    `positions`, (N,) int64, are the positions of the images in the file.
+    `positions`, (N,) int64, are the indices of the images in the file.
     """
 
     file: beton.Beton
@@ -88,12 +91,12 @@ class StoredSplit(Split):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """One image's (C, H, W)."""
+        """Shape (C, H, W) of one image."""
         card = self.file.card
         return card.channels, card.side, card.side
 
     def take(self, index: Tensor) -> "StoredSplit":
-        """Return the images and labels that `index` picks, in its order; no image is read."""
+        """Return the split of the images at `index`, in its order; no image is read."""
         return StoredSplit(self.file, self.positions[index])
 
 
@@ -101,9 +104,9 @@ class StoredSplit(Split):
 class Dataset:
     """A training and a test split of one data set.
 
-    `classes[label]` is a class's name; `flip` says whether training mirrors images (the paper
-    flips CIFAR-10, not SVHN). Raises `InputError` for a label without a class and for splits
-    whose images differ in shape.
+    `classes[label]` is the name of a class. `flip` says whether training mirrors images at random
+    (the paper flips CIFAR-10, not SVHN). Raises `InputError` for a split without images, for a
+    label outside `classes`, and for splits whose images differ in shape.
     """
 
     name: str
@@ -112,7 +115,7 @@ class Dataset:
     test: Split
     flip: bool
     known_fingerprint: str = ""
-    """The fingerprint, if it is known without reading the images."""
+    """The fingerprint, if known without reading the images, else ""."""
 
     def __post_init__(self) -> None:
         for split in (self.train, self.test):
@@ -136,13 +139,14 @@ class Dataset:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both splits' pixels in memory."""
+        """Size of the pixels of both splits in memory, in bytes."""
         return self.train.nbytes + self.test.nbytes
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of a SHA-256 over both splits' shapes, labels and pixels.
 
-        A raw .beton has the fingerprint of its images; one of JPEGs has that of the bytes.
+        For a raw .beton it equals that of the same images in memory; for a .beton of JPEGs it is
+        computed over the encoded bytes.
         """
         if self.known_fingerprint:
             return self.known_fingerprint
@@ -157,7 +161,7 @@ class Dataset:
 def stored(path: str | os.PathLike) -> Dataset:
     """Return the data set in a .beton; both of its splits are a `StoredSplit`.
 
-    Raises `InputError`, naming the file, unless it is a whole .beton of fastiat.
+    Raises the errors of `fastiat.images.beton.open_beton`.
     """
     file = beton.open_beton(path)
     card, everything = file.card, torch.arange(len(file))
@@ -167,10 +171,10 @@ def stored(path: str | os.PathLike) -> Dataset:
 
 
 def in_memory(dataset: Dataset) -> Dataset:
-    """Read a data set out of its raw .beton.
+    """Read all images of a data set in a raw .beton into memory.
 
-    Raises `Damaged` if the images are not those that were written, and `InputError` if they do not
-    fit into memory.
+    Raises `Damaged` if the images differ from those that were written, and `InputError` if they do
+    not fit into memory.
     """
     split = dataset.train
     assert isinstance(split, StoredSplit)
@@ -180,27 +184,27 @@ def in_memory(dataset: Dataset) -> Dataset:
         _, height, width = split.shape
         raise InputError(
             f"{len(split) + len(dataset.test)} images of {height}x{width} pixels do not fit into "
-            f"memory: shrink them"
+            f"memory: shrink them or free memory"
         ) from None
     read = Dataset(dataset.name, dataset.classes, train, test, dataset.flip)
     if read.fingerprint() != dataset.fingerprint():
-        raise Damaged(f"{split.file.path} holds other images than were written to it")
+        raise Damaged(f"{split.file.path} holds images that differ from those written to it")
     return read
 
 
 def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
-    """Return (`split` without `n` of its images, those `n`), each in the order of `split`.
+    """Divide `split` into (the remaining images, `n` held-out images), each in its order.
 
-    Stratified: each class gives its share of `n`, rounded by largest remainder, and keeps at least
-    one image. The choice depends only on `seed` and the labels. Raises `InputError` where the
-    classes cannot give `n` images.
+    The held-out images are stratified: each class gives its share of `n`, rounded by the largest
+    remainder method, and keeps at least one image. The choice depends only on `seed` and the
+    labels. Raises `InputError` if the classes cannot give `n` images.
     """
     counts = torch.bincount(split.labels)
     spare = (counts - 1).clamp(min=0)
     most = int(spare.sum())
     if not 0 < n <= most:
         raise InputError(
-            f"cannot hold out {n} of {len(split)} images, as every class keeps one at least: "
+            f"cannot hold out {n} of {len(split)} images, as every class keeps at least one: "
             + (f"hold out 1 to {most}" if most else "hold out none")
         )
     held = _drawn(split, _shares(counts, n, torch.zeros_like(counts), spare), seed)
@@ -208,10 +212,10 @@ def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
 
 
 def draw(split: Split, n: int, seed: int) -> Split:
-    """Return `n` images of `split`, in its order, drawn by class as in `holdout`.
+    """Return `n` images of `split`, in its order, stratified by class as in `holdout`.
 
-    Every class has at least one image if `n` is large enough. Raises `InputError` unless
-    0 < n <= len(split).
+    If `n` is at least the number of classes, every class has at least one image. Raises
+    `InputError` unless 0 < n <= len(split).
     """
     if not 0 < n <= len(split):
         raise InputError(f"cannot draw {n} of {len(split)} images: give 1 to {len(split)}")
@@ -223,12 +227,16 @@ def draw(split: Split, n: int, seed: int) -> Split:
 
 
 def _shares(counts: Tensor, n: int, least: Tensor, most: Tensor) -> Tensor:
-    """Divide `n` in proportion to `counts`, (K,), by largest remainder, within two bounds, (K,)."""
+    """Return each class's share, (K,), of `n`, in proportion to `counts`, (K,).
+
+    Shares are rounded by the largest remainder method and lie in [`least`, `most`], both (K,).
+    """
     total = int(counts.sum())
     quota, remainder = n * counts // total, n * counts % total
     quota[remainder.argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
     quota = quota.clamp(least, most)
-    # Correct the sum, which the bounds changed, at the classes that are furthest from their share.
+    # The bounds change the sum. Restore it image by image, each at the class that is furthest from
+    # its exact share and not at its bound.
     while (missing := n - int(quota.sum())) != 0:
         step = 1 if missing > 0 else -1
         behind = step * (n * counts - quota * total)
@@ -238,7 +246,7 @@ def _shares(counts: Tensor, n: int, least: Tensor, most: Tensor) -> Tensor:
 
 
 def _drawn(split: Split, quota: Tensor, seed: int) -> Tensor:
-    """Return (N,) bool: which images are drawn, `quota`, (K,), of each class."""
+    """Return a mask, (N,) bool, of images drawn at random, `quota[k]` of each class k."""
     shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     drawn = torch.zeros(len(split), dtype=torch.bool)
     for label, take in enumerate(quota.tolist()):
@@ -247,11 +255,11 @@ def _drawn(split: Split, quota: Tensor, seed: int) -> Tensor:
 
 
 def limited(split: Split, total: int | None, per_class: int | None, seed: int) -> Split:
-    """Return at most `per_class` images of each class of `split` and `total` of all, in its order.
+    """Limit `split` to `per_class` images of each class, then to `total` images, in its order.
 
-    A stratified draw of `total` gives every class at least one image. The choice depends only on
-    `seed` and the labels. None means no limit. Raises `InputError` for a `total` below the
-    number of classes.
+    The draw of `total` images is stratified and gives every class at least one image. The choice
+    depends only on `seed` and the labels. None means no limit. Raises `InputError` for a `total`
+    below the number of classes.
     """
     counts = torch.bincount(split.labels)
     if per_class is not None and per_class < int(counts.max()):
@@ -261,7 +269,7 @@ def limited(split: Split, total: int | None, per_class: int | None, seed: int) -
     present = int((counts > 0).sum())
     if total < present:
         raise InputError(
-            f"{total} training images cannot show {present} classes: give --train-limit at least "
+            f"{total} training images cannot cover {present} classes: give --train-limit at least "
             f"{present}"
         )
     return draw(split, total, seed)

@@ -1,4 +1,4 @@
-"""The data sets that torchvision downloads, checks and parses: one table with all facts of each."""
+"""The data sets that torchvision downloads, checks and parses, in one table of their properties."""
 
 import contextlib
 import io
@@ -26,25 +26,26 @@ Parsed = tuple[Any, Any, Sequence[str]]
 
 @dataclass(frozen=True)
 class Download:
-    """The facts of a data set, and how torchvision reads it. Paths are relative to its folder."""
+    """Properties of a data set, and how torchvision reads it. Paths are relative to its folder."""
 
     train: int
-    """Training images."""
+    """Number of training images."""
     test: int
-    """Test images."""
+    """Number of test images."""
     side: int
-    """Pixels of an image, each way."""
+    """Height and width of every image, in pixels."""
     channels: int
     flip: bool
-    """Whether training mirrors the images."""
+    """Whether training mirrors images at random."""
     marks: tuple[str, ...]
-    """Files and folders, any of which shows that a folder holds this data set."""
+    """Files and folders; if any of them exists in a folder, the folder holds this data set."""
     test_file: str
-    """A file that is there once the data set is downloaded and unpacked."""
+    """A file that exists after the data set was downloaded and unpacked."""
     parse: Callable[[Path, bool, bool], Parsed]
-    """Reads a split; takes the folder, whether it is the training split, and whether to fetch."""
+    """Reads a split; arguments: the folder, whether to read the training split, whether to download
+    missing files."""
     files: Callable[[], tuple[dict[str, str], dict[str, str]]]
-    """Returns the archives and the unpacked files, each with its MD5; "" where none is known."""
+    """Returns ({archive: MD5}, {unpacked file: MD5}); the MD5 is "" if it is not known."""
     classes: int = 10
 
 
@@ -53,8 +54,8 @@ def _parse_cifar10(root: Path, train: bool, fetch: bool) -> Parsed:
     from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
 
     class WholeCIFAR10(CIFAR10):
-        # The parent does not check the file of class names here, so it would never replace one
-        # that is damaged.
+        # torchvision's method does not check the file of class names, so torchvision would never
+        # replace a damaged file of class names.
         def _check_integrity(self) -> bool:
             names = os.path.join(self.root, self.base_folder, CIFAR10.meta["filename"])
             return super()._check_integrity() and check_integrity(names, CIFAR10.meta["md5"])
@@ -120,16 +121,16 @@ DOWNLOADS = {
         parse=_parse_fashion_mnist, files=_files_of_fashion_mnist,
     ),
 }  # fmt: skip
-"""The facts of every data set that can be downloaded, by its name."""
+"""Every data set that can be downloaded, by its name."""
 
 
 def held(root: Path) -> list[str]:
-    """Return the names of the data sets of which a folder holds a file."""
+    """Return the names of the downloadable data sets that have a file in the folder `root`."""
     return [name for name, d in DOWNLOADS.items() if any((root / f).exists() for f in d.marks)]
 
 
 def looks_like(root: Path) -> str:
-    """Say what images a folder holds, and how to name them; "" where it looks like none."""
+    """Return which images a folder seems to hold, and how to select them; "" if it holds none."""
     sets = held(root)
     return f"holds {sets[0]}: add --dataset {sets[0]}" if sets else tree.looks_like(root)
 
@@ -137,8 +138,8 @@ def looks_like(root: Path) -> str:
 def read(name: str, root: Path, *, progress: bool, fetch: bool) -> Dataset:
     """Return a data set of `DOWNLOADS` whose files are in `root`, or are downloaded to it.
 
-    Without `fetch` nothing is downloaded or written to `root`. Raises `InputError` in one line
-    that says which file is missing or damaged, and how to correct that.
+    Without `fetch`, nothing is downloaded or written to `root`. Raises `InputError`, whose one line
+    says which file is missing or damaged and how to correct that.
     """
     download = DOWNLOADS[name]
     archives, unpacked = download.files()
@@ -146,7 +147,8 @@ def read(name: str, root: Path, *, progress: bool, fetch: bool) -> Dataset:
     try:
         with _quiet(progress), _unpacked_elsewhere(archives, unpacked, root) as place:
             for train in (True, False):
-                # The archives are there if they are unpacked elsewhere: nothing is downloaded.
+                # If `place` is not `root`, all archives exist: torchvision must be allowed to
+                # unpack them into the temporary folder, and downloads nothing.
                 images, labels, names = download.parse(place, train, fetch or place != root)
                 images = torch.from_numpy(np.ascontiguousarray(images))
                 splits.append(Split(images, torch.as_tensor(labels).long()))
@@ -156,8 +158,8 @@ def read(name: str, root: Path, *, progress: bool, fetch: bool) -> Dataset:
     except Exception as error:
         if not fetch:
             raise InputError(
-                f"{name} is not complete in {root}, which the run names: give the folder that "
-                f"holds it, or that it may be downloaded to, with --data-dir"
+                f"{name} is incomplete in {root}, the folder that the run names: give the folder "
+                f"that holds it, or a folder to download it to, with --data-dir"
             ) from error
         raise InputError(_explain(name, root, archives, unpacked, error)) from error
 
@@ -168,8 +170,8 @@ def _unpacked_elsewhere(
 ) -> Iterator[Path]:
     """Yield the folder to read from: `root`, or a temporary folder with links to the archives.
 
-    The second is for a `root` that holds only the archives and cannot be written to: torchvision
-    unpacks beside them.
+    torchvision unpacks archives into the folder that holds them. The temporary folder is for a
+    `root` that holds only the archives and is read-only.
     """
     whole = all((root / file).exists() for file in unpacked)
     places = {(root / file).parent for file in archives}
@@ -188,7 +190,7 @@ def _unpacked_elsewhere(
 def _explain(
     name: str, root: Path, archives: dict[str, str], unpacked: dict[str, str], error: Exception
 ) -> str:
-    """Say in one line which file caused the error, and how to correct that."""
+    """Return one line that says which file caused the error, and how to correct that."""
     from torchvision.datasets.mnist import (  # type: ignore[import-untyped]
         read_sn3_pascalvincent_tensor,
     )
@@ -196,7 +198,7 @@ def _explain(
 
     reason = " ".join(str(error).split()) or type(error).__name__
     absent = [file for file in unpacked if not (root / file).exists()]
-    # An archive is not the cause where its unpacked files are all there.
+    # If all unpacked files exist, the archives were not read, so they cannot be the cause.
     for file, md5 in (archives | unpacked if absent else unpacked).items():
         if md5 and (root / file).exists() and not check_integrity(root / file, md5):
             return (
@@ -218,7 +220,8 @@ def _explain(
             f"put {', '.join(file.name for file in files)} into {files[0].parent}{hint}"
         )
     for file, md5 in unpacked.items():
-        if not md5:  # the idx files of Fashion-MNIST: only their .gz has a checksum
+        # Only the .gz archives of Fashion-MNIST have a checksum, so parse the unpacked idx files.
+        if not md5:
             try:
                 read_sn3_pascalvincent_tensor(os.fspath(root / file))
             except Exception:
@@ -228,12 +231,12 @@ def _explain(
 
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """Silence torchvision, except for its bars if `progress`, and set a timeout for downloads."""
+    """Silence torchvision and set a timeout for downloads; `progress` keeps its progress bars."""
     timeout = socket.getdefaulttimeout()
     with contextlib.ExitStack() as stack:
         if not progress:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        # A newer NumPy warns about the pickles of CIFAR-10.
+        # Newer versions of NumPy warn about the pickles of CIFAR-10.
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.callback(socket.setdefaulttimeout, timeout)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)

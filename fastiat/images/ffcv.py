@@ -1,4 +1,4 @@
-"""The package FFCV: whether it can be used, what is missing, and import without side effects."""
+"""The FFCV package: whether it is usable, what is missing, and its import without side effects."""
 
 import shutil
 import subprocess
@@ -9,11 +9,11 @@ import torch
 from fastiat.system.errors import InputError, one_line
 
 LIBRARIES = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}
-"""The libraries that FFCV is built with: {name for pkg-config: Debian package}."""
+"""The C libraries that FFCV is built with: {pkg-config name: Debian package}."""
 
 
 def _install_first() -> str:
-    """Return the command that installs the Debian packages that building FFCV needs, or ""."""
+    """Return the command that installs the Debian packages missing for a build of FFCV, or ""."""
     if shutil.which("pkg-config") is None:
         missing = ["pkg-config", *LIBRARIES.values()]
     else:
@@ -26,9 +26,10 @@ def _install_first() -> str:
 
 
 def obstacle() -> str | None:
-    """Return in one line why FFCV cannot be used and how to correct that; None if it can be used.
+    """Return one line that says why FFCV cannot be used and how to correct that, or None.
 
-    This imports FFCV, which takes a few seconds the first time.
+    None means that FFCV can be used. This function imports FFCV, which takes a few seconds the
+    first time.
     """
     try:
         import_ffcv()
@@ -45,15 +46,16 @@ def installed() -> bool:
 def import_ffcv() -> None:
     """Import FFCV without its side effects on torch.
 
-    FFCV sets torch's number of threads, when it is imported and in every pass, which would change
-    the results of the CPU. On a machine with a CUDA device its thread also records events on the
-    stream of the training, which would break a CUDA graph that is being captured; fastiat uses
-    FFCV for host memory only. Raises `InputError` if FFCV cannot be imported.
+    FFCV sets torch's number of threads, when it is imported and in every pass over the data. That
+    would change results on the CPU. On a machine with a CUDA device, FFCV's thread also records
+    events on the stream of the training, which would break a CUDA graph capture in progress;
+    fastiat uses FFCV only to decode into host memory, which needs no events. Raises `InputError` if
+    FFCV cannot be imported.
     """
     threads = torch.get_num_threads()
     try:
         _import()
-    # Libraries that do not fit each other raise whatever makes them stumble.
+    # Incompatible versions of FFCV, numba, NumPy and the C libraries raise errors of any type.
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "ffcv") == "ffcv":
             raise InputError(
@@ -70,6 +72,7 @@ def import_ffcv() -> None:
 
 @cache
 def _import() -> None:
+    """Import FFCV and replace its code that sets torch's threads and records CUDA events."""
     import ffcv.loader.epoch_iterator
     import numba
     from ffcv.pipeline.compiler import Compiler

@@ -1,4 +1,4 @@
-"""Batches of images from a .beton, which FFCV decodes before the training asks for them."""
+"""Batches of images from a .beton, which FFCV decodes ahead of the training."""
 
 import os
 import threading
@@ -18,18 +18,21 @@ from fastiat.images.ffcv import import_ffcv
 from fastiat.system.errors import InputError
 
 AHEAD = 2
-"""Batches that are decoded ahead; FFCV's ring buffer holds two more."""
+"""Number of batches that are decoded ahead; FFCV's ring buffer holds two more."""
 PATIENCE = 0.5
 """Seconds between two checks that the decoding thread is alive."""
-# numba allows only one pass at a time in its pool of threads, and only one compilation.
+# numba's thread pool runs only one parallel function at a time, and numba compiles only one
+# function at a time. Several loaders may be open at once, so their decoding threads take turns.
 _DECODING = threading.Lock()
 
 
 class FFCVBatches:
     """Batches of a `StoredSplit`: FFCV reads and decodes the images; it does not augment them.
 
-    Each batch is copied before it is handed out, on the CPU too, because FFCV writes a later batch
-    into the same memory. On CUDA the copies run on a stream of their own.
+    FFCV decodes into a ring buffer and writes later batches into the same memory, so `slices`
+    copies each batch, on the CPU too; `picked` on the CPU does not. On CUDA the copies to the
+    device run on a separate stream. Raises `InputError` for a split that is not in a .beton, and if
+    FFCV cannot be used.
     """
 
     def __init__(self, split: Split, device: torch.device) -> None:
@@ -41,9 +44,9 @@ class FFCVBatches:
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def slices(self, spans: list[slice]) -> Iterator[Tensor]:
-        """Yield the images, (B, H, W, C), at each span of positions in the split.
+        """Yield the images, (B, H, W, C) uint8, at each span of positions in the split.
 
-        All spans but the last have the same length.
+        All spans except the last must have the same length.
         """
         if spans:
             order = np.concatenate([self.positions[span] for span in spans])
@@ -51,9 +54,10 @@ class FFCVBatches:
                 yield images if self.copies else images.clone()
 
     def picked(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield for each row of `batches`, (batches, B) positions in the split, its images,
-        (B, H, W, C), and their positions in that tensor, (B,). On the CPU the images are valid
-        until the next ones are asked for.
+        """Yield (images (B, H, W, C) uint8, indices (B,) into them) for each row of `batches`.
+
+        `batches` is (batches, B) int64, positions in the split. On the CPU, images are valid only
+        until the next batch is requested.
         """
         count, size = batches.shape
         every = torch.arange(size, device=self.device)
@@ -62,9 +66,10 @@ class FFCVBatches:
             yield from ((images, every) for images in self._decoded(order, size))
 
     def _decoded(self, order: NDArray[np.uint64], size: int) -> Iterator[Tensor]:
-        """Yield (B, H, W, C) for `size` images of `order` at a time.
+        """Yield the images at `order`, positions in the file, as (B, H, W, C), `size` at a time.
 
-        On the CPU these are in the ring buffer itself, valid until the next ones are asked for.
+        On the CPU the tensors may share memory with the ring buffer, so they are valid only until
+        the next batch is requested. Raises `InputError` for a damaged JPEG.
         """
         channels = self.file.card.channels
         decoded = self.engine(order, size)
@@ -81,19 +86,23 @@ class FFCVBatches:
             decoded.close()
 
     def _placed(self, images: Tensor) -> Tensor:
+        """Return a batch of the ring buffer on the device; on the CPU, the batch itself."""
         if self.copies is None:
             return images
-        # `to` waits for this stream only. When it returns, the ring buffer may be overwritten.
+        # `to` from pageable memory waits for the copy, but not for the kernels of the training,
+        # which run on another stream. After `to` returns, FFCV may overwrite the ring buffer.
         with torch.cuda.stream(self.copies):
             placed = images.to(self.device)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.copies)
+        # The memory belongs to the stream of the copies; the allocator must not reuse it for the
+        # next copy before the training has read this batch.
         placed.record_stream(current)
         return placed
 
 
 def _threads(device: torch.device) -> int:
-    """Return how many threads decode: one on the CPU, where the network needs the others."""
+    """Return the number of decoding threads: one on the CPU, where the network needs the others."""
     if device.type == "cpu":
         return 1
     import_ffcv()
@@ -104,7 +113,7 @@ def _threads(device: torch.device) -> int:
 
 
 def _engine(file: Beton, threads: int) -> Any:
-    """Return the decoder of a file, compiled anew only if the file was replaced."""
+    """Return the decoder of a file; it is compiled again only if the file was replaced."""
     status = os.stat(file.path)
     mark = status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
     return _compiled(file.path, mark, threads)
@@ -114,8 +123,9 @@ def _engine(file: Beton, threads: int) -> Any:
 def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
     """Compile FFCV's pipeline for a file, once for all passes, because it takes seconds.
 
-    Returns a function of (order, batch size) that returns a pass: an iterator over (images
-    (B, H, W, 3) uint8, failed (B,) bool) in the ring buffer. The caller must close it.
+    Returns a function of (order, batch size) that starts a pass: an iterator over (images
+    (B, H, W, 3) uint8, failed (B,) bool) in the ring buffer. The caller must close the pass. The
+    argument `_` identifies the version of the file: a new version gets a new entry in the cache.
     """
     import_ffcv()
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -126,7 +136,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
     from ffcv.pipeline.compiler import Compiler
 
     class Decoder(SimpleRGBImageDecoder):
-        """FFCV's decoder, which also reports damaged JPEGs."""
+        """FFCV's decoder of whole images, which also reports damaged JPEGs."""
 
         def declare_state_and_memory(self, previous_state: Any) -> Any:
             state, pixels = super().declare_state_and_memory(previous_state)
@@ -136,7 +146,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
             read, images = self.memory_read, Compiler.get_iterator()
             decode_jpeg, copy = Compiler.compile(imdecode), Compiler.compile(memcpy)
 
-            # numba ignores annotations; mypy wants them.
+            # mypy requires the annotations; numba ignores them.
             def decode(
                 batch_indices: Any, destination: Any, metadata: Any, storage_state: Any
             ) -> Any:
@@ -146,7 +156,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
                     stored = read(field["data_ptr"], storage_state)
                     height, width = field["height"], field["width"]
                     failed[i] = False
-                    if field["mode"] == 0:
+                    if field["mode"] == 0:  # a JPEG, see `beton.MODES`
                         failed[i] = decode_jpeg(
                             stored, pixels[i], height, width, height, width, 0, 0, 1, 1, False,
                             False,
@@ -159,7 +169,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
             return decode
 
     class Pass(EpochIterator):
-        """FFCV's pass; closing it ends its thread, and errors of the thread reach the caller."""
+        """FFCV's pass, whose `close` ends its thread, and which passes on errors of the thread."""
 
         error: BaseException | None = None
 
@@ -174,6 +184,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
                 return super().run_pipeline(*arguments)
 
         def __next__(self) -> Any:
+            # FFCV waits for the queue without a limit, so a thread that failed would block it.
             while self.output_queue.empty() and self.is_alive():
                 with self.output_queue.not_empty:
                     self.output_queue.not_empty.wait_for(self.output_queue._qsize, PATIENCE)
@@ -185,7 +196,7 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
         def close(self) -> None:
             super().close()
             self.closed = True
-            while self.is_alive():  # it may be waiting for room in the queue
+            while self.is_alive():  # the thread may be blocked on a full queue: empty the queue
                 while not self.output_queue.empty():
                     self.output_queue.get_nowait()
                 self.join(0.01)

@@ -1,4 +1,4 @@
-"""Open an image file of unknown origin safely, and decode it to the pixels that viewers show."""
+"""Open an untrusted image file safely, and decode it to the pixels that image viewers show."""
 
 import contextlib
 import io
@@ -14,11 +14,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fastiat.system.errors import InputError
 
-# Only these readers of Pillow may open a file; its EPS reader, for one, runs another program.
+# An allow-list of Pillow's readers: its EPS reader, for example, runs another program.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 LARGEST_FILE = 2**28  # bytes; the whole file is read into memory
 
-GREY = ("1", "L", "LA", "La")  # Pillow's modes; 16-bit grey is I;16, I;16B or I
+GREY = ("1", "L", "LA", "La")  # Pillow's modes for grey; 16-bit grey has mode I;16, I;16B or I
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,22 +29,22 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""The transposition for each EXIF orientation; other values change nothing.
+"""The transposition for each EXIF orientation; other values mean no transposition.
 
-`ImageOps.exif_transpose` also rewrites the EXIF block, which fails for some damaged ones."""
-# Tags of a TIFF.
+`ImageOps.exif_transpose` also rewrites the EXIF block, which fails for some damaged EXIF blocks."""
+# Numbers of TIFF tags.
 _BITS, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 258, 262, 284, 339
 _YCBCR_SUBSAMPLING, _REFERENCE_BLACK_WHITE = 530, 532
 
-# Pillow also logs the errors that it raises; without a handler, logging prints them on stderr.
+# Pillow also logs the errors that it raises; without a handler, logging would print them on stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Ignore Pillow's warnings, but make its warning of a decompression bomb an error.
+    """Ignore Pillow's warnings, but turn its warning of a decompression bomb into an error.
 
-    Pillow raises an error by itself only above twice its limit; below that it warns.
+    Pillow itself raises an error only above twice its limit of pixels; from the limit on it warns.
     """
     with warnings.catch_warnings(action="ignore"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -53,16 +53,17 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(path: str, *, head_only: bool = False) -> Iterator[Image.Image]:
-    """Open an image to decode it, or to read its header only (`head_only`).
+    """Yield the image in a file, to decode it or, with `head_only`, to read only its header.
 
-    Every `Exception` in the block, and in opening, is raised as an `InputError` that names `path`.
+    Every `Exception` raised while opening the file or in the block becomes an `InputError` that
+    names `path`.
     """
     try:
         with contextlib.ExitStack() as stack:
             if os.stat(path).st_size > LARGEST_FILE:
                 raise InputError(f"{path} is larger than {LARGEST_FILE >> 20} MiB: shrink it")
-            # A damaged header may name gigabytes. Pillow asks the file for as many, and a file
-            # object reserves them before it reads; `BytesIO` returns only what there is.
+            # A damaged header may claim gigabytes. Pillow requests that many bytes, and a file
+            # object allocates them before it reads; `BytesIO` returns only the bytes that exist.
             source = path if head_only else io.BytesIO(Path(path).read_bytes())
             image = stack.enter_context(Image.open(source, formats=FORMATS))
             if image.format == "TIFF":  # libtiff prints messages to stderr while it decodes
@@ -82,7 +83,8 @@ def opened(path: str, *, head_only: bool = False) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
-    """Discard what a C library prints to stderr."""
+    """Discard messages that a C library prints to stderr."""
+    # C code writes to file descriptor 2, so that replacing `sys.stderr` would not suffice.
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -94,25 +96,25 @@ def _muted() -> Iterator[None]:
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Whether an opened image, decoded or not, has one channel besides alpha."""
+    """Whether an opened image, decoded or not, has one channel, not counting alpha."""
     return image.mode in GREY or image.mode.startswith("I") or _raw_mode(image) == "LA;16B"
 
 
 def pixels_of(image: Image.Image, path: str) -> NDArray[np.uint8]:
     """Return an opened image as viewers show it: (H, W) uint8 if it is grey, else (H, W, 3).
 
-    Raises `InputError`, naming `path`, for transparent pixels and for kinds of pixels that Pillow
+    Raises `InputError`, naming `path`, for transparent pixels and for pixel formats that Pillow
     reads differently from viewers.
     """
-    # Before `load`, which deletes the raw mode.
+    # Read the raw mode before `load`, which deletes it.
     raw, grey = _raw_mode(image), is_grey(image)
     tags = getattr(image, "tag_v2", {})
     if image.format == "TIFF":
         _check_tiff(image, path)
     if image.mode == "F":
         raise InputError(f"{path} has floating-point pixels: save it with 8 or 16 bits")
-    # After `load`, because a PNG may hold EXIF or XMP after its pixels.
     image.load()
+    # Read the orientation after `load`, because a PNG may hold EXIF or XMP after its pixels.
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     if turn is not None:
         image = image.transpose(turn)
@@ -122,6 +124,7 @@ def pixels_of(image: Image.Image, path: str) -> NDArray[np.uint8]:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise InputError(f"{path} has more than 16 bits per pixel: save it with 8 or 16")
+        # Keep the 8 high bits, of 12 or 16.
         high = (values >> (4 if raw.startswith("I;12") else 8)).astype(np.uint8)
         white_is_zero = bool(tags) and tags.get(_PHOTOMETRIC, 0) == 0  # Pillow does not invert
         return ~high if white_is_zero else high
@@ -132,7 +135,7 @@ def pixels_of(image: Image.Image, path: str) -> NDArray[np.uint8]:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """Return Pillow's name for the layout of the pixels in the file, or "" where it has none."""
+    """Return Pillow's name for the pixel layout in the file (its raw mode), or "" if unknown."""
     tile = getattr(image, "tile", None)
     args = tile[0][3] if tile else ""
     raw = args[0] if isinstance(args, tuple) and args else args
@@ -140,7 +143,7 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _check_tiff(image: Image.Image, path: str) -> None:
-    """Raise `InputError` for kinds of TIFF that Pillow reads differently from viewers."""
+    """Raise `InputError` for pixel formats of TIFF that Pillow reads differently from viewers."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     bits = tags.get(_BITS, (1,))
     if image.mode == "I" and max(bits) > 16:
@@ -165,13 +168,14 @@ def _is_transparent(image: Image.Image, raw: str) -> bool:
         if image.mode == "La":
             image = image.convert("LA")
         return bool(np.asarray(image.convert("RGBA"))[..., 3].min() < 255)
-    # A PNG may name one transparent colour, in the bit depth of its pixels in the file. Pillow has
-    # scaled the pixels to 8 bits but not that colour, so it is scaled before the comparison.
+    # A PNG may name one transparent colour, in the bit depth of the pixels in the file. Pillow has
+    # scaled the pixels to 8 bits but not this colour, so scale the colour before comparing.
     values, named = np.asarray(image), np.asarray(colour)
     if image.mode == "1":
         return bool((values == (named != 0)).any())
     if raw == "RGB;16B":
-        named = named >> 8  # the low bytes are lost: equal high bytes may mean transparent
+        # Pillow has dropped the low bytes, so a pixel with equal high bytes may be transparent.
+        named = named >> 8
     elif image.mode in ("L", "RGB"):
         depth = {"L;2": 2, "L;4": 4}.get(raw, 8)
         named = (named & (1 << depth) - 1) * (255 // ((1 << depth) - 1))

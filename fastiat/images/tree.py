@@ -1,20 +1,20 @@
 """List the files of image trees, `train/<class>/*` and `test/<class>/*`.
 
-What a tree may hold:
+Rules for the contents of a tree:
 
-- The classes are the names of the folders, sorted. Both splits have the same two or more classes.
-- The images are the files directly in a class's folder whose extension is in `EXTENSIONS`, in
-  upper or lower case; links are followed. A warning counts the files that are left out: files
-  beside the class folders, in folders within a class, without such an extension, and images with
-  a hidden name. A link to nothing is refused where it may be an image or a class.
-- All images are squares of one size, 8x8 or larger, unless `fastiat convert` or the FFCV loader
-  resizes them. Of an animation the first frame is used.
-- A tree has 3 channels if one of its images is a colour image; grey images then repeat their
-  channel. Bilevel images count as grey; of 16 bits the high byte is kept; palettes, CMYK and
+- The classes are the sorted names of the folders. Both splits have the same two or more classes.
+- The images are the files directly in a class folder whose extension is in `EXTENSIONS`, in upper
+  or lower case; symbolic links are followed. A warning counts the ignored files: files beside the
+  class folders, files in folders within a class, files without such an extension, and images with
+  a hidden name. A broken link is an error if it may be an image or a class.
+- All images are squares of one size, 8x8 pixels or larger, unless `fastiat convert` or the FFCV
+  loader resizes them. The first frame of an animation is used.
+- A tree has 3 channels if any of its images is a colour image; the channel of grey images is then
+  repeated. Bilevel images count as grey. The high byte of 16-bit grey is kept. Palettes, CMYK and
   other modes are converted to RGB.
 - The orientation in EXIF or XMP is applied, so that an image is read as viewers show it.
-- An alpha channel is dropped if all its pixels are opaque. An image with transparent pixels is
-  refused, because its background is unknown.
+- An alpha channel is dropped if all pixels are opaque. An image with transparent pixels is an
+  error, because its background is unknown.
 """
 
 import contextlib
@@ -46,14 +46,14 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
 SPLITS = ("train", "test")
 
 CHUNK = 128
-"""Images per task of a worker process."""
+"""Number of images in a task of a worker process."""
 PARALLEL_FROM = 2000
 """Number of images from which starting worker processes saves time."""
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 CLOCK_TICK = 20_000_000
-"""Longest step, in nanoseconds, of the clock that a system takes the times of files from."""
+"""Upper bound, in nanoseconds, for the resolution of the clock that gives files their times."""
 
-# Reasons why files are left out.
+# Reasons why files are ignored, as the warning states them.
 _BESIDE = "beside the class folders"
 _NESTED = "in folders within a class"
 _HIDDEN = "hidden"
@@ -65,7 +65,7 @@ log = logging.getLogger(__name__)
 
 
 def root_of(data_dir: str | os.PathLike | None) -> Path:
-    """Return the folder that `data_dir` names; raise `InputError` unless it can be read."""
+    """Return `data_dir` as a path; raise `InputError` unless it is a folder that can be read."""
     if data_dir is None:
         raise InputError(
             "the data set 'folder' needs a data folder (--data-dir) with "
@@ -82,13 +82,15 @@ def root_of(data_dir: str | os.PathLike | None) -> Path:
 
 
 class NoFolder(InputError):
-    """There is no folder that a cache can be written to."""
+    """No folder is available for a cache to be written to."""
 
 
 def cache_folder(name: str, variable: str, purpose: str) -> Path:
-    """Return the folder that an environment variable names, else `name` in the user's cache folder.
+    """Return the folder in the environment variable `variable`, else fastiat's user cache folder.
 
-    The folder need not exist. Raises `NoFolder` without a home folder and `$XDG_CACHE_HOME`.
+    The latter is `$XDG_CACHE_HOME/fastiat/name`, else `~/.cache/fastiat/name`. The folder need not
+    exist. `purpose` completes the error message. Raises `NoFolder` if none of `variable`,
+    `$XDG_CACHE_HOME` and the home folder is set.
     """
     if given := os.environ.get(variable):
         return Path(expanded(given))
@@ -99,7 +101,7 @@ def cache_folder(name: str, variable: str, purpose: str) -> Path:
 
 
 def warn_ignored(listing: "Listing") -> None:
-    """Warn of the files that were left out of a listing, if there are any."""
+    """Log a warning, on the first rank, if files of the tree are not in the listing."""
     if not listing.ignored or not ranks().first:
         return
     reasons = (
@@ -111,7 +113,7 @@ def warn_ignored(listing: "Listing") -> None:
 
 
 def looks_like(root: Path) -> str:
-    """Say which part of an image tree a folder looks like, and what to do; "" for other folders."""
+    """Return which part of an image tree a folder seems to be, with a remedy; "" for neither."""
     inside = _entries(root)
     if all(os.path.isdir(root / split) for split in SPLITS):
         return "is an image tree (train/<class>/*, test/<class>/*): add --dataset folder"
@@ -132,7 +134,7 @@ def looks_like(root: Path) -> str:
 
 
 def _entries(folder: Path) -> list[str]:
-    """Return the first 1,000 names in a folder that are not hidden; [] if it cannot be read."""
+    """Return up to 1,000 names in a folder, without hidden ones; [] if it cannot be read."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         return [e.name for e in itertools.islice(entries, 1000) if not e.name.startswith(".")]
     return []
@@ -144,7 +146,7 @@ def _has_images(names: list[str]) -> bool:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a tree holds, training images first."""
+    """The classes and image files of a tree, training images first."""
 
     root: Path
     classes: tuple[str, ...]
@@ -152,14 +154,14 @@ class Listing:
     labels: NDArray[np.int64]
     n_train: int
     ignored: dict[str, list[str]]
-    """The files that are left out: {reason: paths}."""
+    """The ignored files: {reason: paths}."""
     digest: str
-    """SHA-256 over every image's path in the tree, size, inode, and times of modification and of
-    change. No program can set the time of change, so swapped files are noticed."""
+    """SHA-256 over each image's path in the tree, size, inode, modification time and change time.
+    No program can set the change time (ctime), so the digest changes even if files are swapped."""
 
 
 def scan(root: Path) -> Listing:
-    """List a tree; raise `InputError` where it breaks the rules for folders and names."""
+    """List a tree; raise `InputError` if its folders or names break the rules or are unreadable."""
     try:
         return _scan(root)
     except OSError as error:
@@ -194,7 +196,8 @@ def _scan(root: Path) -> Listing:
                 labels.append(label)
         n_train = n_train or len(paths)
     if time.time_ns() - newest < CLOCK_TICK:
-        # A file that changes after it is read must get another time than its last change before.
+        # Wait for the clock's next step: a file that changes after this listing must get another
+        # change time than the one in the digest.
         time.sleep(CLOCK_TICK / 1e9)
     left_out = {why: sorted(found) for why, found in ignored.items() if found}
     everything = np.array(labels, np.int64)
@@ -218,7 +221,7 @@ def _class_names(root: Path, split: str, ignored: dict[str, list[str]]) -> set[s
 
 
 def _images(folder: Path, ignored: dict[str, list[str]]) -> list[os.DirEntry[str]]:
-    """Return the images of a class, sorted by name; add everything else to `ignored`."""
+    """Return the images of a class, sorted by name; add all other files to `ignored`."""
     images = []
     for entry in _visible(folder, ignored):
         if entry.is_dir():
@@ -237,9 +240,9 @@ def _images(folder: Path, ignored: dict[str, list[str]]) -> list[os.DirEntry[str
 def _visible(
     folder: Path, ignored: dict[str, list[str]], *, of_classes: bool = False
 ) -> Iterator[os.DirEntry[str]]:
-    """Yield what is in a folder, and add the images among what is hidden to `ignored`.
+    """Yield the entries of a folder that are not hidden, and add hidden images to `ignored`.
 
-    Raises `InputError` for a link to nothing that may be an image or, in a folder `of_classes`, a
+    Raises `InputError` for a broken link that may be an image or, in a folder `of_classes`, a
     class.
     """
     with os.scandir(folder) as entries:
@@ -264,8 +267,9 @@ def _visible(
 
 
 def _files_below(folder: os.DirEntry[str]) -> list[str]:
-    """Return all files below a folder; in place of a folder's files itself, if it is a link or
-    cannot be read.
+    """Return the paths of all files below a folder.
+
+    A folder that is a link or cannot be read is returned itself, in place of its files.
     """
     if folder.is_symlink():
         return [folder.path]
@@ -286,17 +290,18 @@ def mapped(
 ) -> Iterator[Iterable[T]]:
     """Yield the results of `work` on `paths`, one result for each chunk of paths, in order.
 
-    Worker processes compute them if there are enough images. At most a few results per worker are
-    waiting, so memory stays bounded.
+    Worker processes compute the results if there are `PARALLEL_FROM` or more paths. At most four
+    chunks per worker are submitted ahead, so memory stays bounded. Raises `InputError` if a worker
+    process was killed.
     """
     chunks = (paths[i : i + chunk] for i in range(0, len(paths), chunk))
     workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     if workers == 1 or len(paths) < PARALLEL_FROM:
         yield map(work, chunks)
         return
-    # Processes, not threads: decoding small images holds the interpreter's lock most of the time.
-    # Forked, not spawned: a caller's script needs no `if __name__ == "__main__"`. The workers call
-    # neither torch nor CUDA, which a fork could break.
+    # Processes, not threads: decoding small images holds the GIL most of the time.
+    # Forked, not spawned: a caller's script then needs no `if __name__ == "__main__"`. The workers
+    # call neither torch nor CUDA, which a fork could break.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("fork"), _follow_parent, (os.getpid(),)
     )
@@ -318,10 +323,10 @@ def mapped(
 
 
 def _follow_parent(parent: int) -> None:
-    """In a worker: ignore Ctrl-C, which the parent handles, and end when the parent ends."""
+    """Set up a worker: it ignores Ctrl-C, which the parent handles, and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(OSError, AttributeError):  # this C library has no prctl
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent ended before the call of prctl
+    if os.getppid() != parent:  # the parent ended before prctl was called
         os._exit(1)

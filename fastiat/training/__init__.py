@@ -1,1 +1,1 @@
-"""What one update consists of, and how a training is saved and resumed."""
+"""The parts of one update, the output of a training, and how it is saved and resumed."""

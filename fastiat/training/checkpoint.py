@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a training: checked as a whole before any of it is taken over."""
+"""Check that a checkpoint fits a training: all of it is checked before any of it is loaded."""
 
 import math
 from collections.abc import Mapping
@@ -12,27 +12,29 @@ from fastiat.system.errors import Damaged, InputError, out_of_memory
 from fastiat.system.settings import validated
 
 TENSORS = ("model", "average", "momentum", "random", "order_before_epoch", "totals")
-"""The parts of a state that are tensors or dictionaries of tensors; `Position` is the rest."""
+"""The entries of a state that hold tensors; the other entries are the fields of `Position`."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a training is: the values of a checkpoint that are no tensors."""
+    """The position of a training: the entries of a checkpoint that are not tensors."""
 
     step: int
-    """Updates done."""
+    """Updates so far, including skipped updates."""
     ranks: int
-    """Processes that train together."""
+    """Number of processes that train together."""
     data: str
     """Fingerprint of the data set."""
     best: dict[str, int] | None
-    """"epoch" and "errors" of the best validated epoch."""
+    """"epoch" and "errors" (held-out images) of the best validated epoch; None before the first."""
     validated_epochs: int
+    """Number of epochs whose validation has finished."""
     seconds: float
-    """Time that the updates of the current epoch took."""
+    """Seconds that the updates of the current epoch have taken."""
     skipped: int
-    """Updates left out in the current epoch because a loss or gradient was not finite."""
+    """Updates skipped in the current epoch because a loss or gradient was not finite."""
     skipped_in_a_row: int
+    """Updates skipped consecutively, up to the last update; may span epochs."""
 
 
 def checked_position(
@@ -43,13 +45,15 @@ def checked_position(
     steps_per_epoch: int,
     generators: Mapping[str, torch.Generator],
 ) -> Position:
-    """Return where the training of a checkpoint is, once all of `state` is found to fit.
+    """Check that all of `state` fits a training, and return its position.
 
-    own: the state of the training that is to take it over.
-    generators: those of `state["random"]`.
+    state: the checkpoint, as `fastiat.train.Trainer.state_dict` returns it.
+    own: the state of the training that will load the checkpoint.
+    epochs, steps_per_epoch: the length of that training.
+    generators: the generators whose states are in `state["random"]`.
 
-    Raises `InputError` for a checkpoint of other data or another number of processes, and
-    `Damaged` for one that does not fit the network or lies outside of the training.
+    Raises `InputError` for a checkpoint of other data or of another number of processes, and
+    `Damaged` for a checkpoint that does not fit the network, or whose position is impossible.
     """
     names = [field.name for field in fields(Position)]
     try:
@@ -63,11 +67,11 @@ def checked_position(
         raise InputError(
             f"it is a training of {count} process{'es' * (count != 1)}, not of {own['ranks']}: "
             f"start as many, "
-            + ("without torchrun" if count == 1 else f"say torchrun --nproc-per-node {count}")
+            + ("without torchrun" if count == 1 else f"with torchrun --nproc-per-node {count}")
         )
     for name in TENSORS:
         if not alike(state.get(name), own[name]):
-            raise Damaged(f"the checkpoint is not of this network: its {name} has another form")
+            raise Damaged(f"the checkpoint is of another network: its {name} has other tensors")
     for name, generator in generators.items():
         _check_generator(state["random"][name], generator.device)
     _check_generator(state["order_before_epoch"], torch.device("cpu"))
@@ -78,27 +82,27 @@ def checked_position(
 
 
 def _check_generator(state: torch.Tensor, device: torch.device) -> None:
-    """Raise `Damaged` unless a generator takes this state."""
+    """Raise `Damaged` unless a generator of `device` accepts this state."""
     try:
         torch.Generator(device).set_state(state)
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        raise Damaged("the checkpoint is damaged: a generator's state is none") from None
+        raise Damaged("the checkpoint is damaged: a generator's state is invalid") from None
 
 
 def _outside(position: Position, epochs: int, steps_per_epoch: int) -> str | None:
-    """Say which value of a position is impossible, or return None."""
+    """Return a phrase that says which value of a position is impossible, or None."""
     epoch, best = position.step // steps_per_epoch, position.best
     if not 0 <= position.step <= epochs * steps_per_epoch:
         return "its step lies outside of the training"
-    # Validation follows the last update of an epoch, so that it is one epoch behind at most.
+    # An epoch is validated right after its last update, so validation is at most one epoch behind.
     if not 0 <= epoch - position.validated_epochs <= 1:
         return "its validated epochs do not fit its step"
     if not 0 <= position.seconds < math.inf:
-        return "its seconds are no time"
+        return "its seconds are not a finite time"
     if best is not None and (best.keys() != {"epoch", "errors"} or not 0 <= best["epoch"] <= epoch):
-        return "its best epoch is none of the training's"
+        return "its best epoch is not an epoch of the training"
     if not (0 <= position.skipped < steps_per_epoch and position.skipped_in_a_row >= 0):
         return "it has skipped more updates than an epoch has"
     return None

@@ -11,9 +11,9 @@ from fastiat.config import TrainConfig
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of update `step`, counted from 0.
 
-    "step": divided by 10 after 1/2 and 3/4 of the updates, as section 4.1 does after epochs 100 and
-    150 of 200. "cosine": linear warm-up over the first tenth of the updates, then half a cosine to
-    zero.
+    Schedule "step": the rate is divided by 10 after 1/2 and again after 3/4 of the updates, as in
+    section 4.1 of the paper (after epochs 100 and 150 of 200). Schedule "cosine": linear warm-up
+    over the first tenth of the updates, then half a cosine period down to zero.
     """
     total = config.epochs * steps_per_epoch
     if config.schedule == "step":
@@ -26,13 +26,16 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 
 def make_sgd(model: nn.Module, config: TrainConfig, lr: Tensor) -> torch.optim.SGD:
-    """Return the optimizer of section 4.1: SGD with momentum.
+    """Return the optimizer of section 4.1 of the paper: SGD with momentum.
 
-    `lr` is a scalar tensor on the model's device: a captured graph would keep a number as it was
-    at the capture. For the same reason the momentum buffers exist, as zeros, from the start.
+    `lr` is a scalar tensor on the model's device, which the caller fills before each update. A
+    captured graph would keep a Python number as it was at the capture, but reads a tensor anew. The
+    momentum buffers exist, as zeros, from the start, so that every replay of a captured graph
+    updates the same tensors.
     """
     parameters = list(model.parameters())
-    # Without `decay_norm`, BatchNorm parameters and biases, which have one dimension, do not decay.
+    # Weight decay without `decay_norm` spares BatchNorm parameters and biases: those have one
+    # dimension.
     decayed = [p for p in parameters if config.decay_norm or p.dim() > 1]
     spared = [p for p in parameters if not config.decay_norm and p.dim() <= 1]
     groups = [(decayed, config.weight_decay), (spared, 0.0)]
@@ -51,11 +54,13 @@ def make_sgd(model: nn.Module, config: TrainConfig, lr: Tensor) -> torch.optim.S
 
 @torch.no_grad()
 def move_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the average of the weights and buffers towards the model, after update `step` of 1, 2...
+    """Update the exponential moving average of the weights and buffers, in place.
 
-    average = d average + (1 - d) model,  d = min(`decay`, (1 + step) / (10 + step))
+        average = d average + (1 - d) model,  d = min(`decay`, (1 + step) / (10 + step))
+
+    `step` counts the updates from 1. Integer buffers are copied.
     """
-    # A smaller d at the start, as the average begins at the initial weights.
+    # d is smaller at the start, so that the average soon forgets the initial weights.
     decay = min(decay, (1 + step) / (10 + step))
     pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
     values = [pair for pair in pairs if pair[0].is_floating_point()]

@@ -1,4 +1,4 @@
-"""What a training shows and records: the rows of metrics.jsonl, and the lines on stdout."""
+"""The output of a training: the rows of metrics.jsonl and the lines on stdout."""
 
 from typing import Any, Literal, Protocol
 
@@ -13,11 +13,14 @@ from fastiat.system.ranks import Ranks
 from fastiat.training.update import Update
 
 LOG_EVERY = 20
-"""Updates between two step rows; each row waits for the device."""
+"""Number of updates from one step row to the next; to make a row, the CPU waits for the device."""
 
 
 class Training(Protocol):
-    """The parts of a `fastiat.train.Trainer` that this package reads; see there."""
+    """The attributes of `fastiat.train.Trainer` that this package uses; `Trainer` documents them.
+
+    A protocol, because `fastiat.train` imports this package.
+    """
 
     config: TrainConfig
     ranks: Ranks
@@ -45,13 +48,13 @@ class Training(Protocol):
 
 
 def step_row(trainer: Training, update: Update) -> dict[str, Any]:
-    """Return the row of the last update; one that was skipped has no losses and accuracies."""
+    """Return the row of the last update; a skipped update has no losses and accuracies."""
     row = {"step": trainer.step, "learning_rate": trainer.lr, "skipped": trainer.skipped}
     return row if trainer.skipped_in_a_row else row | _figures(trainer, torch.stack(update))
 
 
 def epoch_row(trainer: Training) -> dict[str, Any]:
-    """Return the row of the last epoch: means over its updates, without those skipped."""
+    """Return the row of the last epoch: means over its updates, without skipped updates."""
     return {
         "step": trainer.step,
         "epoch": trainer.epoch,
@@ -62,7 +65,7 @@ def epoch_row(trainer: Training) -> dict[str, Any]:
 
 
 def _figures(trainer: Training, figures: Tensor) -> dict[str, float]:
-    """Name the figures of an `Update`, (4,); accuracies are in percent of the batch."""
+    """Return the figures of an `Update`, (4,), by name; accuracies are in percent of the batch."""
     clean_loss, adv_loss, clean_correct, adv_correct = figures.tolist()
     batch = trainer.config.batch_size
     return {
@@ -89,7 +92,10 @@ def headline(trainer: Training) -> str:
 
 
 def beside_progress(config: TrainConfig, row: dict[str, Any]) -> dict[str, str]:
-    """Return the loss and accuracy of each batch, as shown beside the progress bar."""
+    """Return the loss and accuracy, in percent, of the clean and the adversarial batch.
+
+    Both are shown beside the progress bar.
+    """
     return {
         kind: f"{row[f'{kind}_loss']:.2f} {row[f'{kind}_accuracy_percent']:.0f} %"
         for kind in (("clean",) if config.adv == "none" else ("clean", "adv"))
@@ -97,7 +103,7 @@ def beside_progress(config: TrainConfig, row: dict[str, Any]) -> dict[str, str]:
 
 
 def epoch_line(config: TrainConfig, row: dict[str, Any]) -> str:
-    """Return the line that is shown after an epoch."""
+    """Return the line that is shown after an epoch; `row` is the epoch's row of metrics.jsonl."""
     parts = [
         f"epoch {row['epoch']}/{config.epochs}",
         f"lr {row['learning_rate']:.3g}",

@@ -1,4 +1,4 @@
-"""The part of a training that this process does: how it starts, saves, stops and fails."""
+"""One process's part of a training: how the training starts, saves, stops and fails."""
 
 import math
 import shlex
@@ -23,16 +23,16 @@ from fastiat.training import rows
 from fastiat.training.rows import Training
 
 GROWTH = 10
-"""A loss of the first epoch that is this many times the loss of a guess is warned of."""
+"""A loss of the first epoch above this multiple of the loss of a uniform guess causes a warning."""
 MOST_SKIPPED = 20
-"""Updates in a row that --on-nan skip may skip before the training ends."""
+"""Number of consecutive skipped updates (--on-nan skip) that ends the training."""
 
 
 class Session:
     """A training from the start of this process to its end.
 
-    Raises `InputError` from any method where the training has diverged: a loss, gradient or weight
-    is not finite. The last checkpoint is then intact.
+    Any method raises `InputError` if the training has diverged, which means that a loss, gradient
+    or weight is not finite. The last checkpoint is intact after that.
     """
 
     def __init__(self, trainer: Training, run: Run) -> None:
@@ -42,9 +42,9 @@ class Session:
         self.warned = False
 
     def start(self) -> bool:
-        """Load the checkpoint, or write the first; return whether there is anything left to train.
+        """Load the checkpoint, or write the first one; return whether training remains to be done.
 
-        Raises `InputError` where the checkpoint is of other data, damaged or lost.
+        Raises `InputError` if the checkpoint is of other data, damaged or lost.
         """
         trainer, run = self.trainer, self.run
         resumed = run.has_state()
@@ -55,12 +55,13 @@ class Session:
                 raise InputError(f"{run.path} cannot be resumed: {error}") from None
             self.saved_step = trainer.step
         elif (run.path / MODEL).exists() or any(row.get("kind") == "epoch" for row in run.rows()):
-            # Starting over would write the rows of metrics.jsonl a second time.
+            # The run has trained before. To start over would write rows of metrics.jsonl twice.
             raise InputError(
                 f"{run.path} has lost {STATE} and {PREVIOUS}: put one back, or start again with "
                 f"another --out"
             )
-        run.follow(trainer.config)  # the data are known to be the run's own
+        # Only now are the data known to be those of the run.
+        run.follow(trainer.config)
         run.rewind(trainer.step, trainer.validated_epochs)
         if trainer.ranks.first:
             self._warn_of_lost_rows()
@@ -69,7 +70,8 @@ class Session:
                 f"{run.path} is trained already, {trainer.epoch} epochs: nothing to resume"
             )
             return False
-        # This also waits until every rank has looked for a checkpoint, before the first writes one.
+        # Paths and --resume are not compared. `check_same` also makes the first rank wait, before
+        # it writes a checkpoint, until every rank has looked for one.
         settings = replace(trainer.config, out=None, data_dir=None, resume=False)
         weights = trainer.model.state_dict().values()
         trainer.ranks.check_same(
@@ -82,7 +84,10 @@ class Session:
         return True
 
     def _warn_of_lost_rows(self) -> None:
-        """Warn where metrics.jsonl lacks rows up to the checkpoint, which no crash can remove."""
+        """Warn if metrics.jsonl lacks rows from before the checkpoint.
+
+        A crash cannot remove them, because metrics.jsonl is fsynced before a checkpoint is written.
+        """
         trainer = self.trainer
         found = [row for row in self.run.rows() if row.get("kind") in ("step", "epoch")]
         distinct = len({(row["kind"], row[row["kind"]]) for row in found})
@@ -100,9 +105,10 @@ class Session:
         self.events.add(kind, row)
 
     def stop_or_save(self, *, save: bool = False) -> None:
-        """Stop if a signal came to any rank; else, if `save`, write a checkpoint where one is due.
+        """Stop if any rank has received a signal; else, if `save`, write a checkpoint that is due.
 
-        One question for all ranks: the clock of the first says whether a checkpoint is due.
+        All ranks must decide alike, so they share one reduction: a signal of any rank counts, and
+        the clock of the first rank says whether a checkpoint is due.
         """
         job, age = self.trainer.ranks, time.monotonic() - self.saved_at
         old = job.first and age >= self.trainer.config.checkpoint_every
@@ -121,7 +127,8 @@ class Session:
     def stop(self) -> NoReturn:
         """Write a checkpoint and raise `TrainingInterrupt`."""
         self.save()
-        # torchrun ends all processes as soon as one has ended: the first may still be writing.
+        # torchrun ends all processes as soon as one process fails, and the first rank may still be
+        # writing the checkpoint.
         self.trainer.ranks.barrier()
         raise TrainingInterrupt(
             self.signals.received,
@@ -130,30 +137,30 @@ class Session:
         )
 
     def position(self) -> str:
-        """Say at which step the training is and how to resume it."""
+        """Return the end of an error message: the step, and the command that resumes."""
         return f" at step {self.trainer.step}; go on with: {resume_command(self.run.path)}"
 
     def check_finite(self) -> dict[str, Any]:
-        """Return the trainer's state; it is all finite, or the training has diverged."""
+        """Return the trainer's state; raise `InputError` if one of its tensors is not finite."""
         state = self.trainer.state_dict()
         groups = [state["model"], state["average"] or {}, state["momentum"]]
         tensors = [state["totals"], *(tensor for group in groups for tensor in group.values())]
-        # One wait for the device, instead of one for each tensor.
+        # Stack the results, so that the CPU waits for the device once, not once per tensor.
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             self.diverged()
         return state
 
     def diverged(self) -> NoReturn:
-        """Raise `InputError` for a loss or weights that are not finite."""
+        """Raise the `InputError` for a loss or weights that are not finite."""
         self._diverged(
             f"its loss or weights are not finite at step {self.trainer.step}",
             f"skip such updates with {resume_command(self.run.path)} --on-nan skip, or ",
         )
 
     def check_skipped(self, progress: Progress) -> None:
-        """Warn of the first update of an epoch that is skipped; end a training that skips too many.
+        """Warn of the first skipped update of an epoch; raise `InputError` after too many of them.
 
-        Too many are `MOST_SKIPPED` in a row, or all of an epoch.
+        Too many are `MOST_SKIPPED` consecutive updates, or all updates of an epoch.
         """
         trainer = self.trainer
         if trainer.skipped_in_a_row >= MOST_SKIPPED or trainer.skipped == len(trainer.loader):
@@ -164,8 +171,8 @@ class Session:
         if trainer.skipped_in_a_row and trainer.skipped == 1:
             progress.clear()
             self.run.log_line(
-                f"warning: the loss or gradient of step {trainer.step} is not finite; it is "
-                f"skipped, and so is every other such step of this epoch"
+                f"warning: the loss or gradient of step {trainer.step} is not finite: this update "
+                f"is skipped, as is every other such update of this epoch"
             )
 
     def _diverged(self, what: str, other_remedy: str = "") -> NoReturn:
@@ -175,7 +182,10 @@ class Session:
         )
 
     def check_growth(self, row: dict[str, Any], progress: Progress) -> None:
-        """End a training whose loss is not finite; warn once where the first epoch's grows far."""
+        """Raise `InputError` if a loss of `row` is not finite; warn once if it is too large.
+
+        Too large is more than `GROWTH` times the loss of a uniform guess, in the first epoch.
+        """
         trainer, highest = self.trainer, max(row["clean_loss"], row["adv_loss"])
         if not math.isfinite(row["clean_loss"] + row["adv_loss"]):
             self.diverged()
@@ -185,14 +195,14 @@ class Session:
         self.warned = True
         progress.clear()
         self.run.log_line(
-            f"warning: the loss is {highest:.3g} at step {trainer.step}, and that of a guess "
-            f"{guess:.2g}: the training diverges; if it does not recover, stop it and start again "
-            f"with another --out and {remedy(trainer.config)}"
+            f"warning: the loss is {highest:.3g} at step {trainer.step}, and the loss of a guess "
+            f"is {guess:.2g}: the training diverges; if it does not recover, stop it and start "
+            f"again with another --out and {remedy(trainer.config)}"
         )
 
 
 def remedy(config: TrainConfig) -> str:
-    """Return the settings to start a training with instead, after one with `config` diverged."""
+    """Return the settings to start with instead after a training with `config` has diverged."""
     if config.arch == "preact18" and config.variant == "authors" and config.loss == "ce":
         return (
             "--variant standard or --loss bce: preact18 without a final BatchNorm diverges under "
@@ -211,16 +221,16 @@ def resume_command(path: Path) -> str:
 
 @contextmanager
 def explaining_failures(run: Run) -> Iterator[None]:
-    """Turn out-of-memory and OS errors into one line that ends with the command to resume."""
+    """Turn out-of-memory and OS errors into an `InputError` that ends with the resume command."""
     try:
         yield
-    except BrokenPipeError:  # whoever reads stdout has ended
+    except BrokenPipeError:  # the program that reads stdout has ended, such as `head`
         raise
     except (OSError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             wrong = (
                 "this takes more memory than there is: start again with a lower --batch-size "
-                "or --width, or free some"
+                "or --width, or free memory"
             )
         elif isinstance(error, OSError) and run.has_state():
             wrong = explain_os(error)
@@ -231,9 +241,9 @@ def explaining_failures(run: Run) -> Iterator[None]:
 
 @contextmanager
 def stoppable_measuring(path: Path) -> Iterator[None]:
-    """Raise `TrainingInterrupt` for a signal while a trained run is measured.
+    """Raise `TrainingInterrupt` if a signal arrives while a trained run is measured.
 
-    Several ranks are ended by torchrun instead.
+    With several ranks this does nothing: torchrun ends them.
     """
     if not ranks().alone:
         yield

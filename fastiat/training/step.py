@@ -1,5 +1,6 @@
-"""One update in fixed buffers, which can be captured as CUDA graphs; the eager form is `algorithm1`
-in `fastiat.train`.
+"""One update in fixed buffers, which can be captured as CUDA graphs.
+
+`fastiat.train.algorithm1` is the same update in eager PyTorch.
 """
 
 from collections.abc import Callable, Hashable
@@ -17,7 +18,7 @@ from fastiat.training.update import Update, mixed_pass
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """Return the floating-point buffers that a training pass changes: those of BatchNorm."""
+    """Return BatchNorm's running means and variances, which every training pass changes."""
     return [
         buffer
         for layer in normalisation_layers(model)
@@ -27,26 +28,27 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 
 class Step:
-    """Algorithm 1 and the optimizer's step in fixed buffers, compiled and captured piece by piece.
+    """Algorithm 1 and the optimizer's step in fixed buffers, compiled and captured in pieces.
 
-    The pieces are, in the order they run: the clean pass, the attack, the adversarial pass, the
-    optimizer's step. Each pass is compiled, and captured, once for every mix layer that comes.
+    The pieces are, in this order: the clean pass, the attack, the adversarial pass, the optimizer's
+    step. The two passes are compiled, and captured, once for each mix layer that is drawn.
 
-    Why pieces: manifold mixup draws a layer for each of the two passes, so with three layers whole
-    updates would need nine graphs, and passes need six. Replayed in turn, the pieces keep the
-    device as busy as one graph of everything.
+    Reason for the pieces: manifold mixup draws a layer for each of the two passes. With three
+    layers, graphs of whole updates would be nine; graphs of passes are six. Replayed in turn, the
+    pieces keep the device as busy as one graph of a whole update.
 
-    optimizer: holds a state for every parameter already, and takes its learning rate from a tensor.
-    batch: (B, C, H, W) of the batches to come.
-    attack: the keyword arguments of `pgd`, all of them, or None for no adversarial batch.
-    dtype: type that the network computes in by autocast, or None.
-    per_sample: whether lambda comes as (B,).
+    optimizer: has a state for every parameter already, and takes its learning rate from a tensor.
+    batch: shape (B, C, H, W) of every batch.
+    attack: all keyword arguments of `pgd`, or None for no adversarial batch.
+    dtype: type that the network computes in under autocast, or None for no autocast.
+    per_sample: whether lambda has shape (B,) instead of ().
     compiled, captured: whether passes are compiled, and pieces captured as CUDA graphs.
-    all_reduce_mean_: replaces tensors by their means over the `ranks` of a training.
-    accept: whether the gradients of an update may be used; asked before the optimizer's step.
+    all_reduce_mean_: replaces tensors in place by their means over the `ranks` of a training.
+    accept: returns whether the gradients of an update may be used; called before the optimizer's
+        step.
 
-    The other arguments are those of `fastiat.train.algorithm1`, and so are the results:
-    un-compiled, bit for bit.
+    The other arguments are those of `fastiat.train.algorithm1`. Without `compiled`, the results
+    equal those of `algorithm1` bit for bit.
     """
 
     def __init__(
@@ -72,27 +74,33 @@ class Step:
         self.loss_weights = (clean_weight, 1 - clean_weight) if attack else (1.0, 0.0)
         parameters = list(model.parameters())
         device = parameters[0].device
-        # A graph reads and writes the addresses that it was captured with. So the inputs of an
-        # update, and all that one piece leaves for another, are tensors made once, here.
+        # A CUDA graph reads and writes the addresses that it was captured with. Therefore the
+        # inputs of an update, and every tensor that one piece writes and another reads, are
+        # allocated once, here, and only filled in place afterwards.
         self.grads = [torch.zeros_like(parameter) for parameter in parameters]
+        # The optimizer, and `accept`, read the gradients at `.grad`.
         for parameter, grad in zip(parameters, self.grads, strict=True):
             parameter.grad = grad
-        # The adversarial pass writes its gradients to a list of their own and adds that to
-        # `grads`: a bf16 gradient becomes fp32 by the copy, so that the sum is rounded once, in
-        # fp32. The clean pass overwrites `grads`, so nothing has to set them to zero.
+        # The adversarial pass writes its gradients to `adv_grads` and then adds these to `grads`.
+        # The first copy turns a bf16 gradient into fp32, so that the sum is rounded once, in fp32.
+        # The clean pass overwrites `grads`, so no `zero_grad` is needed.
         self.adv_grads = [torch.zeros_like(grad) for grad in self.grads] if attack else []
         self.x = torch.zeros(batch, device=device).contiguous(memory_format=torch.channels_last)
         self.y = torch.zeros(batch[0], dtype=torch.int64, device=device)
+        # Two of each, for the clean and the adversarial pass, whose draws differ.
         self.perm = [torch.zeros_like(self.y) for _ in range(2)]
         lam = torch.zeros(batch[0] if per_sample else (), device=device)
         self.lam = [lam, lam.clone()]
-        # Those of `Update`, in its order. They stay on the device until a row of metrics is due.
+        # The fields of `Update`, in its order. They stay on the device until a row of metrics is
+        # due, because reading them makes the CPU wait.
         self.figures = torch.zeros(4, device=device)
         self.all_reduce_mean_, self.ranks = all_reduce_mean_, ranks
+        # Running statistics too: each rank's BatchNorm sees only this rank's part of the batch.
         self.reduced = [*self.grads, *running_statistics(model), self.figures]
         self.weights = graphs.Weights(model, dtype, self._cast(attack))
-        # All graphs take their intermediate results from one pool of memory, as only one runs at a
-        # time; with a pool each, they would need the memory of an update once per mix layer.
+        # All graphs allocate their intermediate results in one memory pool. That is safe because
+        # only one graph runs at a time and no piece reads intermediate results of another. With one
+        # pool per graph, the memory of an update would be needed once for each mix layer.
         self.pool = torch.cuda.graph_pool_handle() if captured else None
         self.attack: PGDLoop | None = None
         if attack is not None:
@@ -102,7 +110,8 @@ class Step:
                 self.y,
                 dtype,
                 attack,
-                # The copies of the weights that the clean pass has made serve the attack as well.
+                # The attack uses the copies of the weights that the clean pass has refreshed. They
+                # are detached: the attack needs the gradient of the input only.
                 weights=lambda: self.weights.detached,
                 compiled=compiled,
                 captured=captured,
@@ -112,9 +121,10 @@ class Step:
         self._captured: dict[Hashable, graphs.Captured] | None = {} if captured else None
 
     def _cast(self, attack: dict[str, Any] | None) -> set[str]:
-        """Return the names of the weights that the passes take bf16 copies of."""
+        """Return the names of the weights that the passes read as copies in `dtype`."""
         if self.dtype is None:
             return set()
+        # Observe the kinds of passes of an update: a weight is copied only if both allow it.
         castable = graphs.CastableWeights(self.model, self.dtype)
         castable.observe(self.x, None)
         if attack is not None:
@@ -123,10 +133,12 @@ class Step:
         return castable.names
 
     def __call__(self, images: Tensor, y: Tensor, mixes: tuple[Mix | None, Mix | None]) -> Update:
-        """Make one update on a uint8 batch (B, C, H, W) with labels (B,).
+        """Make one update on a batch (B, C, H, W) of uint8 pixels with labels (B,) int64.
 
-        `mixes` are the draws for the clean and the adversarial pass.
+        `mixes` are the draws for the clean and the adversarial pass. Returns the figures of the
+        whole batch, over all ranks.
         """
+        # The arguments have new addresses in every update, so these copies are outside the graphs.
         self.x.copy_(images).div_(255)
         self.y.copy_(y)
         for which, mix in enumerate(mixes):
@@ -134,23 +146,25 @@ class Step:
                 self.perm[which].copy_(mix.perm, non_blocking=True)
                 self.lam[which].copy_(mix.lam, non_blocking=True)
         clean_layer, adv_layer = (None if mix is None else mix.layer for mix in mixes)
-        # The order is that of `algorithm1`: with bn="update" each of the three changes the running
-        # statistics, and the attack needs the copies of the weights that the clean pass makes.
+        # The order is that of `algorithm1`. It matters for the running statistics, which the attack
+        # changes as well with bn="update", and for the copies of the weights, which the clean pass
+        # refreshes and the other two pieces read.
         self._run(("clean", clean_layer), lambda: self._half(0, clean_layer))
         if self.attack is not None:
             self.attack()
             self._run(("adversarial", adv_layer), lambda: self._half(1, adv_layer))
-        # Collectives stay outside the graphs: each rank draws its own mix layers, so that the ranks
-        # may replay different graphs.
+        # The collective is outside the graphs: each rank draws its own mix layers, so the ranks may
+        # replay, or capture, different graphs.
         self.all_reduce_mean_(self.reduced)
-        # A copy, as the next update overwrites the figures.
+        # Return a copy, because the next update overwrites the figures.
         update = Update.of_means(self.figures.clone(), self.ranks)
+        # The optimizer's step is a piece of its own, so that it can be skipped.
         if self.accept(update):
             self._run("optimizer", self.optimizer.step)
         return update
 
     def _run(self, name: Hashable, piece: Callable[[], object]) -> None:
-        """Run a piece, or replay its graph, which is captured when its name first comes."""
+        """Run a piece, or replay its graph, which is captured at the first call with `name`."""
         if self._captured is None:
             piece()
             return
@@ -159,19 +173,25 @@ class Step:
         self._captured[name]()
 
     def _half(self, which: int, layer: int | None) -> None:
-        """Add the gradient of the clean (0) or the adversarial (1) half of the loss."""
+        """Compute the clean (0) or the adversarial (1) half of the loss, and its gradient.
+
+        The clean half overwrites `grads`, the adversarial half adds to them.
+        """
         x, into = self.x, self.grads
         if which == 0:
-            self.weights.refresh()  # the optimizer has changed the parameters
+            # The optimizer changed the parameters after the last update. The refresh is inside the
+            # captured piece, so that every replay repeats it.
+            self.weights.refresh()
         else:
             assert self.attack is not None
             x, into = self.attack.x_adv, self.adv_grads
         run = self._pass(layer)
         value, correct = run(self.weights.copies, x, self.y, self.perm[which], self.lam[which])
-        # `backward` would make new `.grad` tensors at new addresses, those of bf16 copies in bf16.
+        # Not `backward`: it would accumulate into the `.grad` of the leaves, and those of the bf16
+        # copies would be new bf16 tensors at new addresses.
         grads = torch.autograd.grad(self.loss_weights[which] * value, self.weights.leaves)
         with torch.no_grad():
-            # By type, as one kernel copies many tensors only where all have the same.
+            # One call per type: `_foreach_copy_` uses one kernel only for tensors of equal type.
             for dtype in {grad.dtype for grad in grads}:
                 same = [pair for pair in zip(into, grads, strict=True) if pair[1].dtype == dtype]
                 torch._foreach_copy_([wide for wide, _ in same], [grad for _, grad in same])
@@ -181,9 +201,10 @@ class Step:
             self.figures[2 + which].copy_(correct)
 
     def _pass(self, layer: int | None) -> Callable[..., tuple[Tensor, Tensor]]:
-        """Return the pass that mixes at `layer`, compiled if it is to be.
+        """Return the pass that mixes at `layer` (None: without mixing), compiled if `compiled`.
 
-        A compiled program takes only tensors as inputs: the layer is a constant in it.
+        The layer is a constant in the compiled program, and permutation and lambda are inputs, so
+        that one program serves all draws of a layer.
         """
         if layer in self._passes:
             return self._passes[layer]
@@ -202,8 +223,9 @@ class Step:
         return self._passes[layer]
 
     def _changed(self) -> list[Tensor]:
-        """Return all that a piece changes and that outlives it; a capture restores these after its
-        warm-up runs.
+        """Return the tensors that a piece changes and that are read after it.
+
+        The warm-up runs before a capture change them too, so the capture restores them.
         """
         momentum = [t for state in self.optimizer.state.values() for t in state.values()]
         grads = [*self.grads, *self.adv_grads, *self.weights.made]

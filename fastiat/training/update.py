@@ -1,4 +1,4 @@
-"""What one update computes: Loss(f, Mix, x, y) of a batch, and the figures that are shown of it."""
+"""The loss of a batch, Loss(f, Mix, x, y) of the paper, and the figures that an update reports."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,20 +11,22 @@ from fastiat.mix import Mix, mixed_correct, mixed_loss
 
 
 class Update(NamedTuple):
-    """The figures of one update: scalars that stay on the device, so that nothing waits for it."""
+    """The figures of one update: scalar tensors on the device, so that the CPU need not wait."""
 
     clean_loss: Tensor
     adv_loss: Tensor
-    """Zero where the update has no adversarial batch."""
+    """Zero if the update has no adversarial batch."""
     clean_correct: Tensor
-    """Images of the clean batch predicted right, in [0, B]; see `fastiat.mix.mixed_correct`."""
+    """Correctly predicted images of the clean batch, in [0, B]; see `fastiat.mix.mixed_correct`."""
     adv_correct: Tensor
+    """The same for the adversarial batch; zero without one."""
 
     @classmethod
     def of_means(cls, means: Tensor, ranks: int) -> "Update":
-        """Return the figures of a batch from the means, (4,), of those of its `ranks` parts.
+        """Return the figures of a whole batch; `means`, (4,), are the means over its `ranks` parts.
 
-        A loss of the batch is the mean of its parts' losses, a count the sum of their counts.
+        The loss of the batch is the mean of the losses of its parts; a count is the sum of the
+        counts.
         """
         clean_loss, adv_loss, clean_correct, adv_correct = means.unbind()
         return cls(clean_loss, adv_loss, ranks * clean_correct, ranks * adv_correct)
@@ -38,10 +40,13 @@ def mixed_pass(
     loss: Any,
     mix_pixels: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return Loss(f, Mix, x, y) of section 3 and how much of the batch is predicted right, scalars.
+    """Return two scalars: Loss(f, Mix, x, y) of section 3 of the paper, and the correct images.
 
-    `x` is (B, C, H, W) pixels in [0, 1], `y` (B,) int64. `mix_pixels` mixes at mix point 0 before
-    the standardisation.
+    forward: returns logits (B, K) of pixels, mixed as the second argument says; None mixes nothing.
+    x, y: (B, C, H, W) pixels in [0, 1], (B,) int64 labels.
+    mix_pixels: whether mix point 0 is the pixels, before the standardisation, instead of after it.
+
+    The number of correct images, in [0, B], has no gradient.
     """
     inner = mix
     if mix is not None and mix.layer == 0 and mix_pixels:
