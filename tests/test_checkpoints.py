@@ -190,4 +190,4 @@ def test_a_config_without_one_of_its_settings_is_refused(run, gone):
 
 def test_an_empty_config_is_refused(run, complaint):
     (run / CONFIG).write_text("{}")
-    assert "lacks the field 'preset'" in complaint("train", "--resume", "--out", run)
+    assert "lacks the field 'attack_loss'" in complaint("train", "--resume", "--out", run)

@@ -95,8 +95,10 @@ def test_a_plainly_trained_network_passes_and_its_figures_are_those_of_others(go
     with torch.no_grad():
         clean = error(x)
     fgsm = error(torchattacks.FGSM(model, eps=EPS)(x, y))
-    torch.manual_seed(0)  # torchattacks takes its random start from there
-    pgd = error(torchattacks.PGD(model, eps=EPS, alpha=ALPHA, steps=100)(x, y))
+    torch.manual_seed(0)  # torchattacks takes its random starts from there
+    attack = torchattacks.PGD(model, eps=EPS, alpha=ALPHA, steps=100)
+    # One random start moves the error by up to 4 points either way.
+    pgd = sum(error(attack(x, y)) for _ in range(4)) / 4
     assert findings[NOISE].figures["clean_error_percent"] == clean
     assert findings[FGSM].figures["fgsm_error_percent"] == fgsm
     assert findings[STEPS].figures["steps"][-1] == 100

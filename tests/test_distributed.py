@@ -225,7 +225,7 @@ def test_torchrun_ends_the_ranks_that_a_device_blocks_when_another_is_killed(fla
     argv = ("train", *flags, "--out", str(out), "--batch-size", "60")
     ended = torchrun(3, tmp_path / "job.py", "command_waiting", *argv)
     assert ended.returncode != 0 and "exitcode  : -9" in ended.stderr
-    assert torch.load(out / STATE, weights_only=True)["step"] == 0
+    assert read_state(out / STATE)["step"] == 0
 
 
 @pytest.mark.slow
