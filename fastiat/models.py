@@ -92,13 +92,13 @@ class PreActBlock(nn.Module):
 def _group(
     inputs: int, outputs: int, blocks: int, stride: int, block: type[PreActBlock] = PreActBlock
 ) -> nn.Sequential:
-    """Return `blocks` residual blocks; only the first has `stride` and changes the channels."""
+    """Return `blocks` residual blocks; the first has `stride` and changes the channels."""
     sizes = [inputs] + [outputs] * (blocks - 1)
     return nn.Sequential(*(block(n, outputs, stride if i == 0 else 1) for i, n in enumerate(sizes)))
 
 
 class AuthorsWideBlock(PreActBlock):
-    """The block of the manifold mixup code's wide_resnet.py, which differs from the published block.
+    """The block in wide_resnet.py of the manifold mixup code; it differs from the published block.
 
     The convolutions have biases, the second convolution has the stride, and the input of the
     shortcut is the input of the block, before BatchNorm and ReLU.
@@ -211,14 +211,15 @@ def build(
     """Return a freshly initialised network in training mode, in fp32.
 
     name: one of `ARCHS`.
+    num_classes: number of logits, at least 2.
+    in_channels: channels of the images, at least 1.
     image_size: side of the square images in pixels, at least 8.
     width: number of channels of the first group (preact18: 64), widening factor (wrn: 10) or number
-        of hidden units (mlp6: 512).
+        of hidden units (mlp6: 512), at least 1. None uses the number in brackets.
     variant: "standard" is the network as published; "authors" is the network of the manifold mixup
         code (preact18: no final BatchNorm and ReLU; wrn: see `WideResNet`; mlp6: no difference).
 
-    Raises `InputError` (a `ValueError`) for other values, and for less than 2 classes, 1 channel or
-    width 1.
+    Raises `InputError` (a `ValueError`) for other values.
     """
     if name not in ARCHS:
         close = difflib.get_close_matches(name, ARCHS, n=1)
