@@ -29,7 +29,6 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS, or a CPU-only installation
-
     # Stand-ins, with which the modules can be imported; launching a kernel raises.
     class _NeedsTriton:
         def __init__(self, function: Callable[..., Any]) -> None:

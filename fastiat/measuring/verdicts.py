@@ -139,8 +139,8 @@ def larger_eps(by_eps: dict[float, Tensor]) -> Finding:
         "An attack that may change every pixel freely fools every image, as it should.",
         "Even an attack that may change every pixel freely misses a few images: its steps do not "
         "find the adversarial examples of these images.",
-        "Even an attack that may change every pixel freely fails, although it may turn every image "
-        "into any other image: the attack follows useless gradients; the network is not robust.",
+        "Even an attack that may change every pixel freely misses many images, although it could "
+        "turn them into any other: it follows useless gradients, and the network is not robust.",
     )
     if growing != "pass" and reaching == "pass":
         sentences = (
