@@ -93,7 +93,7 @@ def placed(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {holder: values[name] for holder, name in holders.items() if name in values}
 
 
-# Functions whose arguments autocast casts, all of them.
+# Functions for which autocast casts all arguments.
 _MULTIPLY = {
     F.linear,
     *(F.conv1d, F.conv2d, F.conv3d),

@@ -191,7 +191,9 @@ class _WritesUndone(TorchDispatchMode):
                 self.before[storage._cdata] = storage, storage.clone()
         # TorchScript passes constant tensors as numbers, which the operator would reject.
         args = tuple(
-            torch.tensor(given) if isinstance(given, _NUMBERS) and _is_tensor(argument) else given
+            torch.tensor(given)
+            if isinstance(given, _NUMBERS) and isinstance(argument.type, torch.TensorType)
+            else given
             for given, argument in zip(args, func._schema.arguments, strict=False)
         )
         given = {storage._cdata for storage in _storages((args, kwargs))}
@@ -207,10 +209,6 @@ class _WritesUndone(TorchDispatchMode):
 
 
 _NUMBERS = (bool, int, float, complex)
-
-
-def _is_tensor(argument: Any) -> bool:
-    return isinstance(argument.type, torch.TensorType)
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -67,7 +67,7 @@ def examine(
 ) -> list[Finding]:
     """Return the findings of all checks on `model`, which takes pixels and returns logits.
 
-    split: images to attack, on the device of `model`.
+    split: images to attack; batches are moved to the device of `model`.
     eps, alpha: radius and PGD step size, for pixels in [0, 1]. In balls larger than `eps`, the step
         size grows if PGD with `alpha` would not cross the ball.
     norm: "linf" or "l2".

@@ -162,7 +162,7 @@ def white_box(transferred: Tensor | None, own: Tensor) -> Finding:
     """
     check = "white-box beats transfer"
     if transferred is None:
-        sentence = "Name another run for the same images with --partner, such as another seed's."
+        sentence = "Give another run on the same images with --partner, such as one of another seed."
         return Finding(check, "not done", {}, sentence)
     sentences = (
         "Examples made on another network fool no more images than examples made on this network.",
@@ -287,7 +287,7 @@ def autoattack_gap(auto: Tensor | None, pgd: Tensor) -> Finding:
     """
     check = "AutoAttack gap"
     if auto is None:
-        return Finding(check, "not done", {}, "Add --autoattack: it takes minutes to hours.")
+        return Finding(check, "not done", {}, "Add --autoattack, which takes minutes to hours.")
     sentences = (
         "AutoAttack, the field's standard, fools few images more than PGD.",
         "AutoAttack, the field's standard, fools clearly more images than PGD: quote its error.",
