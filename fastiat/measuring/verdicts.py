@@ -162,7 +162,7 @@ def white_box(transferred: Tensor | None, own: Tensor) -> Finding:
     """
     check = "white-box beats transfer"
     if transferred is None:
-        sentence = "Give another run on the same images with --partner, such as one of another seed."
+        sentence = "Give a run on the same images, such as one with another seed, with --partner."
         return Finding(check, "not done", {}, sentence)
     sentences = (
         "Examples made on another network fool no more images than examples made on this network.",
@@ -190,10 +190,10 @@ def noise_weaker(clean: Tensor, noise: Tensor, pgd: Tensor, *, eps: float, point
     sentences = (
         "Random noise of the same size adds far fewer errors than the attack: the gradients help "
         "the attack.",
-        "Random noise of the same size adds nearly as many errors as the attack: the gradients "
-        "help the attack little.",
-        "Random noise of the same size adds as many errors as the attack: the gradients do not "
-        "help the attack.",
+        "Random noise of the same size adds a large part of the errors that the attack adds: the "
+        "gradients help the attack little.",
+        "Random noise of the same size adds about as many errors as the attack: the gradients do "
+        "not help the attack.",
     )
     return _finding(
         "noise far weaker than gradients",
