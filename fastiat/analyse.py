@@ -1,4 +1,4 @@
-"""Analysing runs: the norms of the weights (Figure 1), and checks for masked gradients.
+"""Analysing runs: norms of the weights (Figure 1 of the paper), and checks for masked gradients.
 
 `fastiat norms` writes norms.json into a run directory, `fastiat diagnose` diagnosis.json.
 """
@@ -29,15 +29,15 @@ from fastiat.system.files import check_place
 
 INDENT = " " * 10
 UNSHOWN = ("n", "fractions_of_eps", "median_loss_along_gradient", "median_loss_along_random")
-"""Figures of a finding that the terminal does not show: lists for a chart, and the images."""
+"""Figures of a finding that the terminal does not show: lists for a chart, number of images."""
 
 
 @own_defaults()
 def norms(config: NormsConfig) -> dict[str, list[WeightNorms]]:
     """Print the norms of every run of `config`, write them to norms.json, and draw two charts.
 
-    Returns {run: norms}. norms.json is written only into run directories of the user. Raises
-    `InputError` for runs that are missing, diverged or not of one architecture.
+    Returns {run: norms}. norms.json is written only into run directories that are writable. Raises
+    `InputError` for runs that are missing, diverged or of different architectures.
     """
     config.check()
     found: dict[str, list[WeightNorms]] = {}
@@ -67,27 +67,29 @@ def norms(config: NormsConfig) -> dict[str, list[WeightNorms]]:
 
 
 def _check_finite(name: str, layers: list[WeightNorms]) -> None:
+    """Raise `InputError` if a weight of the run `name` is not finite."""
     for layer in layers:
         if not math.isfinite(layer.frobenius):
             raise InputError(
-                f"{name}: {layer.name} holds NaN or infinity, its training diverged: "
-                f"train it again with a lower --lr"
+                f"{name}: {layer.name} holds NaN or infinity, so the training diverged: "
+                f"train the run again with a lower --lr"
             )
 
 
 def _check_comparable(found: dict[str, list[WeightNorms]], cards: dict[str, ModelCard]) -> None:
-    """Raise `InputError`, naming the first that differs, unless all have the same weights."""
+    """Raise `InputError` unless the weights of all runs have the same names and shapes."""
     first, *others = found
     shapes = {name: [(layer.name, layer.shape) for layer in found[name]] for name in found}
     for other in others:
         if shapes[other] != shapes[first]:
             raise InputError(
                 f"{other} is {_describe(cards[other])}, but {first} is {_describe(cards[first])}: "
-                f"chart runs of one architecture at a time"
+                f"give runs of one architecture at a time"
             )
 
 
 def _describe(card: ModelCard) -> str:
+    """Return the network of `card` as text for a message."""
     return (
         f"{card.arch} of width {card.width} for {card.num_classes} classes of "
         f"{card.in_channels}x{card.image_size}x{card.image_size} images"
@@ -95,13 +97,13 @@ def _describe(card: ModelCard) -> str:
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Return the last part of each run's path, or the whole where two would be the same."""
+    """Return the last part of each run's path, or the whole path if two last parts are equal."""
     short = [printable(Path(name).resolve().name) for name in names]
     return [s if short.count(s) == 1 else name for s, name in zip(short, names, strict=True)]
 
 
 def _chart_path(config: NormsConfig) -> Path:
-    """Return where the chart goes, without the ending."""
+    """Return the path of the charts, without the kind of norm and the suffix."""
     if config.out:
         out = Path(config.out)
         return out.with_suffix("") if out.suffix in (".png", ".svg") else out
@@ -110,7 +112,7 @@ def _chart_path(config: NormsConfig) -> Path:
 
 
 def _norms_table(kind: str, found: dict[str, list[WeightNorms]]) -> str:
-    """Return one norm of every weight as text, a row for each weight and a column for each run."""
+    """Return a table of one kind of norm, with a row for each weight and a column for each run."""
     rows = {}
     for same in zip(*found.values(), strict=True):
         rows_in, columns_in = same[0].matrix
@@ -123,8 +125,8 @@ def _norms_table(kind: str, found: dict[str, list[WeightNorms]]) -> str:
 def diagnose(config: DiagnoseConfig) -> list[Finding]:
     """Check the run of `config` for masked gradients, print the findings and return them.
 
-    They are written to the run's diagnosis.json, with a row in its metrics.jsonl. Raises
-    `InputError` for runs or data that are missing or do not fit each other.
+    The findings are written to the run's diagnosis.json, and a row is added to its metrics.jsonl.
+    Raises `InputError` for runs or data that are missing or do not fit each other.
     """
     config.check()
     started = time.monotonic()
@@ -136,7 +138,7 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
     job, *partners = open_jobs(measured, same_data=True)
     images = job.splits["test"]
     eps, alpha = _radius_and_step(job, config)
-    size = min(one.batch_size for one in (job, *partners))
+    size = min(each.batch_size for each in (job, *partners))
     with within_memory("diagnose", [job.name], size):
         findings = examine(
             job.model, images, eps=eps, alpha=alpha, norm=config.norm, seed=config.seed,
@@ -169,10 +171,14 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
 
 
 def _radius_and_step(job: Job, config: DiagnoseConfig) -> tuple[float, float]:
-    """Return the configuration's eps and alpha, else the run's, or raise `InputError`."""
+    """Return the eps and alpha of the configuration, else those of the run.
+
+    The run's alpha is raised so that the usual attack can cross the ball. Raises `InputError` for
+    eps 0, or if the configuration's alpha is too small to reach eps.
+    """
     eps = job.settings.eps if config.eps is None else config.eps
     if not eps:
-        raise InputError(f"{job.name} was trained with eps 0: say with --eps which to check")
+        raise InputError(f"{job.name} was trained with eps 0: give the eps to check with --eps")
     least = CROSSING * eps / USUAL_STEPS
     if config.alpha is None:
         return eps, max(job.settings.alpha, least)
@@ -185,7 +191,7 @@ def _radius_and_step(job: Job, config: DiagnoseConfig) -> tuple[float, float]:
 
 
 def _page(findings: Sequence[Finding]) -> str:
-    """Return the findings as text: verdict and check, the figures, and what they mean."""
+    """Return the findings as text: verdict, name of the check, figures, and meaning of each."""
     lines = []
     for finding in findings:
         figures = ", ".join(
@@ -200,7 +206,7 @@ def _page(findings: Sequence[Finding]) -> str:
             lines += [INDENT + line for line in wrapped]
     counts = Counter(finding.verdict for finding in findings)
     lines.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-    lines.append("A pass says that the error under attack can be believed, not that it is low.")
+    lines.append("A pass means that the error under attack can be trusted, not that it is low.")
     return "\n".join(lines)
 
 

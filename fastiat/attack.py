@@ -1,11 +1,11 @@
 """Adversarial attacks: FGSM and PGD in the L-infinity and the L2 ball, as functions.
 
-An attack has no effect but its result: the training flags of the modules are restored, no
-parameter gets a gradient, and random numbers come from the generator that is passed in. Attacks
-also work under `torch.no_grad` and `torch.inference_mode`.
+An attack returns adversarial examples and has no other effect: it restores the training flags of
+the modules, gives no parameter a gradient, and draws random numbers from the generator that is
+passed in. Attacks also work under `torch.no_grad` and `torch.inference_mode`.
 
-The file reads from the parts to the whole: the loss that is maximised, its gradient in the input,
-the random start, the steps, then `fgsm`, `pgd` and `PGD`, the compiled or captured attack.
+The parts come first: the loss that is maximised, its gradient with respect to the input, the random
+start and the steps. `fgsm`, `pgd` and `PGD` (the compiled or captured attack) follow.
 """
 
 import math
@@ -33,18 +33,18 @@ Loss = Literal["ce", "margin"]
 
 
 def attack_loss(logits: Tensor, y: Tensor, loss: Loss) -> Tensor:
-    """Return the loss that an attack maximises, one value per image, (B,), at least in fp32.
+    """Return the loss that an attack maximises: one value for each image, (B,), at least in fp32.
 
-    `logits` is (B, K), `y` (B,) int64. "ce" is the cross-entropy; "margin" is the largest wrong
-    logit minus the true one (Carlini & Wagner 2017). Raises `InputError` for labels outside 0..K-1
-    on the CPU; on CUDA they fail a device-side assertion.
+    `logits` is (B, K), `y` (B,) int64. "ce" is the cross-entropy. "margin" is the largest logit of
+    a wrong class minus the logit of the true class (Carlini & Wagner 2017). On the CPU, labels
+    outside 0..K-1 raise `InputError`; on CUDA, they fail a device-side assertion.
     """
     check_labels(y, logits.shape[1])
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if loss == "ce":
         return F.cross_entropy(logits, y, reduction="none", ignore_index=NO_LABEL)
-    # Masks, not `gather`: its gradient is a scatter, whose deterministic version waits for the GPU
-    # and so cannot be captured.
+    # Masks, not `gather`: the backward pass of `gather` is a scatter, whose deterministic version
+    # synchronizes with the GPU, so that a CUDA graph cannot capture it.
     own = torch.arange(logits.shape[1], device=y.device) == y[:, None]
     if own.is_cuda and not torch.compiler.is_compiling():
         torch._assert_async(own.any(1).all())  # cross-entropy has the same assertion
@@ -53,20 +53,22 @@ def attack_loss(logits: Tensor, y: Tensor, loss: Loss) -> Tensor:
 
 
 def input_gradient(model: Model, x: Tensor, y: Tensor, loss: Loss = "ce") -> Tensor:
-    """Return the gradient of the batch's summed attack loss in `x`, and shaped like `x`.
+    """Return the gradient of the batch's summed attack loss with respect to `x`, shaped like `x`.
 
-    The sum, not the mean: the gradient of an image must not depend on the size of its batch.
+    The loss is summed, not averaged: an image's gradient must not depend on the batch size.
     """
     with torch.inference_mode(False):
-        # Autograd cannot save a tensor that was made in inference mode; a copy is an ordinary one.
+        # Autograd cannot save an inference tensor; its clone outside inference mode is a normal
+        # tensor.
         labels = y.clone() if y.is_inference() else y
     return gradient(lambda x: attack_loss(model(x), labels, loss).sum(), x)
 
 
 def gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the gradient of the scalar `value(x)` in `x`, whatever the caller's grad mode.
+    """Return the gradient of the scalar `value(x)` with respect to `x`, in any grad mode.
 
-    `torch.autograd.grad` computes it for `x` alone and accumulates nothing in the parameters.
+    `torch.autograd.grad` computes the gradient of `x` alone and leaves every `Parameter.grad` as
+    it was.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
@@ -77,9 +79,10 @@ def gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class Starts:
     """Random starts for images that are attacked batch by batch, the same for every batch size.
 
-    Pass it to an attack as its generator, and call `batch` before each batch. Restart number r has
-    the same seed in every batch, and an image's random numbers follow from its place among all
-    images. So the starts depend neither on the batch size nor on which rank attacks a batch.
+    Pass a `Starts` to an attack as its generator, and call `batch` before each batch. Restart
+    number r has the same seed in every batch, and an image's random numbers depend on that seed and
+    on the index of the image among all images. So the starts depend neither on the batch size nor
+    on which rank attacks a batch.
     """
 
     def __init__(self, seed: int, device: torch.device | str) -> None:
@@ -113,7 +116,7 @@ def start_in_ball(
 ) -> Tensor:
     """Return points uniform in the ball of radius `eps` around each image, clipped to `clip`.
 
-    Draws one seed from `generator`, which is on the device of `x`; see `start_from_seed`.
+    One seed is drawn from `generator`, which must be on the device of `x`; see `start_from_seed`.
     """
     if isinstance(generator, Starts):
         return start_from_seed(x, eps, norm, clip, generator.draw(x), generator.first)
@@ -128,15 +131,17 @@ def start_from_seed(
     seed: Tensor,
     first: int = 0,
 ) -> Tensor:
-    """Return the random start that follows from `seed`, an int64 scalar on the device of `x`.
+    """Return the random start that `seed` determines, shaped like `x` and clipped to `clip`.
 
-    The seed is a tensor so that a captured CUDA graph reads a new one at every replay. `first` is
-    the number of images before those of `x`, where `x` is a part of a larger set.
+    `seed` is an int64 scalar on the device of `x`: a tensor, so that a captured CUDA graph reads a
+    new seed at every replay. If `x` is a part of a larger set, `first` is the number of images
+    before `x`.
     """
     values = x[:1].numel()
     if norm == "linf":
         return kernels.random_start(x, eps, seed, clip, first * values)
-    # In d dimensions: a uniform direction, and a radius whose d-th power is uniform in [0, eps^d].
+    # Uniform in a ball of d dimensions: a uniform direction, and a radius whose d-th power is
+    # uniform in [0, eps^d].
     noise = gaussian_noise(x, seed, first)
     half = torch.full((len(x),), 0.5, dtype=noise.dtype, device=x.device)
     uniform = kernels.random_start(half, 0.5, seed + 1, (0.0, 1.0), first)
@@ -146,10 +151,10 @@ def start_from_seed(
 
 
 def gaussian_noise(x: Tensor, seed: Tensor, first: int = 0) -> Tensor:
-    """Return a standard normal value for every value of `x`, at least in fp32.
+    """Return standard normal noise shaped like `x`, at least in fp32.
 
-    They are the normal quantiles of the uniform values that `kernels.random_start` draws from
-    `seed`; `first` as for `start_from_seed`.
+    The noise is the normal quantile of the uniform values that `kernels.random_start` draws from
+    `seed`. `first` has the meaning that it has in `start_from_seed`.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     most = 1 - 2.0**-24  # the quantiles of -1 and 1 are infinite
@@ -159,7 +164,7 @@ def gaussian_noise(x: Tensor, seed: Tensor, first: int = 0) -> Tensor:
 
 
 def per_image(values: Tensor, x: Tensor) -> Tensor:
-    """View (B,) values so that they broadcast over the images of `x`."""
+    """Return a view of `values`, (B,), that broadcasts over the images of `x`, (B, ...)."""
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
@@ -171,9 +176,10 @@ def run_steps(
     *,
     in_place: bool = False,
 ) -> Tensor:
-    """Return the iterate after all steps of PGD from `x_adv`, each along `grad(x_adv)`.
+    """Return the last iterate of PGD from `x_adv` around `x`; each step is along `grad(x_adv)`.
 
-    `in_place` writes every iterate into `x_adv`.
+    `settings` has the keys norm, eps, alpha, steps and clip. `in_place` writes every iterate into
+    `x_adv`.
     """
     step = kernels.pgd_step if settings["norm"] == "linf" else kernels.pgd_step_l2
     if in_place and settings["norm"] == "linf":
@@ -186,16 +192,17 @@ def run_steps(
 
 
 class PGDLoop:
-    """One random start and all PGD steps in fixed buffers, so that they can be captured.
+    """One random start and all PGD steps in fixed buffers, so that a CUDA graph can capture them.
 
-    Fill `x` and `y` in place; a call returns `x_adv`, which the next call overwrites.
+    Fill `x` and `y` in place, then call the loop. A call returns `x_adv`, which the next call
+    overwrites.
 
     x, y: buffers of the batch, (B, ...) pixels and (B,) int64 labels.
-    dtype: type that the network computes in by autocast, or None for that of `x`.
-    settings: the keyword arguments of `pgd`, all of them; `restarts` is left to the caller.
+    dtype: dtype of the network's autocast; None disables autocast.
+    settings: all keyword arguments of `pgd`. `restarts` is ignored: the caller repeats the call.
     weights: returns the network's weights, as `graphs.detached_weights` does.
-    compiled, captured: whether the network is compiled, and the whole loop a CUDA graph.
-    pool: memory pool that the graph shares with others, or None.
+    compiled: compile the network. captured: capture the whole loop as a CUDA graph.
+    pool: memory pool that the graph shares with other graphs, or None.
     """
 
     def __init__(
@@ -214,7 +221,8 @@ class PGDLoop:
         self.model, self.x, self.y, self.dtype, self.settings = model, x, y, dtype, settings
         self.weights = weights
         self.x_adv = torch.empty_like(x)
-        # A buffer: the generator runs outside of the graph, which a replay would not advance.
+        # The seed is a buffer that `__call__` fills outside the graph: a replay of the graph would
+        # not advance the generator.
         self.seed = torch.zeros((), dtype=torch.int64, device=x.device)
 
         def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -239,13 +247,13 @@ class PGDLoop:
 
     def _run_steps(self) -> None:
         s, start = self.settings, self.x
-        # Inside of the graph: a replay has to see the weights as they are by then.
+        # Read inside the graph, so that every replay uses the current weights.
         weights = self.weights()
         if s["random_start"]:
             start = start_from_seed(self.x, s["eps"], s["norm"], s["clip"], self.seed)
         self.x_adv.copy_(start)
-        # `forward` switches autocast on, if at all. The caller's is off, because Dynamo compiles
-        # anew where that changes.
+        # `forward` enables autocast where `dtype` asks for it. The caller's autocast is disabled
+        # here, because Dynamo recompiles when the autocast state changes.
         with (
             attack_mode(self.model, s["bn"]),
             torch.autocast(self.x.device.type, torch.bfloat16, enabled=False),
@@ -254,11 +262,11 @@ class PGDLoop:
             def grad(x_adv: Tensor) -> Tensor:
                 return gradient(lambda x: self._loss(weights, x, self.y), x_adv)
 
-            # In place: Dynamo compiles anew for other strides, which a new iterate may have.
+            # In place: a new tensor may have other strides, for which Dynamo recompiles.
             run_steps(self.x_adv, self.x, grad, s, in_place=True)
 
     def _changed(self) -> list[Tensor]:
-        """Return what a run writes to and others read: its result and BatchNorm's statistics."""
+        """Return the tensors that a run changes: `x_adv` and the buffers of the model."""
         return [self.x_adv, *self.model.buffers()]
 
 
@@ -273,10 +281,10 @@ def fgsm(
     loss: Loss = "ce",
     bn: BatchNormMode = "eval",
 ) -> Tensor:
-    """Return the examples of the fast gradient sign method: one step of length `eps` from `x`.
+    """Return adversarial examples of the fast gradient sign method: one step of length `eps`.
 
-    (Goodfellow et al. 2015; with `norm` "l2" the step is along the gradient.) Arguments and errors
-    as for `pgd`.
+    The step starts at `x` (Goodfellow et al. 2015). With `norm` "l2" the step is along the gradient
+    instead of its sign. Arguments and errors are those of `pgd`.
     """
     return pgd(
         model, x, y, eps=eps, alpha=eps, steps=1, random_start=False, norm=norm, loss=loss, bn=bn,
@@ -302,31 +310,33 @@ def pgd(
 ) -> Tensor:
     """Return untargeted adversarial examples of `x` by projected gradient descent.
 
-    (Madry et al. 2018; section 4.1 of the IAT paper gives eps 0.03, alpha 0.0075, 7 steps.)
+    The attack is that of Madry et al. 2018. Section 4.1 of the IAT paper gives the defaults of
+    `eps`, `alpha` and `steps`: 0.03, 0.0075 and 7.
 
-    model: returns logits (B, K) for pixels; used under the caller's autocast, if any.
-    x: (B, ...) floating-point pixels inside `clip`; the result has its dtype and memory format.
+    model: returns logits (B, K) for pixels; the caller's autocast applies to it.
+    x: (B, ...) floating-point pixels inside `clip`; the result has the dtype and memory format of
+        `x`.
     y: (B,) int64 true labels.
     eps, alpha: radius of the ball and length of a step, in the units of `x`.
     steps: gradient steps from each start, at least 1.
-    random_start: start uniformly in the ball (then clipped) instead of at `x`.
-    norm: "linf", or "l2" with the norm taken over each image.
-    loss: what is maximised, see `attack_loss`: "ce" or "margin".
-    restarts: number of independent starts. Of its examples each image keeps the worst: a
-        misclassified one before others, then the one of larger loss. Needs `random_start` when
-        above 1.
-    bn: BatchNorm during the attack: "eval" uses the running statistics, "batch" the batch's own,
-        "update" the batch's own and moves the running ones. All other layers are in eval mode.
-        Functions, TorchScript, `torch.fx` and exported programs take only "eval", as their layers
-        may be hidden.
-    generator: source of the random starts, on the device of `x`; None takes torch's global one;
-        `Starts` where the batch is a part of more images.
+    random_start: start at a point that is uniform in the ball (then clipped) instead of at `x`.
+    norm: "linf" or "l2"; the L2 norm is that of each image.
+    loss: the loss that is maximised, "ce" or "margin"; see `attack_loss`.
+    restarts: number of independent starts; above 1, `random_start` must be True. Each image keeps
+        its worst example: a misclassified example is worse than a correctly classified one, and
+        among equals the one with the larger loss is worse.
+    bn: mode of the BatchNorm layers during the attack. "eval" uses the running statistics, "batch"
+        the statistics of the batch, "update" the statistics of the batch and updates the running
+        statistics. All other layers are in eval mode. Functions, TorchScript, `torch.fx` and
+        exported programs may hide their layers, so "eval" is the only mode for them.
+    generator: source of the random starts, on the device of `x`. None uses PyTorch's global
+        generator. Use `Starts` for a set of images that is attacked in batches.
     clip: lowest and highest value of a pixel.
 
-    Pixels whose gradient is NaN are not moved. Raises `InputError` (a `ValueError`) for settings
-    outside these ranges, `TypeError` for tensors of the wrong dtype and, on the CPU, `InputError`
-    for labels outside 0..K-1. On CUDA, where reading them would wait for the device, such labels
-    fail a device-side assertion.
+    A pixel whose gradient is NaN does not move. Settings outside these ranges raise `InputError` (a
+    `ValueError`), and tensors of the wrong dtype raise `TypeError`. Labels outside 0..K-1 raise
+    `InputError` on the CPU. On CUDA, reading labels would synchronize with the GPU, so wrong labels
+    fail a device-side assertion instead.
     """
     settings: dict[str, Any] = dict(
         eps=eps, alpha=alpha, steps=steps, random_start=random_start, norm=norm, loss=loss,
@@ -336,7 +346,7 @@ def pgd(
     _check_batch(x, y)
     x = x.detach()
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # the wrapper's forward pass waits for the other ranks
+        model = model.module  # the forward pass of the wrapper would wait for the other ranks
     if eps == 0:
         return x.clone()
 
@@ -351,18 +361,20 @@ def pgd(
 class PGD:
     """`pgd`, prepared once and called many times: `attack = PGD(model, eps=0.03); attack(x, y)`.
 
-    Takes the keyword arguments of `pgd`, and raises its errors for wrong ones at once.
+    The constructor takes the keyword arguments of `pgd` and raises the errors of `pgd` for wrong
+    settings.
 
-    engine: "eager" calls `pgd`. "compile" compiles the network, once for every shape of batch, and
-        computes no gradient but the input's. "graph" also captures the start and all steps as one
-        CUDA graph, and replays it. "auto" takes "eager" for all but a plain `nn.Module`, else
-        "graph" on CUDA, else "compile" where there is a compiler, else "eager".
-    precision: arithmetic of the network, "bf16" or "fp32"; examples and loss keep the type of `x`.
-        None follows the caller's autocast, as `pgd` does.
+    engine: "eager" calls `pgd`. "compile" compiles the network once for each shape of a batch, and
+        computes the gradient of the input only. "graph" also captures the start and all steps as
+        one CUDA graph, and replays the graph. "auto" uses "eager" for a model that is not a plain
+        `nn.Module`. For a plain `nn.Module` it uses "graph" on CUDA, else "compile" where a C++
+        compiler is installed, else "eager".
+    precision: precision of the network, "bf16" or "fp32"; examples and loss keep the dtype of `x`.
+        None uses the caller's autocast, as `pgd` does.
 
-    Every call reads the current weights, so the model may be trained between calls. Where layers,
-    hooks or `forward` methods have changed, the next call compiles again. The same generator gives
-    the same random starts under every engine. Use an instance from one thread only.
+    Every call reads the current weights, so the model may be trained between calls. If layers,
+    hooks or `forward` methods have changed, the next call recompiles. The same generator gives the
+    same random starts under every engine. Use an instance from one thread only.
     """
 
     def __init__(
@@ -376,17 +388,21 @@ class PGD:
         defaults: dict[str, Any] = pgd.__kwdefaults__ or {}
         unknown = settings.keys() - defaults.keys()
         if unknown:
-            raise TypeError(f"PGD has no setting {', '.join(sorted(unknown))}")
+            raise TypeError(
+                f"PGD has no setting {', '.join(sorted(unknown))}: choose from "
+                f"{', '.join(defaults)}, engine, precision"
+            )
         _check_choice("engine", engine, get_args(Engine))
         if precision is not None:
             _check_choice("precision", precision, ("bf16", "fp32"))
-        # functional_call cannot replace weights through these wrappers; an attack needs neither.
+        # `functional_call` cannot replace weights through these wrappers, and an attack does not
+        # need the wrappers.
         wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
         self.model = model.module if isinstance(model, wrappers) else model
         if engine in ("compile", "graph") and not is_plain(self.model):
             raise InputError(
-                f"engine {engine!r} needs an nn.Module, whose weights it can read, and a "
-                f"{type(model).__name__} is or has no plain nn.Module: use the engine eager"
+                f"engine {engine!r} needs a plain nn.Module, and this {type(model).__name__} is "
+                f"not one or contains a module that is not: use engine='eager'"
             )
         self.engine, self.precision = engine, precision
         self.settings = {**defaults, **settings}
@@ -403,10 +419,10 @@ class PGD:
         assert isinstance(self.model, nn.Module)
         _check_batch(x, y)
         settings, captured = self.settings, engine == "graph"
-        # Buffers that were made in inference mode could not be written to outside of it.
+        # Buffers created in inference mode could not be written to outside inference mode.
         with torch.inference_mode(False), torch.no_grad():
             ready = self._ready(self.model, x, y, captured)
-            check_labels(y, ready.classes)  # compiled code cannot raise for them
+            check_labels(y, ready.classes)  # compiled code cannot raise for wrong labels
             loop = ready.loop
             loop.x.copy_(x)
             loop.y.copy_(y)
@@ -416,7 +432,8 @@ class PGD:
                     settings["loss"],
                 )  # fmt: skip
             if ready.structure is None:
-                # Only now: the first call runs the network's Python code, which may count calls.
+                # Read after the first call, which runs the network's Python code: that code may
+                # change attributes of the modules.
                 ready.structure = structure(self.model, captured)
             return found
 
@@ -430,14 +447,14 @@ class PGD:
         return "compile" if graphs.has_compiler(device) else "eager"
 
     def _ready(self, model: nn.Module, x: Tensor, y: Tensor, captured: bool) -> "_Ready":
-        """Return the loop for batches like `x`, made anew where the model has changed."""
+        """Return the loop for batches like `x`; build it if it is missing or the model changed."""
         dtype = torch.bfloat16 if self.precision == "bf16" else None
         if self.precision is None and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         key = (x.shape, x.stride(), x.dtype, x.device, dtype)
         ready = self._loops.pop(key, None)
         if ready is None or ready.structure != structure(model, captured):
-            ready = None  # its graph's memory goes before the next one is captured
+            ready = None  # frees the memory of the old graph before the new graph is captured
             castable = graphs.CastableWeights(model, dtype)
             with attack_mode(model, self.settings["bn"]):
                 classes = castable.observe(x).shape[1]
@@ -453,12 +470,13 @@ class PGD:
 
 @dataclass
 class _Ready:
-    """What `PGD` keeps for batches of one shape."""
+    """The loop that `PGD` keeps for batches of one shape, and what it was compiled for."""
 
     loop: PGDLoop
     classes: int
+    """Number of classes, K."""
     structure: tuple[Any, ...] | None = None
-    """Of the model that the loop was compiled for; None until its first call is over."""
+    """`structure` of the model that the loop was compiled for; None until the first call ends."""
 
 
 def count_errors(
@@ -469,8 +487,9 @@ def count_errors(
 ) -> int:
     """Return how many images `model`, in eval mode and fp32, misclassifies after `attack`.
 
-    `batches` yields uint8 images (B, C, H, W) and labels (B,); `attack(x, y)` attacks pixels, None
-    leaves them as they are; `advance` gets the number of images of a batch when it is done.
+    batches: yields uint8 images (B, C, H, W) and labels (B,).
+    attack: `attack(x, y)` returns examples of the pixels `x`; None leaves the pixels unchanged.
+    advance: called after each batch with its number of images.
     """
     wrong: Tensor | int = 0
     with attack_mode(model, "eval"):
@@ -479,7 +498,7 @@ def count_errors(
             if attack is not None:
                 x = attack(x, y)
             with torch.no_grad():
-                # Summed on the device: reading each batch's count would wait for it.
+                # Summed on the device: reading the count of each batch would synchronize.
                 wrong = wrong + (~correct(model(x), y)).sum()
             advance(len(y))
     return int(wrong)
@@ -488,13 +507,13 @@ def count_errors(
 def _worst(
     restarts: int, attack: Callable[[], Tensor], logits: Model, y: Tensor, loss: Loss
 ) -> Tensor:
-    """Attack `restarts` times; return each image's worst example, see `pgd`."""
+    """Call `attack` `restarts` times and return the worst example of each image, see `pgd`."""
     best = attack()
     if restarts == 1:
         return best
 
     def outcome(x_adv: Tensor) -> tuple[Tensor, Tensor]:
-        """Which images are misclassified, (B,) bool, and their losses, (B,)."""
+        """Return which images are misclassified, (B,) bool, and the loss of each, (B,)."""
         given = logits(x_adv)
         return ~correct(given, y), attack_loss(given, y, loss)
 
@@ -510,7 +529,7 @@ def _worst(
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """Raise `InputError` for settings that `pgd` does not take."""
+    """Raise `InputError` for settings outside the ranges of `pgd`."""
     for name in ("eps", "alpha"):
         value = settings[name]
         if not (math.isfinite(value) and value >= 0):
@@ -525,7 +544,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
         _check_choice(name, settings[name], get_args(choices))
     if settings["restarts"] > 1 and not settings["random_start"]:
         raise InputError(
-            f"{settings['restarts']} restarts without a random start would all be the same"
+            f"{settings['restarts']} restarts without a random start would all be the same: "
+            f"give restarts=1 or random_start=True"
         )
 
 
@@ -538,6 +558,8 @@ def _check_batch(x: Tensor, y: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}: an attack needs floating-point pixels, such as x / 255")
     if y.dtype != torch.int64:
-        raise TypeError(f"y is {y.dtype}: class labels are int64")
+        raise TypeError(f"y is {y.dtype}: give class labels as int64, such as y.long()")
     if x.dim() < 2 or y.shape != x.shape[:1]:
-        raise InputError(f"x is {tuple(x.shape)} and y {tuple(y.shape)}: give (B, ...) and (B,)")
+        raise InputError(
+            f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: give (B, ...) and (B,)"
+        )

@@ -1,6 +1,7 @@
-"""Measuring trained runs under white-box attacks: their errors, sweeps of the attack, and transfer.
+"""Measuring trained runs under white-box attacks: errors, sweeps of the attack, and transfer.
 
-All three commands load runs and images with `open_jobs` and write results with `Job.record`.
+The commands evaluate, sweep and transfer load runs and images with `open_jobs`, and write results
+with `Job.record`.
 """
 
 import time
@@ -28,11 +29,11 @@ HOLDOUT = "holdout_error_percent"
 Key = tuple[str, float, int]
 """Split, eps and number of steps."""
 Matrix = dict[str, dict[str, Rate]]
-"""{target: {source of the examples: error of the target}}."""
+"""{target: {source of the examples: error rate of the target}}."""
 
 
 def table(heading: str, columns: Sequence[str], rows: dict[str, list[str]]) -> str:
-    """Return rows of cells as text, below a heading and the titles of the columns."""
+    """Return a table as text: `heading`, the titles `columns`, and `rows`, {title: cells}."""
     first = max(map(len, rows)) + 2
     width = max(12, *(len(cell) + 2 for cells in (columns, *rows.values()) for cell in cells))
     lines = [heading, " " * first + "".join(f"{column:>{width}}" for column in columns)]
@@ -42,7 +43,7 @@ def table(heading: str, columns: Sequence[str], rows: dict[str, list[str]]) -> s
 
 
 def _unusual(config: MeasureConfig) -> str:
-    """Return the settings that are not the defaults, for the heading of a table."""
+    """Return the settings that differ from the defaults, as text for the heading of a table."""
     loss = f", {config.attack_loss} loss" if config.attack_loss != "ce" else ""
     restarts = f", {config.restarts} restarts" if config.restarts > 1 else ""
     start = "" if config.random_start else ", no random start"
@@ -55,9 +56,10 @@ def _unusual(config: MeasureConfig) -> str:
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
     """Measure every run of `config` under its attacks, and print a table for each run.
 
-    Returns {run: {"split/attack": rate}}. An attack is one of the configuration's or "autoattack";
-    with `worst` there are only "none" and "worst". Results are added to the run's metrics.jsonl and
-    evaluation.json. Raises `InputError` for runs or data that are missing or do not fit each other.
+    Returns {run: {"split/attack": rate}}, for the attacks of `config` and "autoattack" if it is
+    set; with `worst` the attacks are "none" and "worst". Results are added to the run's
+    metrics.jsonl and evaluation.json. Raises `InputError` for runs or data that are missing or do
+    not fit each other.
     """
     config.check()
     return {job.name: _evaluate(job, config) for job in open_jobs(config)}
@@ -81,7 +83,7 @@ def _evaluate(job: Job, config: EvaluateConfig) -> dict[str, Rate]:
 
 
 def _evaluate_split(job: Job, split: str, eps: float, config: EvaluateConfig) -> dict[str, Rate]:
-    """Measure one split, record the results as they come, and return {attack: rate}."""
+    """Measure one split, record the result of each attack, and return {attack: rate}."""
     images = job.splits[split]
     record = partial(job.record, split=split, eps=eps, started=time.monotonic())
     found = fooled(
@@ -92,7 +94,7 @@ def _evaluate_split(job: Job, split: str, eps: float, config: EvaluateConfig) ->
         rates = {"none": record("evaluation", attack="none", wrong=found["none"])}
         wrong, attacks = torch.stack(list(found.values())).any(0), tuple(found)
         if config.autoattack:
-            # AutoAttack need not attack the images that are misclassified already.
+            # AutoAttack skips the images that are misclassified already.
             wrong = autoattack(job.model, images, eps=eps, config=job.config, skip=wrong).fooled
             attacks += ("autoattack",)
         rates["worst"] = record("evaluation", attack="worst", wrong=wrong, attacks=attacks)
@@ -111,9 +113,10 @@ def _evaluate_split(job: Job, split: str, eps: float, config: EvaluateConfig) ->
 def sweep(config: SweepConfig) -> dict[str, dict[Key, Rate]]:
     """Measure every run of `config` at each eps and number of PGD steps, and print tables.
 
-    Returns {run: {(split, eps, steps): rate}}; results are kept as `evaluate`'s. One pass gives all
-    numbers of steps. The step size is the run's own alpha at every radius, unless `config` has one.
-    Raises `InputError` for runs or data that are missing or do not fit each other.
+    Returns {run: {(split, eps, steps): rate}}. Results are recorded like those of `evaluate`. One
+    pass measures all numbers of steps. The step size is the alpha of `config`, else the run's own
+    alpha, at every radius. Raises `InputError` for runs or data that are missing or do not fit each
+    other.
     """
     config.check()
     radii, steps = tuple(dict.fromkeys(config.eps)), tuple(dict.fromkeys(config.steps))
@@ -132,7 +135,7 @@ def sweep(config: SweepConfig) -> dict[str, dict[Key, Rate]]:
                 rates[job.name][split, eps, count] = job.record(
                     "sweep", split, attack, found[attack], eps=eps, started=started
                 )
-    # Over steps, a table for every radius; over radii alone, one table.
+    # With several numbers of steps, print a table for every radius, else one table of all radii.
     for split in dict.fromkeys(config.splits):
         if len(steps) > 1:
             for eps in radii:
@@ -149,7 +152,10 @@ def sweep(config: SweepConfig) -> dict[str, dict[Key, Rate]]:
 def _sweep_table(
     rates: dict[str, dict[Key, Rate]], config: SweepConfig, heading: str, keys: dict[str, Key]
 ) -> str:
-    """Return a row for every run and a column for every one of `keys`, all of one split."""
+    """Return a table with a row for every run and a column for every entry of `keys`.
+
+    `keys` has the title of each column and its (split, eps, steps), all of one split.
+    """
     split = next(iter(keys.values()))[0]
     rows = {name: [str(found[key]) for key in keys.values()] for name, found in rates.items()}
     # Runs on different data sets may have different numbers of images.
@@ -160,6 +166,7 @@ def _sweep_table(
 
 
 def _own_alpha(config: MeasureConfig) -> str:
+    """Return the configuration's alpha as text for a heading; empty if every run uses its own."""
     return "" if config.alpha is None else f", alpha {config.alpha:.4g}"
 
 
@@ -167,10 +174,10 @@ def _own_alpha(config: MeasureConfig) -> str:
 def transfer(config: TransferConfig) -> dict[tuple[str, float], Matrix]:
     """Classify PGD examples of every run of `config` by every run; print a matrix for each eps.
 
-    Returns {(split, eps): {target: {source: rate}}}, where the examples are made on the source. A
-    target keeps its row as `evaluate`'s results. The step size is the source's own alpha, unless
-    `config` has one. Raises `InputError` for runs that are missing or unfinished, or whose images
-    or classes are not those of the first.
+    Returns {(split, eps): {target: {source: rate}}}; the examples are made on the source. Results
+    are recorded in the target's run, like those of `evaluate`. The step size is the alpha of
+    `config`, else the source's own alpha. Raises `InputError` for runs that are missing or
+    unfinished, or whose images or classes differ from those of the first run.
     """
     config.check()
     jobs = open_jobs(config)
@@ -192,10 +199,10 @@ def transfer(config: TransferConfig) -> dict[tuple[str, float], Matrix]:
 def _attack(
     source: Job, targets: list[Job], split: str, eps: float, config: TransferConfig
 ) -> Iterator[tuple[str, Rate]]:
-    """Make examples on `source` once, and record and yield the error of every target on them."""
+    """Make examples on `source`; record and yield every target's name and error rate on them."""
     device, started = pick_device(config.device), time.monotonic()
     precision = pick_precision(config.precision, device)
-    # Every target classifies the whole batch, so the smallest of their batch sizes is taken.
+    # Every target classifies the whole batch, so the smallest batch size of the targets is used.
     size = min(job.batch_size for job in targets)
     starts = Starts(config.seed, device)
     attack = partial(
@@ -241,30 +248,31 @@ def _check_finished(job: Job) -> None:
     if epoch < config.epochs and not stopped_early:
         raise InputError(
             f"{job.name} is unfinished, epoch {epoch} of {config.epochs}: "
-            f"go on with fastiat train --resume --out {job.name}"
+            f"finish the run with fastiat train --resume --out {job.name}"
         )
 
 
 def _check_same_images(first: Job, other: Job) -> None:
-    """Raise `InputError` where two networks cannot be shown the same images."""
+    """Raise `InputError` unless two runs have the same data set, classes and images."""
     if other.dataset.name != first.dataset.name:
         raise InputError(
-            f"{other.name} is a run on {other.dataset.name}, and {first.name} one on "
-            f"{first.dataset.name}: transfer needs runs of one data set"
+            f"{other.name} is a run on {other.dataset.name}, but {first.name} is a run on "
+            f"{first.dataset.name}: transfer needs runs on one data set"
         )
     if other.card.classes != first.card.classes:
         raise InputError(
-            f"{other.name} tells {class_names(other.card.classes)} apart, and {first.name} "
+            f"{other.name} was trained on {class_names(other.card.classes)}, but {first.name} on "
             f"{class_names(first.card.classes)}: transfer needs runs with the same classes"
         )
     if other.data != first.data:
         raise InputError(
             f"{other.name} is a run on other images of {other.dataset.name} than {first.name}: "
-            f"name those to attack with --dataset and --data-dir"
+            f"name the images to attack with --dataset and --data-dir"
         )
 
 
 def _transfer_table(matrix: Matrix, config: TransferConfig, split: str, eps: float) -> str:
+    """Return a matrix as text, under short names of the runs if these differ."""
     short = [Path(name).resolve().name for name in matrix]
     names = short if len(set(short)) == len(short) else list(matrix)
     found = [list(row.values()) for row in matrix.values()]

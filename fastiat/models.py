@@ -1,9 +1,9 @@
 """Networks: preact18, wrn28_10, wrn34_10 and mlp6, with per-image standardisation and mix points.
 
-Every network is `logits = model(x, mix=None)` on pixels in [0, 1]. It standardises its input
-itself, so that an attack on the network is an attack on pixels. `mix` (a `fastiat.mix.Mix`)
-interpolates the batch at mix point 0 (after standardisation), 1 (after group 1) or 2 (after
-group 2).
+Every network is called as `logits = model(x, mix=None)` on pixels in [0, 1]. The network
+standardises its input itself, so that an attack on the network is an attack on pixels. `mix` (a
+`fastiat.mix.Mix`) interpolates the batch at mix point 0 (after standardisation), 1 (after group 1)
+or 2 (after group 2).
 """
 
 import difflib
@@ -37,8 +37,8 @@ class Network(nn.Module):
     def forward(self, x: Tensor, mix: Any = None) -> Tensor:
         """Return logits, (B, num_classes), for pixels `x` in [0, 1], (B, C, H, W).
 
-        `mix` is anything with `layer`, `perm` and `lam` (see `fastiat.mix.Mix`), or None. Raises
-        `InputError` for a layer that is not in `MIX_POINTS`.
+        `mix` is an object with `layer`, `perm` and `lam`, such as a `fastiat.mix.Mix`, or None.
+        Raises `InputError` for a layer that is not in `MIX_POINTS`.
         """
         if mix is not None and mix.layer not in MIX_POINTS:
             raise InputError(f"mix layer is {mix.layer}: give 0, 1 or 2")
@@ -54,16 +54,17 @@ class Network(nn.Module):
 
 
 class Shortcut(nn.Conv2d):
-    """A strided 1x1 convolution, which on the CPU selects the pixels first if it has few channels.
+    """A strided 1x1 convolution, computed on the CPU as slicing and a convolution of stride 1.
 
-    The result is the same, and oneDNN's defective weight gradient is not used, whatever code trains
-    the network: see `fastiat.engine.onednn`.
+    The result is the same. With few input channels, oneDNN's weight gradient of a strided 1x1
+    convolution is defective. The slicing avoids that gradient in any training code, also outside
+    fastiat: see `fastiat.engine.onednn`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and self.in_channels < onednn.CHANNELS:
             rows, columns = self.stride
-            # `clone` keeps the memory format of `x`; under vmap no other one can be asked for.
+            # `clone` keeps the memory format of `x`; vmap supports no other memory format.
             return F.conv2d(x[..., ::rows, ::columns].clone(), self.weight, self.bias)
         return super().forward(x)
 
@@ -91,15 +92,16 @@ class PreActBlock(nn.Module):
 def _group(
     inputs: int, outputs: int, blocks: int, stride: int, block: type[PreActBlock] = PreActBlock
 ) -> nn.Sequential:
+    """Return `blocks` residual blocks; the first has `stride` and changes the channels."""
     sizes = [inputs] + [outputs] * (blocks - 1)
     return nn.Sequential(*(block(n, outputs, stride if i == 0 else 1) for i, n in enumerate(sizes)))
 
 
 class AuthorsWideBlock(PreActBlock):
-    """The block of the manifold mixup code's wide_resnet.py, which differs from the published one.
+    """The block in wide_resnet.py of the manifold mixup code; it differs from the published block.
 
-    Its convolutions have biases, the second one has the stride, and the shortcut takes the block's
-    input before BatchNorm and ReLU.
+    The convolutions have biases, the second convolution has the stride, and the input of the
+    shortcut is the input of the block, before BatchNorm and ReLU.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -118,7 +120,7 @@ class AuthorsWideBlock(PreActBlock):
 class PreActResNet18(Network):
     """Pre-activation ResNet-18 (He et al. 2016b): four groups of two blocks, final BatchNorm, ReLU.
 
-    `final_norm` False omits the final BatchNorm and ReLU, as the manifold mixup code does. Training
+    `final_norm=False` omits the final BatchNorm and ReLU, as the manifold mixup code does. Training
     with cross-entropy at learning rate 0.1 then diverges within 20 updates (RECORDS.md). The
     initialisation is PyTorch's default, as in the published codebases.
     """
@@ -143,9 +145,9 @@ class PreActResNet18(Network):
 class WideResNet(Network):
     """Wide residual network (Zagoruyko & Komodakis 2016), depth 6n + 4, dropout 0.
 
-    Convolutions start from He's normal initialisation (fan out), as in the original code.
-    `authors` True gives the network of the manifold mixup code instead: `AuthorsWideBlock`, biases
-    in every convolution, momentum 0.9 in the last BatchNorm, PyTorch's default initialisation.
+    Convolutions have the normal initialisation of He et al. (fan out), as in the original code.
+    `authors=True` is the network of the manifold mixup code: `AuthorsWideBlock`, biases in every
+    convolution, momentum 0.9 in the last BatchNorm, PyTorch's default initialisation.
     """
 
     def __init__(
@@ -209,11 +211,13 @@ def build(
     """Return a freshly initialised network in training mode, in fp32.
 
     name: one of `ARCHS`.
+    num_classes: number of logits, at least 2.
+    in_channels: channels of the images, at least 1.
     image_size: side of the square images in pixels, at least 8.
     width: number of channels of the first group (preact18: 64), widening factor (wrn: 10) or number
-        of hidden units (mlp6: 512).
-    variant: "standard" is the network as published; "authors" is that of the manifold mixup code
-        (preact18: no final BatchNorm and ReLU; wrn: see `WideResNet`; mlp6: no difference).
+        of hidden units (mlp6: 512), at least 1. None uses the number in brackets.
+    variant: "standard" is the network as published; "authors" is the network of the manifold mixup
+        code (preact18: no final BatchNorm and ReLU; wrn: see `WideResNet`; mlp6: no difference).
 
     Raises `InputError` (a `ValueError`) for other values.
     """
@@ -243,7 +247,7 @@ def build(
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What `build` needs to rebuild a network around its weights, and the names of its classes."""
+    """The arguments of `build` that rebuild a saved network, and the names of its classes."""
 
     arch: str
     width: int
@@ -253,11 +257,11 @@ class ModelCard:
     image_size: int
     """Side of the images, in pixels."""
     classes: tuple[str, ...]
-    """A name for each class, in the order of the logits."""
+    """Name of each class, in the order of the logits."""
     variant: str = "standard"
 
     def build(self) -> Network:
-        """Return a freshly initialised network of this kind."""
+        """Return a freshly initialised network with these arguments."""
         return build(
             self.arch,
             self.num_classes,
@@ -269,13 +273,13 @@ class ModelCard:
 
 
 def normalisation_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Return the model's BatchNorm layers, of any dimension, in order."""
+    """Return the BatchNorm layers of `model`, of any dimension, in the order of its modules."""
     batch_norm = nn.modules.batchnorm._BatchNorm
     return [module for module in model.modules() if isinstance(module, batch_norm)]
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable values in the model."""
+    """Return the number of values in the parameters of `model` that require a gradient."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -288,5 +292,8 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Return images of values 0..255, usually uint8, as fp32 pixels in [0, 1], in their layout."""
+    """Return images of values 0..255, usually uint8, as fp32 pixels in [0, 1].
+
+    Shape and memory format stay the same.
+    """
     return images.to(torch.float32) / 255

@@ -1,9 +1,10 @@
 """Ops of adversarial training with mixing, usable without the rest of fastiat.
 
-`from fastiat.kernels import pgd_step, mix`. No module of this package imports the rest of fastiat.
+Use: `from fastiat.kernels import pgd_step, mix`. No module of this package imports the rest of
+fastiat.
 """
 
-# `import kernels` in the root of a checkout would register every op a second time.
+# `import kernels` in the root of a repository checkout would register every op a second time.
 if __name__ != "fastiat.kernels":
     raise ImportError("import fastiat.kernels, not kernels")
 

@@ -1,15 +1,16 @@
-"""What all ops share: the import of Triton, registration, memory layout, checks of arguments.
+"""Code that all ops share: import of Triton, registration, memory layout, checks of arguments.
 
-An op has three implementations: a Triton launcher for CUDA, the reference in torch for the CPU, and
-a fake one, which returns shapes, for tracing. A custom op knows neither torch.func nor forward-mode
-AD. Where these need a derivative, or vmap a backward pass, the op is replaced by its formula in
-torch; an op without a derivative raises instead. With `TRITON_INTERPRET=1` in the environment CPU
-tensors run the Triton launcher too, in Triton's interpreter, so that kernels are tested without a
-GPU.
+An op has three implementations: a Triton launcher for CUDA, the reference in PyTorch for the CPU,
+and a fake implementation for tracing, which returns an empty tensor of the right shape. A custom op
+supports neither torch.func nor forward-mode AD. If one of them differentiates an op, or vmap
+batches its backward pass, the op is replaced by its formula in PyTorch; an op without a derivative
+raises instead. With `TRITON_INTERPRET=1` in the environment, CPU tensors run the Triton launcher
+too, in Triton's interpreter, so that kernels can be tested without a GPU.
 
-PyTorch has no public way to ask whether a transform is active or to call a custom op's own autograd
-kernel, so a few of its private names are used: `make_autograd_impl`, `forward_ad._current_level`
-and `torch._C._functorch`. They are the same in PyTorch 2.11, 2.14 and 2.15.
+PyTorch has no public function that tells whether a transform is active, or that calls a custom op's
+own autograd kernel. So these private names of PyTorch are used: `make_autograd_impl`,
+`forward_ad._current_level` and `torch._C._functorch`. They are the same in PyTorch 2.11, 2.14 and
+2.15.
 """
 
 import math
@@ -28,7 +29,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS, or a CPU-only installation
-
+    # Stand-ins, with which the modules can be imported; launching a kernel raises.
     class _NeedsTriton:
         def __init__(self, function: Callable[..., Any]) -> None:
             self.name = function.__name__
@@ -66,11 +67,11 @@ def register(
 ) -> "torch.library.CustomOpDef":
     """Register `torch.ops.fastiat.<name>` and return it.
 
-    launch, cpu, fake: its implementations for CUDA, for the CPU and for tracing.
-    mutates: names of the arguments that it writes to.
-    formula: the op in differentiable torch code, without in-place operations; None for an op
+    launch, cpu, fake: the implementations for CUDA, for the CPU and for tracing.
+    mutates: names of the arguments that the op writes to.
+    formula: the op in differentiable PyTorch code, without in-place operations; None for an op
         without a derivative.
-    backward, setup_context: those of `torch.library.register_autograd`.
+    backward, setup_context: arguments of `torch.library.register_autograd`.
     """
     op = torch.library.custom_op(
         f"fastiat::{name}", launch, mutates_args=mutates, device_types="cuda"
@@ -87,17 +88,18 @@ def register(
     return op
 
 
-# A registration ends with its Library object, so this one belongs to the module.
+# A registration ends when its Library object is deleted, so the module keeps the object.
 _LIBRARY = torch.library.Library("fastiat", "FRAGMENT")
 
 
 def _guard_derivatives(
     op: "torch.library.CustomOpDef", formula: Callable[..., Tensor] | None
 ) -> None:
-    """Replace the op's autograd kernel by one that handles torch.func and forward-mode AD too.
+    """Replace the op's autograd kernel by a kernel that also handles torch.func and forward AD.
 
     PyTorch's kernel drops the tangents of forward-mode AD, and its backward does not work in
-    torch.func. The dispatcher is where all calls of the op arrive: eager, compiled and exported.
+    torch.func. The replacement is registered with the dispatcher, because all calls of the op go
+    through it: eager, compiled and exported.
     """
     autograd_kernel = make_autograd_impl(op._opoverload, op)
 
@@ -110,25 +112,25 @@ def _guard_derivatives(
                 )
             with torch.no_grad():
                 return autograd_kernel(keys, *args)
-        # The formula consists of torch's own operations, which have all derivatives.
+        # The formula consists of PyTorch operations, which have all derivatives.
         if any(_transformed(arg) for arg in args):
             return formula(*args)
         return autograd_kernel(keys, *args)
 
     with warnings.catch_warnings():
-        # The dispatcher warns that a registered kernel is replaced, which is the purpose here.
+        # The dispatcher warns that a registered kernel is replaced. Here that is intended.
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         _LIBRARY.impl(op._name, kernel, "Autograd", with_keyset=True, allow_override=True)
 
 
 def _transformed(arg: object) -> bool:
-    """Whether forward-mode AD or a transform of torch.func differentiates with respect to `arg`."""
+    """Return whether forward-mode AD or torch.func differentiates with respect to `arg`."""
     if not isinstance(arg, Tensor):
         return False
     in_functorch = torch._C._functorch.is_gradtrackingtensor(arg)
     if in_functorch and arg.requires_grad:
         return True
-    # Compiled code enters level 0, the only level there is, without setting `_current_level`.
+    # Compiled code enters level 0, the only level, without setting `_current_level`.
     in_level = in_functorch or forward_ad._current_level >= 0
     return in_level and forward_ad.unpack_dual(arg, level=0).tangent is not None
 
@@ -136,7 +138,7 @@ def _transformed(arg: object) -> bool:
 def _one_by_one(op: "torch.library.CustomOpDef", in_place: bool) -> Callable[..., Any]:
     """Return a vmap rule that calls `op` once for each entry of the vmapped dimension.
 
-    `in_place` says that `op` writes into its first argument.
+    `in_place`: `op` writes into its first argument.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, int | None]:
@@ -158,13 +160,13 @@ def _one_by_one(op: "torch.library.CustomOpDef", in_place: bool) -> Callable[...
     return rule
 
 
-# Dynamo calls this while it traces, and guards the level that `check_floating` reads.
+# Dynamo calls this function during tracing, and guards the level that `check_floating` reads.
 @torch.compiler.assume_constant_result
 def _refuse_duals() -> None:
-    """Raise while code is compiled for dual tensors: Inductor drops the tangents of its inputs.
+    """Raise if code is being compiled for dual tensors: Inductor drops the tangents of its inputs.
 
-    Dynamo then runs the code uncompiled; in PyTorch 2.11, and with fullgraph=True, the error
-    reaches the caller.
+    Dynamo catches the error and runs the code uncompiled. In PyTorch 2.11, and with fullgraph=True,
+    the error reaches the caller.
     """
     interpreters = torch._C._functorch.get_interpreter_stack() or ()
     within = any(i.key() == torch._C._functorch.TransformType.Jvp for i in interpreters)
@@ -176,22 +178,22 @@ def _refuse_duals() -> None:
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Make the device of `x` the current one: Triton launches there, wherever its tensors are."""
+    """Make the device of `x` current: Triton launches on the current device, not on that of `x`."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def blocks(n: int, block: int) -> int:
-    """How many blocks of `block` cover `n`."""
+    """Return the number of blocks of `block` values that cover `n` values."""
     return -(-n // block)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least `n`."""
+    """Return the smallest power of two that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """The memory format in which `dense` lays `x` out: channels-last if `x` is, else contiguous."""
+    """Return the memory format of `dense(x)`: channels-last if `x` has it, else contiguous."""
     if x.is_contiguous():
         return torch.contiguous_format
     if x.dim() == 4 and x.stride(1) == 1:
@@ -202,24 +204,27 @@ def layout(x: Tensor) -> torch.memory_format:
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """`x` in the memory format `layout(like)`, or `layout(x)`: itself if it is so, else a copy."""
+    """Return `x` in the memory format `layout(like)`, by default `layout(x)`; copy if needed."""
     return x.contiguous(memory_format=layout(x if like is None else like))
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor of the shape and the memory format of `dense(x)`."""
+    """Return an uninitialised tensor with the shape and the memory format of `dense(x)`."""
     return torch.empty_like(x, dtype=dtype, memory_format=layout(x))
 
 
 def image_rows(x: Tensor) -> Tensor:
-    """A dense batch as a (B, N) view, whose rows are the images' values in memory order."""
+    """Return a (B, N) view of a dense batch; a row has the values of an image in memory order."""
     if not x.is_contiguous():
         x = x.permute(0, *range(2, x.dim()), 1)
     return x.view(x.shape[0], math.prod(x.shape[1:]))
 
 
 def from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `image_rows`: (B, N) as a batch of the shape and memory format of `like`."""
+    """Return `rows`, (B, N), as a batch with the shape and memory format of `like`.
+
+    This is the inverse of `image_rows`.
+    """
     if layout(like) == torch.contiguous_format:
         return rows.view(like.shape)
     batch, channels, *size = like.shape
@@ -227,32 +232,35 @@ def from_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: fp64 for fp64, else fp32. Half precision is for storage only."""
+    """Return the dtype to compute in: fp64 for fp64, else fp32 (half precision is for storage)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_floating(name: str, x: Tensor) -> None:
-    """Raise unless `x` is a floating-point tensor on a device that has kernels for it."""
+    """Raise `TypeError` or `ValueError` unless the kernels support the dtype and device of `x`.
+
+    fp64 is supported on the CPU only. Code that is compiled for dual tensors gets `RuntimeError`.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, not {x.dtype}")
     check_device(name, x)
-    # Dynamo guards `_current_level`: code that is compiled outside of a level is not used inside.
+    # Dynamo guards `_current_level`: code compiled outside a level is not used inside a level.
     if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         _refuse_duals()
     if x.dtype == torch.float64 and x.is_cuda:
-        raise TypeError(f"{name} is float64, which only the CPU path takes: use {name}.float()")
+        raise TypeError(f"{name} is float64, which only the CPU supports: use {name}.float()")
 
 
 def check_device(name: str, x: Tensor) -> None:
-    """Raise where `x` is on a device without a kernel."""
+    """Raise `ValueError` if the kernels do not support the device of `x`."""
     if x.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"{name} is on {x.device}; fastiat.kernels run on cpu and cuda")
+        raise ValueError(f"{name} is on {x.device}: move it to cpu or cuda for fastiat.kernels")
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless `x` is a tensor of the shape and on the device of `other`."""
+    """Raise unless `x` is a tensor with the shape and the device of `other`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
     if x.shape != other.shape:
@@ -263,13 +271,13 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise where `x` is on another device than `other`."""
+    """Raise `ValueError` if `x` and `other` are on different devices."""
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device}, but {other_name} is on {other.device}")
 
 
 def check_images(name: str, x: Tensor) -> None:
-    """Raise unless `x` has a batch dimension and at least one more."""
+    """Raise `ValueError` unless `x` has a batch dimension and at least one more dimension."""
     if x.dim() < 2:
         raise ValueError(f"{name} must be (B, ...) with two dimensions or more, not {x.dim()}")
 
@@ -277,7 +285,7 @@ def check_images(name: str, x: Tensor) -> None:
 def check_vector(
     name: str, x: Tensor, length: int, dtype: torch.dtype, other_name: str, other: Tensor
 ) -> None:
-    """Raise unless `x` is a tensor of shape (length,) and of `dtype`, on the device of `other`."""
+    """Raise unless `x` is a tensor of shape (length,) and `dtype`, on the device of `other`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
     if x.dtype != dtype:
@@ -288,7 +296,7 @@ def check_vector(
 
 
 def check_radius(name: str, value: float) -> float:
-    """Return `value` as a float; raise where it is not a number, negative or NaN."""
+    """Return `value` as a float; raise if it is not a number, or is negative or NaN."""
     if isinstance(value, (Tensor, str)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     if not value >= 0:
@@ -308,11 +316,13 @@ def check_clip(clip: tuple[float, float]) -> tuple[float, float]:
 
 
 def check_writable(name: str, x: Tensor, /, **inputs: Tensor) -> None:
-    """Raise where `x` overlaps itself or shares memory with an input, so that writes would be read.
+    """Raise `ValueError` if `x` overlaps itself or shares memory with an input.
 
-    Only for the implementations of an op: a traced tensor has no address, and may have no sizes.
+    An in-place kernel would then read values that it has already overwritten. Call this only in the
+    implementations of an op: a traced tensor has no address, and its sizes may be unknown.
     """
-    # From the smallest stride on, each must be larger than the distance that those before span.
+    # In rising order, each stride must be larger than the reach of all smaller strides: the
+    # distance between the first and the last value that these address.
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -325,7 +335,7 @@ def check_writable(name: str, x: Tensor, /, **inputs: Tensor) -> None:
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """The first address of `x`, and the one after its last."""
+    """Return the first address of `x` and the address after its last value, in bytes."""
     if x.numel() == 0 or x.is_meta:
         return 0, 0
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -333,10 +343,11 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 
 def lam_tensor(lam: Tensor | float, x_name: str, x: Tensor) -> Tensor:
-    """Return `lam` as a () or (B,) tensor on the device of `x`, at least in its compute dtype.
+    """Return `lam` as a () or (B,) tensor on the device of `x`, at least in `compute_dtype`.
 
-    A number becomes float64, so that 1 - lam is as accurate as Python's. The values of a tensor
-    are not checked here, as reading them would wait for the device.
+    A number becomes float64, so that 1 - lam is as accurate as in Python. The values of a tensor
+    are not checked here, because reading them would synchronize with the GPU. Raises `TypeError` or
+    `ValueError` for other arguments.
     """
     if not isinstance(lam, Tensor):
         if isinstance(lam, str) or not isinstance(lam, (int, float)):
@@ -355,13 +366,13 @@ def lam_tensor(lam: Tensor | float, x_name: str, x: Tensor) -> Tensor:
 
 
 def check_lam_values(lam: Tensor) -> None:
-    """Raise for values outside [0, 1]; for CPU tensors, which can be read without waiting."""
+    """Raise `ValueError` if the CPU tensor `lam` has values outside [0, 1]."""
     low, high = lam.aminmax() if lam.dim() and lam.numel() else (lam, lam)
     if lam.numel() and not 0 <= low.item() <= high.item() <= 1:
         raise ValueError("lam must be in [0, 1]")
 
 
 def refuse_lam_gradient(required: bool) -> None:
-    """Raise where `lam` is `required` to get a gradient in the backward pass."""
+    """Raise `ValueError` if `required`: if autograd needs the gradient of `lam`."""
     if required:
-        raise ValueError("lam requires a gradient, which this op does not give: use lam.detach()")
+        raise ValueError("lam requires a gradient, but this op has none: use lam.detach()")

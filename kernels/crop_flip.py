@@ -2,8 +2,9 @@
 
     out[b, :, r, c] = images[index[b], r + dy[b] - pad, c' + dx[b] - pad, :]   (0 outside)
 
-with c' = W - 1 - c where flip[b], else c. The offsets are arguments, not drawn inside, so that a
-run repeats them exactly and a captured CUDA graph reads new ones at every replay.
+with c' = W - 1 - c where flip[b], else c' = c. The op does not draw the offsets: they are
+arguments, so that a run repeats them exactly and a captured CUDA graph reads new offsets at every
+replay.
 """
 
 # Kernel arguments are Triton values, for which there are no annotations.
@@ -22,15 +23,16 @@ from ._common import (
     triton,
 )
 
-# Values of one Triton program, which are bytes here: 2048 are 16 for each of 128 threads.
+# Values of one Triton program. A value is a byte here: 2048 values are 16 bytes for each of 128
+# threads.
 _BLOCK = 2048
 
 
 def crop_flip_reference(
     images: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, pad: int
 ) -> Tensor:
-    """The formula in torch: what the tests compare with, and the CPU implementation."""
-    if not images.is_contiguous():  # copy the batch alone, never the whole set
+    """The formula in PyTorch: the CPU implementation, and the reference of the tests."""
+    if not images.is_contiguous():  # copy only the batch, not the whole set
         images, index = images[index].contiguous(), torch.arange(len(index), device=index.device)
     _, height, width, channels = images.shape
     rows = torch.arange(height, device=images.device) + (dy[:, None] - pad)
@@ -38,7 +40,8 @@ def crop_flip_reference(
     columns = torch.where(flip[:, None], width - 1 - columns, columns) + (dx[:, None] - pad)
     inside = ((rows >= 0) & (rows < height))[:, :, None]
     inside = inside & ((columns >= 0) & (columns < width))[:, None, :]
-    # Whole pixels by their number in the set: twice as fast as an index into three dimensions.
+    # Each pixel is selected by its index in the flattened set: twice as fast as indexing three
+    # dimensions.
     pixel = (index[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
     pixel = torch.where(inside, pixel, 0).view(-1)
     batch = images.view(-1, channels).index_select(0, pixel)
@@ -83,19 +86,21 @@ def _crop_flip_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     b = program // blocks_per_image
-    # The place in the image is int32, as its divisions are several times slower in int64; the
-    # addresses below are int64, as a set may have more than 2^31 bytes.
+    # The offset in the image is int32, because divisions are several times slower in int64. The
+    # addresses below are int64, because a set may have more than 2^31 bytes.
     offset = (program % blocks_per_image).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < HEIGHT * WIDTH * CHANNELS
-    # Neighbouring lanes have neighbouring channels of (H, W, C) images, so that reads and writes
-    # are contiguous but for the row ends. The sizes are constants: no division at run time.
+    # Neighbouring lanes have neighbouring channels of (H, W, C) images, so reads and writes are
+    # contiguous except at the ends of rows. The sizes are constants, so the compiler replaces the
+    # divisions.
     channel = offset % CHANNELS
     column = offset // CHANNELS % WIDTH
     row = offset // (CHANNELS * WIDTH) + (tl.load(dy + b) - pad)
     mirrored = tl.load(flip + b) != 0
     column = tl.where(mirrored, WIDTH - 1 - column, column) + (tl.load(dx + b) - pad)
     i = tl.load(index + b)
-    # A wrong index gives a black image, not a read outside of the set: no row is inside then.
+    # A wrong index gives a black image instead of a read outside the set: `first` and `last` then
+    # exclude every row.
     first = tl.where((i >= 0) & (i < count), 0, HEIGHT)
     last = tl.where((i >= 0) & (i < count), HEIGHT, 0)
     inside = mask & (row >= first) & (row < last) & (column >= 0) & (column < WIDTH)
@@ -122,7 +127,7 @@ def _crop_flip_triton(
 
 def _fake(images: Tensor, index: Tensor, *rest: object) -> Tensor:
     _, height, width, channels = images.shape
-    # In memory (B, H, W, C) as the set is; the permuted view makes it a channels-last batch.
+    # The memory is (B, H, W, C), like the set; the permuted view is a channels-last batch.
     return images.new_empty((index.shape[0], height, width, channels)).permute(0, 3, 1, 2)
 
 
@@ -132,18 +137,19 @@ _op = register("crop_flip", _crop_flip_triton, cpu=_cpu, fake=_fake)
 def crop_flip(
     images: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, pad: int
 ) -> Tensor:
-    """Return the images of `index`, each cropped at its offsets and then mirrored where `flip` is.
+    """Return the images of `index`, each cropped at its offsets, then mirrored if `flip` is True.
 
     images: (N, H, W, C) uint8.
-    index: numbers of the batch's images in the set, (B,) int64.
+    index: indices of the batch's images in the set, (B,) int64 in [0, N - 1].
     dy, dx: offsets of the crop in the image with `pad` rows and columns of zeros on every side,
-        (B,) int64 in [0, 2 * pad]; `pad` shifts nothing.
+        (B,) int64 in [0, 2 * pad]; the offset `pad` shifts nothing.
     flip: which images are mirrored, (B,) bool.
+    pad: rows and columns of zeros on every side, 0 or more.
 
     All tensors are on one device; the result is (B, C, H, W) uint8, channels-last. Raises
     `ValueError` or `TypeError` for wrong arguments. The values of `index`, `dy` and `dx` are
-    checked on the CPU only. On CUDA, where reading them would wait for the device, an index outside
-    the set gives a black image, and a larger offset a further shift.
+    checked on the CPU only. On CUDA, reading them would synchronize with the GPU, so an index
+    outside the set gives a black image, and an offset outside its range a larger shift.
     """
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         raise TypeError(f"images must be a uint8 tensor, not {getattr(images, 'dtype', images)}")

@@ -1,13 +1,14 @@
 """Pairwise interpolation of a batch: out[i] = lam[i] * x[i] + (1 - lam[i]) * x[perm[i]].
 
-(Zhang et al. 2018, eq. 1; section 3 of the IAT paper.) With inv, the inverse of perm, the gradient
-is
+(Zhang et al. 2018, eq. 1; section 3 of the IAT paper.) With the inverse permutation inv of perm,
+the gradient is
 
     dx[j] = lam[j] * g[j] + (1 - lam[inv[j]]) * g[inv[j]]
 
-So each gradient value is written once, and no atomic additions are needed. This is the transpose of
-the linear map above, and the transpose of it is that map: one op with a switch `transpose` computes
-derivatives of any order. fp16 and bf16 are computed in fp32 and rounded once.
+So each gradient value is written once, and no atomic additions are needed. The gradient is the
+transpose of the linear map above, and the transpose of the gradient is that map again. So one op
+with an argument `transpose` computes derivatives of any order. fp16 and bf16 are computed in fp32
+and rounded once.
 """
 
 # Kernel arguments are Triton values, for which there are no annotations.
@@ -37,14 +38,16 @@ from ._common import (
     triton,
 )
 
-# Values of one Triton program, all of one image, so that a program reads one entry of perm and lam.
+# Values of one Triton program. They belong to one image, so that a program reads one entry of perm
+# and lam.
 _BLOCK = 1024
 
 
 def mix_reference(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor:
-    """The formulas above in torch: what the tests compare with, and the CPU implementation."""
+    """The formulas above in PyTorch: the CPU implementation, and the reference of the tests."""
     rows = image_rows(dense(x)).to(compute_dtype(x.dtype))
-    # 1 - lam before the rounding to fp32: a lambda in fp64 near 1 would lose its digits.
+    # 1 - lam is computed before the rounding to fp32: for an fp64 lambda near 1 it would lose its
+    # digits otherwise.
     own, other = lam.to(rows.dtype), (1 - lam).to(rows.dtype)
     source = perm.argsort() if transpose else perm
     if lam.dim():
@@ -56,7 +59,7 @@ def mix_reference(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tens
 def _mix_cpu(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor:
     batch = x.shape[0]
     if not torch.equal(perm.sort().values, torch.arange(batch, device=perm.device)):
-        raise ValueError(f"perm is no permutation of the batch: 0..{batch - 1} once each")
+        raise ValueError(f"perm is no permutation of the batch: give 0..{batch - 1} once each")
     check_lam_values(lam)
     return mix_reference(x, perm, lam, transpose)
 
@@ -74,13 +77,13 @@ def _mix_kernel(
     TRANSPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # One grid dimension for images and blocks: CUDA limits the others to 65535 programs.
+    # One grid dimension for images and blocks: CUDA limits the other dimensions to 65535 programs.
     program = tl.program_id(0).to(tl.int64)
     i = program // blocks_per_image
     offset = (program % blocks_per_image) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < n
     j = tl.load(source + i)
-    # A wrong entry must not become a read outside of the tensor.
+    # A wrong entry must not cause a read outside the tensor.
     valid = (j >= 0) & (j < batch)
     j = tl.where(valid, j, 0)
     if PER_SAMPLE:
@@ -89,11 +92,12 @@ def _mix_kernel(
     else:
         own = tl.load(lam)
         other = own
-    # 1 - lam in the precision of lam, then fp32, as in the reference.
+    # 1 - lam is computed in the dtype of lam and then rounded to fp32, as in the reference.
     other = (1.0 - other).to(tl.float32)
     a = tl.load(x + i * n + offset, mask, other=0).to(tl.float32)
     b = tl.load(x + j * n + offset, mask, other=0).to(tl.float32)
-    # The image of a wrong entry becomes NaN: the error shows in the loss, without a device sync.
+    # The image of a wrong entry becomes NaN, so that the loss shows the error without a
+    # synchronization.
     b = tl.where(valid, b, float("nan"))
     y = own.to(tl.float32) * a + other * b
     tl.store(out + i * n + offset, y.to(out.dtype.element_ty), mask)
@@ -104,7 +108,7 @@ def _invert_kernel(perm, inverse, batch, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < batch
     j = tl.load(perm + i, mask, other=-1)
-    # A scatter of row numbers: cheaper than a sort of perm.
+    # A scatter of row numbers is cheaper than a sort of perm.
     tl.store(inverse + j, i, mask & (j >= 0) & (j < batch))
 
 
@@ -117,10 +121,10 @@ def _mix_triton(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor
     n = x.numel() // batch
     per_image = blocks(n, _BLOCK)
     with on_device_of(x):
-        # No FMA in the kernels: the result is that of the reference, bit for bit.
+        # No FMA in the kernels, so that the result equals the reference bit for bit.
         if transpose:
-            # -1 marks rows that are no entry of perm. Where an entry comes twice, another one is
-            # missing, and its row becomes NaN.
+            # -1 marks the numbers that are missing in perm, whose rows become NaN. If perm has an
+            # entry twice, another entry is missing.
             source = torch.full((batch,), -1, device=x.device)
             _invert_kernel[(blocks(batch, _BLOCK),)](
                 perm.contiguous(), source, batch, BLOCK=_BLOCK, enable_fp_fusion=False
@@ -159,14 +163,14 @@ def mix(x: Tensor, perm: Tensor, lam: Tensor | float) -> Tensor:
 
     x: (B, ...) floating point.
     perm: a permutation of the batch, (B,) int64.
-    lam: weight of the image itself in [0, 1]: a number, a scalar tensor or one value for each
-        image, (B,). A number is a constant of a captured CUDA graph, and `torch.compile` may
-        compile again for another one: pass a tensor there.
+    lam: weight of the image itself in [0, 1]: a number, a scalar tensor or a tensor with a value
+        for each image, (B,). Pass a tensor in a captured CUDA graph, where a number is a constant,
+        and in compiled code, which `torch.compile` may recompile for another number.
 
     Tensors are on one device; the result has the dtype and the memory format of `x`. Raises
     `ValueError` or `TypeError` for wrong arguments. The values of `perm` and of a `lam` tensor are
-    checked on the CPU only. On CUDA, where reading them would wait for the device, an entry of
-    `perm` outside the batch makes its image NaN, and an entry that comes twice makes gradients NaN.
+    checked on the CPU only. On CUDA, reading them would synchronize with the GPU, so an entry of
+    `perm` outside the batch makes its image NaN, and a repeated entry makes gradients NaN.
     """
     check_floating("x", x)
     check_images("x", x)

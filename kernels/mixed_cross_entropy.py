@@ -5,9 +5,9 @@ e_y the one-hot vector of class y, the gradient of one sample's loss is
 
     dlogits = (lam + (1 - lam)) * p - lam * e_{y_a} - (1 - lam) * e_{y_b}
 
-where the first factor is 1, but for rounding. The loss of half-precision logits is computed and
-returned in fp32, as bf16 has three digits, too few for the sum of the exponentials. fp64 stays
-fp64.
+where the first factor is 1, except for rounding. The loss of half-precision logits is computed and
+returned in fp32: bf16 has three digits, which are too few for the sum of the exponentials. The loss
+of fp64 logits is computed in fp64.
 """
 
 # Kernel arguments are Triton values, for which there are no annotations.
@@ -34,12 +34,13 @@ from ._common import (
     triton,
 )
 
-# PyTorch skips samples whose label is -100, unless told another one. Here -100 is a wrong label.
+# PyTorch skips samples whose label is `ignore_index`, by default -100. Here -100 is a wrong label,
+# so `ignore_index` is set to a label that no data set has.
 _NO_CLASS = -(2**63)
 
 
 def mixed_cross_entropy_reference(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
-    """The formula in torch: what the tests compare with, and the CPU implementation."""
+    """The formula in PyTorch: the CPU implementation, and the reference of the tests."""
     log_p = F.log_softmax(logits.to(compute_dtype(logits.dtype)), 1)
     own, other = lam.to(log_p.dtype), (1 - lam).to(log_p.dtype)
     loss_a = F.nll_loss(log_p, y_a, reduction="none", ignore_index=_NO_CLASS)
@@ -50,7 +51,7 @@ def mixed_cross_entropy_reference(logits: Tensor, y_a: Tensor, y_b: Tensor, lam:
 def mixed_cross_entropy_backward_reference(
     grad: Tensor, logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor
 ) -> Tensor:
-    """The gradient in torch, which autograd can differentiate again."""
+    """The gradient in PyTorch code, which autograd can differentiate again."""
     p = F.softmax(logits.to(compute_dtype(logits.dtype)), 1)
     own = lam.to(p.dtype).expand(len(p))[:, None]
     other = (1 - lam).to(p.dtype).expand(len(p))[:, None]
@@ -63,16 +64,19 @@ def _cpu(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor) -> Tensor:
     classes = logits.shape[1]
     for name, y in (("y_a", y_a), ("y_b", y_b)):
         if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
-            raise ValueError(f"{name} holds a class outside 0..{classes - 1}")
+            raise ValueError(
+                f"{name} holds a class outside 0..{classes - 1}: give logits of more classes, or "
+                f"number the classes from 0"
+            )
     return mixed_cross_entropy_reference(logits, y_a, y_b, lam)
 
 
 @triton.jit
 def _top_and_total(row, valid, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The maximum and sum(exp(logits - maximum)) of ROWS rows, in one pass over the classes.
+    """Return the maximum and sum(exp(logits - maximum)) of ROWS rows, in one pass over the classes.
 
-    The online softmax (Milakov & Gimelshein 2018): a block with a larger maximum rescales the sum
-    of those before it.
+    This is the online softmax (Milakov & Gimelshein 2018): a block with a larger maximum rescales
+    the sum of the blocks before it.
     """
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -81,7 +85,7 @@ def _top_and_total(row, valid, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK:
         mask = valid[:, None] & (k < CLASSES)[None, :]
         s = tl.load(row[:, None] + k[None, :], mask, other=float("-inf")).to(tl.float32)
         new_top = tl.maximum(top, tl.max(s, 1))
-        # Where all logits so far are -inf, -inf - -inf would be NaN.
+        # If all logits so far are -inf, -inf - -inf would be NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
         top = new_top
@@ -90,7 +94,7 @@ def _top_and_total(row, valid, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK:
 
 @triton.jit
 def _weights(lam, i, valid, PER_SAMPLE: tl.constexpr):
-    # `lam + i * 0` reads the one lambda for every row, so that both cases have the same shape.
+    # `lam + i * 0` reads the single lambda for every row, so that both cases have the same shape.
     own = tl.load(lam + i, valid, other=0) if PER_SAMPLE else tl.load(lam + i * 0)
     return own.to(tl.float32), (1.0 - own).to(tl.float32)
 
@@ -109,7 +113,7 @@ def _mixed_cross_entropy_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A program has ROWS samples, as one of ten classes would leave most of its threads idle.
+    # A program has ROWS samples: a single sample of ten classes would leave most threads idle.
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = i < batch
     row = logits + i * stride
@@ -117,12 +121,13 @@ def _mixed_cross_entropy_kernel(
     own, other = _weights(lam, i, valid, PER_SAMPLE)
     a = tl.load(y_a + i, valid, other=0)
     b = tl.load(y_b + i, valid, other=0)
-    # A label outside the classes makes the loss NaN: an error that shows, and needs no device sync.
+    # A label outside the classes makes the loss NaN, which shows the error without a
+    # synchronization.
     nan = float("nan")
     a_score = tl.load(row + a, valid & (a >= 0) & (a < CLASSES), other=nan).to(tl.float32)
     b_score = tl.load(row + b, valid & (b >= 0) & (b < CLASSES), other=nan).to(tl.float32)
-    # -log p of both labels. A loss for each sample, and the mean by torch: atomic additions would
-    # sum in another order in every run.
+    # -log p of both labels. The kernel stores the loss of each sample, and PyTorch computes the
+    # mean: atomic additions would sum in a different order in every run.
     log_total = tl.log(total)
     value = own * (top - a_score + log_total) + other * (top - b_score + log_total)
     tl.store(loss + i, value, valid)
@@ -150,7 +155,7 @@ def _mixed_cross_entropy_backward_kernel(
     own, other = _weights(lam, i, valid, PER_SAMPLE)
     a = tl.load(y_a + i, valid, other=0)[:, None]
     b = tl.load(y_b + i, valid, other=0)[:, None]
-    # The forward pass saves no softmax: computing it again costs less than writing and reading it.
+    # The softmax is computed again, which costs less than saving it in the forward pass.
     upstream = tl.load(grad).to(tl.float32) / batch
     for start in range(0, CLASSES, BLOCK):
         k = (start + tl.arange(0, BLOCK))[None, :]
@@ -163,13 +168,16 @@ def _mixed_cross_entropy_backward_kernel(
 
 
 def _tile(classes: int) -> dict[str, int]:
-    """The shape of a program's block: 512 logits, or up to 1024 of one sample of many classes."""
+    """Return the shape of a program's block: ROWS samples and BLOCK classes, num_warps warps.
+
+    A block has 512 logits, or up to 1024 logits of one sample if there are many classes.
+    """
     block = min(max(power_of_two(classes), 16), 1024)
     return {"ROWS": max(512 // block, 1), "BLOCK": block, "num_warps": 4}
 
 
 def _unit_columns(logits: Tensor) -> Tensor:
-    """Logits whose classes follow each other in memory; rows may have any stride, as in a slice."""
+    """Return logits whose rows are contiguous; the stride of the rows may be any, as in a slice."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
@@ -218,7 +226,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    # Gradient mode is on only under create_graph=True; then autograd needs the formula in torch.
+    # Gradient mode is enabled only under create_graph=True. Autograd then needs PyTorch code that
+    # it can differentiate.
     twice = torch.is_grad_enabled()
     backward = mixed_cross_entropy_backward_reference if twice else _backward_op
     return backward(grad, *ctx.saved_tensors), None, None, None
@@ -240,13 +249,14 @@ def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor | 
 
     logits: (B, K) floating point.
     y_a, y_b: class numbers in [0, K), (B,) int64.
-    lam: weight of `y_a` in [0, 1]: a number, a scalar tensor or one value for each image, (B,).
+    lam: weight of `y_a` in [0, 1]: a number, a scalar tensor or a tensor with a value for each
+        image, (B,).
 
-    Tensors are on one device. The loss is float32 (float64 for float64), and NaN for an empty
-    batch, as in torch. Differentiable in `logits`, also twice, and in torch.func also in `lam`.
-    Raises `ValueError` or `TypeError` for wrong arguments. The values of the labels and of a `lam`
-    tensor are checked on the CPU only. On CUDA, where reading them would wait for the device, a
-    label outside the classes makes the loss NaN.
+    Tensors are on one device. The loss is float32 (float64 for float64 logits), and NaN for an
+    empty batch, as in PyTorch. It is twice differentiable in `logits`; torch.func also
+    differentiates it in `lam`. Raises `ValueError` or `TypeError` for wrong arguments. The values
+    of the labels and of a `lam` tensor are checked on the CPU only. On CUDA, reading them would
+    synchronize with the GPU, so a label outside the classes makes the loss NaN.
     """
     check_floating("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:

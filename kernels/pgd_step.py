@@ -3,10 +3,10 @@
     x_adv <- clip(x_adv + alpha * sign(grad), max(x - eps, low), min(x + eps, high))
 
 (Madry et al. 2018, eq. 2.9; section 4.1 of the IAT paper.) sign(NaN) is 0: a pixel whose
-gradient is NaN is projected but not moved. An infinite gradient has its sign. A NaN pixel stays
-NaN. fp16 and bf16 are computed in fp32 and rounded once. Keep iterates in fp32 nevertheless: in
-[0.5, 1) neighbouring fp16 and bf16 numbers differ by 1/2048 and 1/256, which is the size of a usual
-alpha.
+gradient is NaN is projected but not moved. An infinite gradient counts by its sign. A NaN pixel
+stays NaN. fp16 and bf16 are computed in fp32 and rounded once. Keep iterates in fp32 nevertheless:
+in [0.5, 1) neighbouring fp16 and bf16 numbers differ by 1/2048 and 1/256, which is the size of a
+usual alpha.
 """
 
 # Kernel arguments are Triton values, for which there are no annotations.
@@ -31,15 +31,15 @@ from ._common import (
     triton,
 )
 
-# Values of one Triton program. The step does almost no arithmetic, so memory bandwidth limits it:
-# 1024 values are 8 for each of 128 threads, which load 16 bytes at a time.
+# Values of one Triton program. The step does almost no arithmetic, so memory bandwidth limits its
+# speed: 1024 values are 8 for each of 128 threads, which load 16 bytes at a time.
 _BLOCK = 1024
 
 
 def pgd_step_reference(
     x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, low: float, high: float
 ) -> Tensor:
-    """The formula in torch: what the tests compare with, and the CPU implementation."""
+    """The formula in PyTorch: the CPU implementation, and the reference of the tests."""
     x_adv = dense(x_adv)
     out = empty_like(x_adv, compute_dtype(x.dtype))
     _step_into(out, x_adv.to(out.dtype), grad, x.to(out.dtype), eps, alpha, low, high)
@@ -51,7 +51,7 @@ def _pgd_step_inplace_reference(
 ) -> None:
     check_writable("x_adv", x_adv, grad=grad, x=x)
     if x_adv.dtype == compute_dtype(x_adv.dtype):
-        # `out` may be `x_adv`: the step reads each value of it before it writes the value.
+        # `out` may be `x_adv`: the step reads each value of `x_adv` before it writes the value.
         _step_into(x_adv, x_adv, grad, x, eps, alpha, low, high)
     else:
         x_adv.copy_(pgd_step_reference(x_adv, grad, x, eps, alpha, low, high))
@@ -78,14 +78,14 @@ def _step_into(
 
 @triton.jit
 def sign(x):
-    """-1, 0 or 1 in fp32; 0 for NaN."""
+    """Return the sign of `x`: -1, 0 or 1 in fp32; 0 for NaN."""
     # Both comparisons are false for NaN.
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
 
 @triton.jit
 def clamp(x, low, high):
-    """`x` in [low, high]; NaN stays NaN, as in torch."""
+    """Return `x` clamped to [low, high]; NaN stays NaN, as in PyTorch."""
     # By default Triton's maximum and minimum return the operand that is not NaN.
     x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
@@ -93,14 +93,14 @@ def clamp(x, low, high):
 
 @triton.jit
 def _pgd_step_kernel(x_adv, grad, x, out, n, eps, alpha, low, high, BLOCK: tl.constexpr):
-    # The tensors are dense and share one memory order, so they are read as flat arrays, whatever
-    # their shape. int64, as a batch may have more than 2^31 values.
+    # The tensors are dense and have the same memory format, so they are read as flat arrays of any
+    # shape. The offset is int64, because a batch may have more than 2^31 values.
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < n
     g = tl.load(grad + offset, mask, other=0).to(tl.float32)
     start = tl.load(x + offset, mask, other=0).to(tl.float32)
     y = tl.load(x_adv + offset, mask, other=0).to(tl.float32) + alpha * sign(g)
-    # The pixel range last, as in the reference.
+    # The clamp to the pixel range is last, as in the reference.
     y = clamp(clamp(y, start - eps, start + eps), low, high)
     tl.store(out + offset, y.to(out.dtype.element_ty), mask)
 
@@ -110,8 +110,8 @@ def _launch(x_adv: Tensor, grad: Tensor, x: Tensor, out: Tensor, *sizes: float) 
     if n == 0:
         return
     with on_device_of(x_adv):
-        # Without fusion the result is that of the reference, bit for bit: an FMA for
-        # x_adv + alpha * sign would round once where torch rounds twice.
+        # Without fusion the result equals the reference bit for bit: an FMA for
+        # x_adv + alpha * sign would round once, while PyTorch rounds twice.
         _pgd_step_kernel[(blocks(n, _BLOCK),)](
             x_adv, grad, x, out, n, *sizes, BLOCK=_BLOCK, enable_fp_fusion=False
         )
@@ -132,7 +132,7 @@ def _pgd_step_inplace_triton(
     check_writable("x_adv", x_adv, grad=grad, x=x)
     out = dense(x_adv)
     _launch(out, dense(grad, out), dense(x, out), out, eps, alpha, low, high)
-    if out is not x_adv:  # a strided tensor: the step was made in a dense copy
+    if out is not x_adv:  # `x_adv` is not dense: the step was written into a dense copy
         x_adv.copy_(out)
 
 
@@ -174,14 +174,15 @@ def pgd_step(
 ) -> Tensor:
     """Return the next iterate of L-infinity PGD.
 
-    x_adv, grad, x: the iterate, the gradient and the original batch, of one shape, which may be
-        any, on one device; `x_adv` and `x` have one dtype.
+    x_adv, grad, x: the iterate, the gradient and the original batch, of the same shape (any shape)
+        and on one device; `x_adv` and `x` have the same dtype.
     eps, alpha, clip: radius of the ball, length of the step and pixel range, numbers in the units
         of `x`.
 
-    The result has the dtype and the memory format of `x_adv`. It has no gradient: where torch.func
-    or forward-mode AD differentiates an argument, a `RuntimeError` asks for `x.detach()`. Raises
-    `ValueError` or `TypeError` for other arguments, such as a negative or NaN `eps` or `alpha`.
+    The result has the dtype and the memory format of `x_adv`. The op has no derivative: if
+    torch.func or forward-mode AD differentiates an argument, a `RuntimeError` asks for
+    `x.detach()`. Raises `ValueError` or `TypeError` for other arguments, such as a negative or NaN
+    `eps` or `alpha`.
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)
     return _op(x_adv, grad, x, *sizes)
@@ -197,8 +198,8 @@ def pgd_step_(
 ) -> Tensor:
     """Write the result of `pgd_step` into `x_adv` and return `x_adv`.
 
-    `x_adv` may be strided. Raises `ValueError` also where `x_adv` is expanded, overlaps itself or
-    shares memory with `grad` or `x`.
+    Arguments and errors are those of `pgd_step`. `x_adv` may have any strides, but raises
+    `ValueError` if it is expanded, overlaps itself or shares memory with `grad` or `x`.
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)
     _inplace_op(x_adv, grad, x, *sizes)

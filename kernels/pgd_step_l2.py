@@ -1,13 +1,13 @@
-"""The L2 PGD step. It also computes the norms, one for each image:
+"""The L2 PGD step, with the norms taken over each image:
 
     d  <- x_adv + alpha * grad / ||grad||_2 - x
     x_adv <- clip(x + d * min(1, eps / ||d||_2), low, high)
 
 (Madry et al. 2018, section 2, with the step of Rony et al. 2019.) The gradient is divided by its
 largest magnitude first, so that its norm neither overflows nor underflows. A NaN in a gradient
-counts as zero. Where some values are infinite, the image moves along the signs of these alone,
-which is the limit for values that grow. A zero gradient moves nothing. fp16 and bf16 are computed
-in fp32 and rounded once.
+counts as zero. If some values of a gradient are infinite, the image moves along the signs of these
+values alone, which is the limit for growing values. An image whose gradient is zero does not move.
+fp16 and bf16 are computed in fp32 and rounded once.
 """
 
 # Kernel arguments are Triton values, for which there are no annotations.
@@ -35,7 +35,7 @@ from .pgd_step import check_step, clamp, sign
 def pgd_step_l2_reference(
     x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float, low: float, high: float
 ) -> Tensor:
-    """The formulas in torch: what the tests compare with, and the CPU implementation."""
+    """The formulas in PyTorch: the CPU implementation, and the reference of the tests."""
     if x_adv.numel() == 0:
         return empty_like(x_adv)
     wide = compute_dtype(x.dtype)
@@ -43,7 +43,7 @@ def pgd_step_l2_reference(
     g = image_rows(dense(grad, x_adv)).to(wide)
     g = torch.nan_to_num(g, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
     largest = g.abs().amax(1, keepdim=True)
-    # A branch, which is free on the CPU: most batches have no infinite gradient.
+    # The branch costs no synchronization on the CPU, and most batches have no infinite gradient.
     if bool(largest.isinf().any()):
         g = torch.where(largest.isinf(), torch.sign(g) * g.isinf(), g)
         largest.nan_to_num_(posinf=1.0)
@@ -58,10 +58,11 @@ def pgd_step_l2_reference(
 
 @triton.jit
 def _direction(g, largest):
-    """`g` in units of its largest magnitude: its signs where that is infinite, 0 for NaN."""
+    """Return `g / largest`; 0 for NaN. If `largest` is infinite: the signs of infinite values."""
     infinite = largest == float("inf")
-    # 1 / largest would overflow for a denormal number, so both are multiplied by 2^64 then, which
-    # is exact. One division for the image instead of one for each value.
+    # 1 / largest would overflow for a denormal number, so `g` and `largest` are multiplied by 2^64
+    # then, which is exact. The reciprocal costs one division for the image instead of one for each
+    # value.
     up = tl.where(largest < 1e-20, 18446744073709551616.0, 1.0)
     inverse = tl.div_rn(1.0, tl.where(largest == 0, 1.0, largest * up))
     signs = tl.where(tl.abs(g) == largest, sign(g), 0.0)
@@ -72,9 +73,9 @@ def _direction(g, largest):
 def _pgd_step_l2_kernel(
     x_adv, grad, x, out, eps, alpha, low, high, N: tl.constexpr, BLOCK: tl.constexpr
 ):
-    # One program has one image, whose N values follow each other in memory. It goes over them four
-    # times, in blocks: largest magnitude, norm of the gradient, length of d, result. Reading again
-    # is cheaper than writing intermediate results: a whole image fits the cache.
+    # One program has one image, whose N values are contiguous in memory. It reads them four times,
+    # in blocks: largest magnitude, norm of the gradient, length of d, result. Reading again is
+    # cheaper than writing intermediate results: a whole image fits into the cache.
     base = tl.program_id(0).to(tl.int64) * N
     lane = tl.arange(0, BLOCK)
     tops = tl.zeros([BLOCK], tl.float32)
@@ -83,8 +84,9 @@ def _pgd_step_l2_kernel(
         g = tl.load(grad + base + offset, offset < N, other=0).to(tl.float32)
         tops = tl.maximum(tops, tl.where(g == g, tl.abs(g), 0.0))
     largest = tl.max(tops, 0)
-    # A partial sum for every lane in fp32, added up once at the end: fewer roundings in a row than
-    # one running sum has, and one reduction over the threads instead of one for each block.
+    # Every lane has a partial sum in fp32, and the lanes are added up once at the end. This has
+    # shorter chains of roundings than one running sum, and one reduction over the threads instead
+    # of one for each block.
     squares = tl.zeros([BLOCK], tl.float32)
     for first in range(0, N, BLOCK):
         offset = first + lane
@@ -113,7 +115,7 @@ def _pgd_step_l2_kernel(
         g = tl.load(grad + base + offset, mask, other=0).to(tl.float32)
         y = tl.load(x_adv + base + offset, mask, other=0).to(tl.float32)
         start = tl.load(x + base + offset, mask, other=0).to(tl.float32)
-        # Computed again, as registers hold one block, not the image.
+        # d is computed again, because the registers hold one block, not the image.
         d = (_direction(g, largest) * step + y - start) * shrink
         y = clamp(start + d, low, high)
         tl.store(out + base + offset, y.to(out.dtype.element_ty), mask)
@@ -126,7 +128,7 @@ def _pgd_step_l2_triton(
     out = empty_like(x_adv)
     if x_adv.numel():
         n = x_adv.numel() // x_adv.shape[0]
-        # Triton's blocks are powers of two; larger ones than 4096 would need too many registers.
+        # Triton's blocks are powers of two; blocks above 4096 would need too many registers.
         block = min(max(power_of_two(n), 256), 4096)
         with on_device_of(x_adv):
             _pgd_step_l2_kernel[(x_adv.shape[0],)](
@@ -152,16 +154,17 @@ def pgd_step_l2(
     alpha: float,
     clip: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Return the next iterate of L2 PGD, for every image of the batch by itself.
+    """Return the next iterate of L2 PGD, computed for each image of the batch separately.
 
-    x_adv, grad, x: the iterate, the gradient and the original batch, of one shape, (B, ...), on one
-        device; `x_adv` and `x` have one dtype.
+    x_adv, grad, x: the iterate, the gradient and the original batch, of the same shape, (B, ...),
+        and on one device; `x_adv` and `x` have the same dtype.
     eps, alpha: radius of the ball and length of the step, L2 lengths in the units of `x`.
     clip: pixel range, in the same units.
 
-    The result has the dtype and the memory format of `x_adv`. It has no gradient: where torch.func
-    or forward-mode AD differentiates an argument, a `RuntimeError` asks for `x.detach()`. Raises
-    `ValueError` or `TypeError` for other arguments, such as a negative or NaN `eps` or `alpha`.
+    The result has the dtype and the memory format of `x_adv`. The op has no derivative: if
+    torch.func or forward-mode AD differentiates an argument, a `RuntimeError` asks for
+    `x.detach()`. Raises `ValueError` or `TypeError` for other arguments, such as a negative or NaN
+    `eps` or `alpha`.
     """
     sizes = check_step(x_adv, grad, x, eps, alpha, clip)
     check_images("x", x)

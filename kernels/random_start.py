@@ -1,15 +1,15 @@
 """A uniform start in the L-infinity ball: clip(x + eps * (2 u - 1), low, high), u ~ U[0, 1).
 
 (Madry et al. 2018, section 4.) u comes from the counter-based generator Philox4x32-10 (Salmon et
-al. 2011) with `seed` as its key, which makes four 32-bit words from a counter. A value's place e in
-memory gives its counter and its word:
+al. 2011) with the key `seed`, which computes four 32-bit words from a counter. The offset e of a
+value in memory determines its counter and its word:
 
     counter = 1024 * (e // 4096) + e % 1024,    word = e // 1024 % 4
 
 So the CPU and CUDA give the same start bit for bit, with any number of threads. `first` is added
-to e: the parts of a batch have the starts of the whole, if each part says how many values come
-before it. The seed is a tensor on the device, so that a captured CUDA graph reads a new seed at
-every replay.
+to e: if a batch is split and `first` is the number of values before each part, the parts have the
+same starts as the whole batch. The seed is a tensor on the device, so that a captured CUDA graph
+reads a new seed at every replay.
 """
 
 # Kernel arguments are Triton values, for which there are no annotations.
@@ -42,22 +42,22 @@ _TO_UNIT = 4.6566127342e-10  # a little less than 2^-31, so that u < 1, as in tl
 
 
 def philox_uniform(seed: int, first: int, groups: int) -> Tensor:
-    """u of `groups` groups of 4096 values, from group `first` on, as a (groups * 4096,) tensor.
+    """Return u of `groups` groups of 4096 values, from group `first` on, (groups * 4096,) fp32.
 
-    The ten rounds of Philox4x32 in int64 tensors, as torch has few operations on unsigned ones.
+    The ten rounds of Philox4x32 use int64 tensors: PyTorch has few operations on unsigned tensors.
     """
     counter = torch.arange(first * _BLOCK, (first + groups) * _BLOCK, device="cpu")
     c0, c1 = counter & _WORD, counter >> 32
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
     for _ in range(10):
-        # Products wrap in int64, but their 64 bits are right: the high and the low word.
+        # A product overflows int64, but its 64 bits are right: the high and the low word.
         b, a = c2.mul_(0xCD9E8D57), c0.mul_(0xD2511F53)
         c0 = (b >> 32).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0)
         c2 = (a >> 32).bitwise_and_(_WORD).bitwise_xor_(c3).bitwise_xor_(k1)
         c1, c3 = b.bitwise_and_(_WORD), a.bitwise_and_(_WORD)
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    # The sign bit is folded over, as in `_store_start`: the smaller of a word and its complement.
+    # The smaller of a word and its complement, which is what `_store_start` computes.
     words = torch.stack([c.view(groups, _BLOCK) for c in (c0, c1, c2, c3)], 1).view(-1)
     return torch.minimum(words, _WORD - words).to(torch.float32).mul_(_TO_UNIT)
 
@@ -65,13 +65,13 @@ def philox_uniform(seed: int, first: int, groups: int) -> Tensor:
 def random_start_reference(
     x: Tensor, seed: Tensor, eps: float, low: float, high: float, first: int = 0
 ) -> Tensor:
-    """The formula in torch: what the tests compare with, and the CPU implementation."""
+    """The formula in PyTorch: the CPU implementation, and the reference of the tests."""
     x = dense(x)
     start = empty_like(x, compute_dtype(x.dtype))
     flat, x_flat = image_rows(start).view(-1), image_rows(x).view(-1)
     key, n = int(seed), x.numel()
     group, before = divmod(first, _GROUP)
-    for i in range(-before, n, 8 * _GROUP):  # so many values that their counters stay in the cache
+    for i in range(-before, n, 8 * _GROUP):  # the counters of 8 groups fit into the cache
         part = slice(max(i, 0), min(i + 8 * _GROUP, n))
         noise = philox_uniform(key, group + (i + before) // _GROUP, blocks(part.stop - i, _GROUP))
         noise = noise[part.start - i : part.stop - i].mul_(2).sub_(1).mul_(eps)
@@ -82,7 +82,7 @@ def random_start_reference(
 @triton.jit
 def _store_start(x, out, offset, n, bits, eps, low, high):
     # uint32 to [0, 1), as in tl.rand: a negative int32 is replaced by its complement, which leaves
-    # 31 bits. A Python constant of the module could not be read here, hence the literal _TO_UNIT.
+    # 31 bits. Triton cannot read the module's constant _TO_UNIT, so its value is written out here.
     word = bits.to(tl.int32, bitcast=True)
     u = tl.where(word < 0, ~word, word).to(tl.float32) * 4.6566127342e-10
     inside = (offset >= 0) & (offset < n)
@@ -92,7 +92,7 @@ def _store_start(x, out, offset, n, bits, eps, low, high):
 
 @triton.jit
 def _random_start_kernel(x, seed, out, n, eps, low, high, first, before, BLOCK: tl.constexpr):
-    # One program makes the four words of BLOCK counters, and so 4 * BLOCK values.
+    # One program computes the four words of BLOCK counters, which are 4 * BLOCK values.
     group = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     counter = (first + group) * BLOCK + lane
@@ -114,7 +114,7 @@ def _random_start_triton(
     x = dense(x)
     out = empty_like(x)
     n = x.numel()
-    # The first program starts at a whole group, and masks the values before those of `x`.
+    # The first program starts at the first value of a group, and masks the values before `x`.
     group, before = divmod(first, _GROUP)
     if n:
         with on_device_of(x):
@@ -140,17 +140,18 @@ def random_start(
     clip: tuple[float, float] = (0.0, 1.0),
     first: int = 0,
 ) -> Tensor:
-    """Return values uniform in [x - eps, x + eps], independent of each other, clamped to `clip`.
+    """Return independent values, uniform in [x - eps, x + eps], clamped to `clip`.
 
     x: floating-point tensor of any shape.
     eps, clip: radius of the ball and pixel range, numbers in the units of `x`.
-    seed: int64 tensor of one element on the device of `x`. It is read, not changed: add to it for
-        another draw. The same seed, shape and memory format give the same start on every device.
-    first: number of values before those of `x`, 0 or more, where `x` is a part of a larger batch.
+    seed: int64 tensor of one element on the device of `x`. The op does not change the seed: add to
+        it for another draw. The same seed, shape and memory format give the same start on every
+        device.
+    first: if `x` is a part of a larger batch, the number of values before `x`, 0 or more.
 
-    The result has the dtype and the memory format of `x`. It has no gradient: where torch.func or
-    forward-mode AD differentiates `x`, a `RuntimeError` asks for `x.detach()`. Raises `ValueError`
-    or `TypeError` for other arguments.
+    The result has the dtype and the memory format of `x`. The op has no derivative: if torch.func
+    or forward-mode AD differentiates `x`, a `RuntimeError` asks for `x.detach()`. Raises
+    `ValueError` or `TypeError` for other arguments.
     """
     check_floating("x", x)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:

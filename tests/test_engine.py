@@ -449,7 +449,7 @@ def test_wrong_engines_are_refused_in_one_line(complaint, tmp_path):
         PGD(model, engine="fast")
     with pytest.raises(InputError, match="unknown precision 'fp16'"):
         PGD(model, precision="fp16")
-    with pytest.raises(InputError, match=r"needs an nn\.Module"):
+    with pytest.raises(InputError, match=r"needs a plain nn\.Module"):
         PGD(lambda x: model(x), engine="compile")
     with pytest.raises(InputError, match="CUDA graphs"):
         PGD(model, engine="graph")(x, y)

@@ -188,9 +188,10 @@ def test_runs_that_do_not_fit_each_other_are_named(
     shutil.copy(tmp_path / "tree0/test/a/0.png", tmp_path / "tree2/test/a/1.png")
     two, three, again = (tmp_path / f"r{number}" for number in range(3))
     before = contents(run)
-    assert f"{two} is a run on folder, and {run} one on digits" in complaint("transfer", run, two)
+    line = complaint("transfer", run, two)
+    assert f"{two} is a run on folder, but {run} is a run on digits" in line
     line = complaint("transfer", two, three)
-    assert f"{three} tells 3 classes (a, b, c) apart, and {two} 2 classes (a, b)" in line
+    assert f"{three} was trained on 3 classes (a, b, c), but {two} on 2 classes (a, b)" in line
     assert f"{again} is a run on other images" in complaint("transfer", two, again)
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)

@@ -1,1 +1,1 @@
-"""How a network is run: device, precision, training flags, compiled code and CUDA graphs."""
+"""Running a network: device, precision, training flags, compiled code and CUDA graphs."""

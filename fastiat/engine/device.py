@@ -14,10 +14,10 @@ from fastiat.system.ranks import ranks
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that exists, or raise `InputError`.
+    """Return the device for "auto", "cpu", "cuda" or "cuda:N"; raise `InputError` if it is missing.
 
-    "auto" is "cuda" where there is a GPU. Under torchrun "cuda" is the GPU of this process: each
-    process of a machine has its own.
+    "auto" is "cuda" if a GPU is available, else "cpu". Under torchrun, "cuda" is the GPU of this
+    process: each process of a machine has its own GPU.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -34,7 +34,7 @@ def pick_device(name: str) -> torch.device:
     if processes > 1 and device.index is not None:
         raise InputError(
             f"--device {name} would be shared by the {processes} processes of this machine: "
-            f"leave it out, and each takes a GPU of its own"
+            f"leave --device out, so that each process uses its own GPU"
         )
     if (device.index or 0) >= available:
         there = (
@@ -43,7 +43,7 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: this machine has {there}; use --device cpu or auto")
     if processes > available:
         raise InputError(
-            f"{processes} processes on this machine need a GPU each, and it has {available}: "
+            f"{processes} processes on this machine need a GPU each, but it has {available}: "
             f"give torchrun --nproc-per-node {available}, or fastiat --device cpu"
         )
     if ranks().alone or device.index is not None:
@@ -53,12 +53,13 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def own_defaults(*, keep_device: bool = False) -> Iterator[None]:
-    """Make fp32 the default type and the CPU the default device of new tensors; also a decorator.
+    """Make fp32 the default dtype and the CPU the default device of new tensors; also a decorator.
 
-    A caller may have changed the defaults by `torch.set_default_dtype`, `torch.set_default_device`
-    or `with torch.device(...)`. `keep_device` leaves the device as it is.
+    The caller may have changed the defaults by `torch.set_default_dtype`,
+    `torch.set_default_device` or `with torch.device(...)`. The default dtype is restored at the
+    end. `keep_device` leaves the default device unchanged.
     """
-    # A device context slows down every call of torch, so it is entered only where needed.
+    # A device context slows down every PyTorch call, so it is entered only if the default differs.
     keep_device = keep_device or torch.get_default_device().type == "cpu"
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -70,9 +71,10 @@ def own_defaults(*, keep_device: bool = False) -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free: of a CUDA device's memory, or of the system's.
+    """Return the free memory of a CUDA device, or of the system for the CPU, in bytes.
 
-    Of the system the least of what the kernel reports and what the container's limit leaves.
+    For the system this is the smaller of the memory that the kernel reports as available and the
+    memory that is left below the container's limit.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -82,17 +84,17 @@ def free_memory(device: torch.device) -> int:
         limits.append(1024 * int(lines["MemAvailable"].split()[0]))
     except (OSError, KeyError, ValueError):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-    group = Path("/sys/fs/cgroup")  # the limit of this container
+    group = Path("/sys/fs/cgroup")  # holds the memory limit of this container
     try:
         most = int((group / "memory.max").read_text())
         limits.append(max(most - int((group / "memory.current").read_text()), 0))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
+    except (OSError, ValueError):  # no cgroup v2, or "max", which means no limit
         pass
     return min(limits)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions that multiply bf16 matrices."""
+    """Return whether the device has instructions that multiply bf16 matrices."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     cpuinfo = Path("/proc/cpuinfo")
@@ -104,7 +106,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
-    """Turn "auto" into "bf16" where the device has fast bf16, else "fp32"; keep the others."""
+    """Return the precision `name`; "auto" is "bf16" on a device with fast bf16, else "fp32"."""
     if name == "auto":
         name = "bf16" if has_fast_bf16(device) else "fp32"
     return "bf16" if name == "bf16" else "fp32"
@@ -113,6 +115,7 @@ def pick_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
     """Return a context in which a network computes in `precision`, "bf16" or "fp32".
 
-    Leave it before the weights change: autocast keeps its bf16 copies of them until then.
+    Leave the context before the weights change: autocast caches bf16 copies of the weights until
+    the context ends.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -1,8 +1,8 @@
-"""Engines: a network's passes run by plain PyTorch, compiled, or captured as CUDA graphs.
+"""Engines: a network's passes run eagerly, compiled, or captured as CUDA graphs.
 
-The attack and the training step share: half-precision copies of weights, made once for many
-passes; `torch.compile` with one program per function; and the capture of a function whose tensors
-are fixed buffers.
+The attack and the training step share these parts: half-precision copies of weights, which many
+passes use; `torch.compile` with one program per function; and the capture of a function whose
+tensors are fixed buffers as a CUDA graph.
 """
 
 import os
@@ -26,20 +26,20 @@ Engine = Literal["auto", "eager", "compile", "graph"]
 BACKEND = "inductor"
 """The backend of `torch.compile`."""
 WARM_UPS = 3
-"""Runs before a capture: the first compiles, and cuDNN and Triton choose their kernels."""
+"""Runs before a capture. They compile the function, and cuDNN and Triton choose their kernels."""
 
 
 def pick_engine(name: Engine, device: torch.device) -> str:
-    """Turn "auto" into the engine of a training: "graph" on CUDA, else "eager".
+    """Return the engine `name`; "auto" is "graph" on CUDA, else "eager".
 
-    On the CPU "compile" pays only for long trainings of wide networks, as it compiles for minutes.
-    Raises `InputError` where the engine `name` cannot run on `device`.
+    On the CPU, "auto" is not "compile": compilation takes minutes, which only a long training of a
+    wide network makes up for. Raises `InputError` if the engine `name` cannot run on `device`.
     """
     if name == "auto":
         return "graph" if device.type == "cuda" else "eager"
     if name == "graph" and device.type != "cuda":
         raise InputError(
-            f"--engine graph captures CUDA graphs and the device is {device}: "
+            f"--engine graph captures CUDA graphs, but the device is {device}: "
             f"use --engine compile or eager"
         )
     if name == "compile" and not has_compiler(device):
@@ -50,7 +50,7 @@ def pick_engine(name: Engine, device: torch.device) -> str:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether `torch.compile` finds the C++ compiler that it needs for the CPU."""
+    """Return whether `torch.compile` works on `device`: the CPU needs a C++ compiler."""
     candidates = [os.environ.get("CXX"), "g++", "clang++"]
     return device.type != "cpu" or any(shutil.which(name) for name in candidates if name)
 
@@ -58,15 +58,15 @@ def has_compiler(device: torch.device) -> bool:
 def prepare(device: torch.device, deterministic: bool) -> None:
     """Set PyTorch's process-wide options: fast algorithms, or deterministic ones.
 
-    fp32 means fp32: cuDNN may not round a convolution's inputs to TF32. On the CPU the defect of
-    `fastiat.engine.onednn` is avoided for every network.
+    fp32 convolutions do not use TF32. On the CPU, oneDNN's defective weight gradient is replaced
+    for every network, see `fastiat.engine.onednn`.
     """
     if device.type == "cpu":
         onednn.replace_weight_gradient()
     torch.use_deterministic_algorithms(deterministic)
-    # Deterministic mode would also fill every new tensor, which costs a pass over its memory.
+    # Deterministic mode would also fill every uninitialized tensor, which costs a pass over memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # Inductor would choose by time among kernels that sum in different orders.
+    # Otherwise Inductor chooses kernels by their measured time, and they sum in different orders.
     inductor.deterministic = deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -76,10 +76,11 @@ def prepare(device: torch.device, deterministic: bool) -> None:
 
 
 def placed(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `values`, one for each parameter's first name, by every name that holds the parameter.
+    """Return `values` by every name of their parameters, so that `functional_call` replaces all.
 
-    So a tied parameter is replaced wherever it is used. A module that is registered twice counts
-    once, though: `functional_call` would not restore its second registration.
+    `values` has the names of `model.named_parameters()`, which gives a tied parameter one name. The
+    result has a tied parameter's value under each of its names. A module that is registered twice
+    counts once: `functional_call` would not restore its second registration.
     """
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     holders = {
@@ -92,7 +93,7 @@ def placed(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {holder: values[name] for holder, name in holders.items() if name in values}
 
 
-# Functions of which autocast casts every argument.
+# Functions for which autocast casts all arguments.
 _MULTIPLY = {
     F.linear,
     *(F.conv1d, F.conv2d, F.conv3d),
@@ -109,17 +110,18 @@ _LOOK = {
 class CastableWeights(TorchFunctionMode):
     """Finds the weights that may be cast to `dtype` once, instead of by autocast at every use.
 
-    These are the fp32 parameters of which the observed passes do nothing but multiply by them, in
-    linear layers and convolutions under autocast to `dtype`. A network that uses a weight in
-    another way as well, such as for its norm, needs the weight itself: a copy would change results.
+    These are the fp32 parameters that the observed passes use only as arguments of linear layers
+    and convolutions under autocast to `dtype`. If a network also uses a weight in another way, such
+    as for its norm, a copy in `dtype` would change the results.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
         parameters = dict(model.named_parameters())
-        # Each pass gets aliases of the parameters, as it would get copies. A pass that uses a
-        # parameter itself, such as one of a closure, would use it past a copy too.
+        # Each pass gets aliases of the parameters, in the way that it would get copies. A pass that
+        # uses a parameter itself, such as a parameter in a closure, would not use the copy either,
+        # so `__torch_function__` rules that parameter out.
         aliases = {name: parameter.detach() for name, parameter in parameters.items()}
         self.aliases = placed(model, aliases)
         self.names_of = {id(alias): name for name, alias in aliases.items()}
@@ -129,11 +131,14 @@ class CastableWeights(TorchFunctionMode):
 
     @property
     def names(self) -> set[str]:
-        """Names of the weights found in all passes that were observed."""
+        """Names of the castable weights, according to all observed passes."""
         return self.multiplied - self.ruled_out
 
     def observe(self, *inputs: Any) -> Tensor:
-        """Run one forward and backward pass, which change nothing, and return its logits."""
+        """Run one forward and backward pass on `inputs`, and return the logits, (B, K).
+
+        Buffers and random states are restored. No parameter gets a gradient.
+        """
         x, logits = inputs[0].detach().clone(), torch.empty(0)
 
         def run() -> None:
@@ -142,8 +147,8 @@ class CastableWeights(TorchFunctionMode):
                 leaf = x.requires_grad_()
                 logits = forward(self.model, self.aliases, self.dtype, leaf, *inputs[1:])
                 if logits.requires_grad:
-                    # What `torch.autograd.grad` calls. `grad` itself would switch this mode off for
-                    # the whole backward pass, in which an autograd.Function may use weights too.
+                    # `torch.autograd.grad` makes this call, but disables this mode for the whole
+                    # backward pass, in which an autograd.Function may use weights too.
                     total = logits.sum()
                     torch.autograd.Variable._execution_engine.run_backward(
                         (total,), (torch.ones_like(total),), False, False, (leaf,),
@@ -173,11 +178,11 @@ class CastableWeights(TorchFunctionMode):
 def detached_weights(
     model: nn.Module, dtype: torch.dtype | None, cast: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return the parameters detached, those named in `cast` as copies in `dtype`, see `placed`.
+    """Return the detached parameters; those named in `cast` are copies in `dtype`. See `placed`.
 
-    A compiled function of detached weights computes no weight gradient. A function of the
-    parameters would, even where only the input's gradient is asked for: what is compiled is the
-    whole backward pass.
+    A compiled function of detached weights computes no weight gradients. A compiled function of the
+    parameters would compute them even if only the gradient of the input is needed, because the
+    whole backward pass is compiled.
     """
     weights = {
         name: parameter.detach().to(dtype if name in cast else parameter.dtype)
@@ -187,10 +192,10 @@ def detached_weights(
 
 
 class Weights:
-    """The weights of a training's passes, with copies in `dtype` of those named in `cast`.
+    """The weights of the training passes, with copies in `dtype` of the weights named in `cast`.
 
-    The copies are fixed buffers, which captured graphs read; `refresh` fills them anew, and must be
-    called after every change of the parameters.
+    The copies are fixed buffers, which captured graphs read. Call `refresh` after every change of
+    the parameters: it copies them again.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, cast: Collection[str]) -> None:
@@ -204,14 +209,14 @@ class Weights:
         self.made = list(copies.values())
         self.copies = placed(model, copies)
         leaves = parameters | copies
-        # One entry for each parameter, in the parameters' order: what a pass is differentiated by.
+        # A pass is differentiated with respect to these: one entry for each parameter, in order.
         self.leaves = list(leaves.values())
         self.detached = placed(model, {name: leaf.detach() for name, leaf in leaves.items()})
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the parameters as they are now."""
+        """Copy the current values of the parameters."""
         if self.made:
             torch._foreach_copy_(self.made, self.masters)
 
@@ -219,25 +224,26 @@ class Weights:
 def forward(
     model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None, *inputs: Any
 ) -> Tensor:
-    """Return what `model` gives for `inputs` with `weights` in the place of its parameters.
+    """Return the output of `model` for `inputs`, with `weights` in place of its parameters.
 
-    It computes under autocast to `dtype`, which casts no weight that has this type already; None
-    computes in the type of the inputs.
+    The model runs under autocast to `dtype`, which does not cast weights that are in `dtype`
+    already. None disables autocast.
     """
     device = inputs[0].device.type
-    # No cache: autocast would keep casts of one pass for the next, and a graph their addresses.
+    # No cache: autocast would reuse the casts of one pass in the next pass, and a captured graph
+    # would keep the addresses of these casts.
     with torch.autocast(
         device, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
     ):
-        # `weights` has every tied name already, see `placed`.
+        # `weights` has every name of a tied parameter already, see `placed`.
         return torch.func.functional_call(model, weights, inputs, tie_weights=False)
 
 
 def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a plain function, for one shape of each argument.
+    """Compile a Python function for static shapes, with a code object of its own.
 
-    Dynamo keeps at most eight programs for a code object and runs the ninth uncompiled. Functions
-    defined by the same `def` share one code object, so each gets a copy of its own here.
+    Dynamo compiles a code object at most eight times and then runs it uncompiled. Functions that
+    are defined by the same `def` share one code object, so each of them gets its own copy here.
     """
     assert isinstance(function, FunctionType)
     own = FunctionType(
@@ -253,7 +259,7 @@ def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
 def with_state_restored(
     function: Callable[[], object], state: Iterable[Tensor], times: int
 ) -> None:
-    """Call `function` `times` times and restore `state`, which it may change, in place."""
+    """Call `function` `times` times, then restore the tensors of `state` in place."""
     state = [tensor.detach() for tensor in state]
     before = [tensor.clone() for tensor in state]
     for _ in range(times):
@@ -272,12 +278,13 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Captured:
-    """A function of fixed buffers, captured as a CUDA graph at its first call and replayed after.
+    """A function of fixed buffers, captured as a CUDA graph at its first call and then replayed.
 
-    A graph holds addresses, not tensors: the function may read and write only memory that lives as
-    long as the graph. `state` returns the tensors that the function changes and that others read
-    later; they are restored after the warm-up runs. Graphs of one `pool` share the memory of their
-    intermediate results, so they must never run at the same time.
+    A graph holds addresses, not tensors, so the function may read and write only memory that lives
+    as long as the graph. `state` returns the tensors that the function changes and that other code
+    reads later; they are restored after the warm-up runs. Graphs of one `pool` share the memory of
+    their intermediate results, so they must never run at the same time. A function that cannot be
+    captured raises `RuntimeError`.
     """
 
     def __init__(
@@ -299,15 +306,16 @@ class Captured:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         here, aside = torch.cuda.current_stream(), _capture_stream(self.device)
-        # The warm-up runs may draw random numbers; the capture must not change later draws.
+        # Warm-up runs may draw random numbers. The generator state is restored at the end, so that
+        # a capture does not change later draws.
         random = torch.cuda.get_rng_state()
         aside.wait_stream(here)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(aside):
             with_state_restored(self.function, self.state(), WARM_UPS)
             try:
-                # thread_local: other threads, such as one that pins a loader's memory, may make
-                # calls meanwhile that are forbidden during a capture.
+                # thread_local: other threads, such as the thread that pins a loader's memory, may
+                # make CUDA calls that are forbidden during a capture.
                 with torch.cuda.graph(
                     graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"
                 ):
@@ -316,8 +324,8 @@ class Captured:
                 raise
             except RuntimeError as error:
                 raise RuntimeError(
-                    "this network cannot be captured as a CUDA graph, as one of its operations "
-                    "waits for the GPU: use the engine compile"
+                    "this network cannot be captured as a CUDA graph, because one of its "
+                    "operations synchronizes with the GPU: use the engine compile"
                 ) from error
         here.wait_stream(aside)
         torch.cuda.set_rng_state(random)

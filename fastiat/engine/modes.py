@@ -1,8 +1,9 @@
-"""Training flags: how a network is set during an attack, and what a compiled attack depends on.
+"""Training flags of a network during an attack, and the parts that a compiled attack depends on.
 
-A model is any callable. A plain `nn.Module` shows its layers, whose flags are set. Functions,
-TorchScript, `torch.fx` and exported programs may hide their layers, or have their mode fixed. For
-these BatchNorm's mode cannot be chosen, and every tensor that they write to gets its value back.
+A model is any callable. The layers of a plain `nn.Module` are known, so their flags can be set.
+Functions, TorchScript, `torch.fx` and exported programs may hide their layers or have a fixed mode.
+For these models the mode of BatchNorm cannot be chosen, and every tensor that they write to is
+restored after the attack.
 """
 
 import threading
@@ -26,11 +27,14 @@ Model = Callable[[Tensor], Tensor]
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OWN = frozenset(vars(nn.Module()))
-"""Attributes that every module has, such as its flags and its dictionaries of parameters."""
+"""Names of the attributes that every module has, such as `training` and `_parameters`."""
 
 
 def is_plain(model: Model) -> bool:
-    """Whether `model` is an `nn.Module` of Python code alone, whose training flags can be set."""
+    """Return whether `model` is an `nn.Module` whose modules all run Python code.
+
+    The training flags of such a model can be set.
+    """
     if not isinstance(model, nn.Module):
         return False
     programs = (torch.jit.ScriptModule, torch.fx.GraphModule)
@@ -41,21 +45,21 @@ def is_plain(model: Model) -> bool:
 
 
 def check_mode(model: Model, bn: BatchNormMode) -> None:
-    """Raise `InputError` where the BatchNorm layers of `model` cannot be set to `bn`."""
+    """Raise `InputError` if the BatchNorm layers of `model` cannot be set to mode `bn`."""
     if bn != "eval" and not is_plain(model):
         raise InputError(
-            f"bn {bn!r} sets the BatchNorm layers of a plain nn.Module, and this "
-            f"{type(model).__name__} is or holds something else, which may hide them: give the "
-            f"nn.Module itself, or bn='eval'"
+            f"bn {bn!r} needs a plain nn.Module, and this {type(model).__name__} is not one or "
+            f"contains a module that is not, which may hide BatchNorm layers: give the nn.Module "
+            f"itself, or bn='eval'"
         )
 
 
 def modules_of(model: object) -> list[nn.Module]:
     """Return the modules that can be reached from a model, each once.
 
-    Beside the registered ones these are modules in lists, tuples and dictionaries that modules
-    keep, the owner of a bound method, the arguments of a `functools.partial`, and what a function
-    has in its defaults and its closure.
+    These are the registered modules, and the modules found in: lists, tuples and dictionaries that
+    are attributes of a module; the object of a bound method; the function and the arguments of a
+    `functools.partial`; the defaults and the closure of a function.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
@@ -76,7 +80,7 @@ def modules_of(model: object) -> list[nn.Module]:
         elif isinstance(thing, FunctionType):
             held = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
             for cell in thing.__closure__ or ():
-                with suppress(ValueError):  # a variable that has no value yet
+                with suppress(ValueError):  # the variable has no value yet
                     held.append(cell.cell_contents)
         else:
             held = list(thing)
@@ -99,14 +103,15 @@ class _Flags:
 
     def set(self, modules: list[nn.Module]) -> None:
         for module in modules:
-            # A frozen ScriptModule has no training flag.
+            # A frozen ScriptModule has no attribute `training`.
             if id(module) in self.before or not hasattr(module, "training"):
                 continue
             tracks = module.track_running_stats if isinstance(module, _BatchNorm) else False
             self.before[id(module)] = module, module.training, tracks
             module.training = isinstance(module, _BatchNorm) and self.bn != "eval"
             if isinstance(module, _BatchNorm) and self.bn == "batch":
-                # In training mode without tracking, it uses the batch's statistics and writes none.
+                # In training mode without tracking, BatchNorm uses the statistics of the batch and
+                # does not write running statistics.
                 module.track_running_stats = False
 
     def restore(self) -> None:
@@ -120,9 +125,9 @@ class _Flags:
 def attack_mode(model: Model, bn: BatchNormMode) -> Iterator[None]:
     """Put `model` in eval mode with its BatchNorm layers in mode `bn`; restore every flag after.
 
-    A model that is not a plain `nn.Module` is followed while it runs: every module that it calls
-    is put in eval mode too, and tensors that it writes to, such as running statistics, get their
-    values back. Raises `InputError` for such a model with another `bn` than "eval".
+    If `model` is not a plain `nn.Module`, every module that it calls is put in eval mode too, and
+    tensors that it writes to, such as running statistics, are restored. `bn` must be "eval" for
+    such a model; other modes raise `InputError`.
     """
     check_mode(model, bn)
     flags = _Flags(bn)
@@ -139,9 +144,10 @@ def attack_mode(model: Model, bn: BatchNormMode) -> Iterator[None]:
 
 @contextmanager
 def _following(flags: _Flags) -> Iterator[None]:
-    """Set the flags of every module that this thread calls.
+    """Set the flags of every module that this thread calls; `flags` restores them.
 
-    A hook for all modules of the process: a function does not say which modules it will call.
+    The modules that a function will call are not known before it runs, so a global forward pre-hook
+    sets the flags.
     """
     thread = threading.get_ident()
 
@@ -159,7 +165,10 @@ def _following(flags: _Flags) -> Iterator[None]:
 
 
 class _WritesUndone(TorchDispatchMode):
-    """Restores, at its end, tensors from before it that operators have written to in it."""
+    """Restores, on exit, the tensors that operators wrote to inside the context.
+
+    Tensors that were created inside the context are not restored.
+    """
 
     supports_higher_order_operators = True
 
@@ -174,19 +183,22 @@ class _WritesUndone(TorchDispatchMode):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
-        # Storages, not tensors: views of the same memory are restored once, and autograd, which may
-        # have saved the tensor for a backward pass outside, does not count it as a change.
+        # Storages, not tensors: views of the same memory are restored once. Writing to a storage
+        # also does not raise the version counter of a tensor that autograd has saved for a backward
+        # pass outside.
         for storage in _storages(_written(func, args, kwargs)):
             if storage._cdata not in self.made and storage._cdata not in self.before:
                 self.before[storage._cdata] = storage, storage.clone()
-        # TorchScript passes constant tensors as numbers, which the operator would not take.
+        # TorchScript passes constant tensors as numbers, which the operator would reject.
         args = tuple(
-            torch.tensor(given) if isinstance(given, _NUMBERS) and _is_tensor(argument) else given
+            torch.tensor(given)
+            if isinstance(given, _NUMBERS) and isinstance(argument.type, torch.TensorType)
+            else given
             for given, argument in zip(args, func._schema.arguments, strict=False)
         )
         given = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **kwargs)
-        # An in-place operator returns its argument: that is not a new tensor.
+        # An in-place operator returns its argument, which is not a new tensor.
         self.made.update({storage._cdata for storage in _storages(out)} - given)
         return out
 
@@ -199,12 +211,8 @@ class _WritesUndone(TorchDispatchMode):
 _NUMBERS = (bool, int, float, complex)
 
 
-def _is_tensor(argument: Any) -> bool:
-    return isinstance(argument.type, torch.TensorType)
-
-
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    """Return the memory of all tensors in `tree`; sparse tensors have none of their own."""
+    """Return the storages of all strided tensors in `tree`; sparse tensors have no storage."""
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
     return [t.untyped_storage() for t in tensors if t.layout == torch.strided]
 
@@ -222,23 +230,23 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
 
 
 def structure(model: nn.Module, captured: bool) -> tuple[Any, ...]:
-    """Return what a compiled program of `model` depends on, for a comparison with `==`.
+    """Return the parts of `model` that a compiled program depends on, to be compared with `==`.
 
-    That is, beside training flags and values of tensors, which programs are told: the modules,
-    their classes, `forward` methods and hooks, the names of parameters and which of them are tied.
-    Dynamo guards only a part of this. With `captured`, for a CUDA graph, also what the graph holds
-    as constants: the addresses of tensors, and numbers and strings that are attributes of modules.
+    These are the modules, their classes, `forward` methods and hooks, the names of the parameters
+    and which of them are tied. Dynamo guards only some of these. Training flags and values of
+    tensors are not included, because the program reads them. `captured` adds the constants of a
+    CUDA graph: the addresses of tensors, and numbers and strings that are attributes of modules.
     """
     order: dict[int, int] = {}
     found: list[Any] = [tuple(getattr(torch_module, f"_global{hooks}")) for hooks in HOOKS]
     for module in modules_of(model):
         attributes = vars(module)
-        # The objects, not their `id`: an object that is kept alive cannot be confused with another.
+        # Objects, not their `id`: the id of a deleted object may be used for a new object.
         found += [module, type(module), attributes.get("forward"), type(module).forward]
         found += [tuple(attributes[hooks]) for hooks in HOOKS]
         found += module._modules.items()
         for name, parameter in module._parameters.items():
-            # Numbered in the order they are met in, so that a tied parameter has an earlier number.
+            # Parameters are numbered in order. A tied parameter keeps its first number.
             tied = parameter is None or order.setdefault(id(parameter), len(order))
             found.append((name, tied))
         if captured:

@@ -1,14 +1,15 @@
-"""A defect of oneDNN on the CPU, and the two ways around it.
+"""A defect of oneDNN on the CPU, and two workarounds.
 
 oneDNN's weight gradient of a strided 1x1 convolution, channels-last, with fewer input channels than
 a SIMD register holds (8 with AVX2, 16 with AVX-512), writes out of bounds: the process crashes or
 continues with wrong numbers (uxlfoundation/oneDNN#6035, PyTorch 2.11 to 2.15). A transposed
 convolution with as few output channels computes its weight gradient by the same code.
 
-Both ways are needed. `replace_weight_gradient` replaces a PyTorch kernel of the whole process. That
-is right in a training that fastiat runs (`graphs.prepare`), of a user's network as well, and wrong
-as a side effect of building or loading a network. So the networks of `fastiat.models` avoid the
-defect by themselves, in `Shortcut`: they are also trained by code that is not ours.
+Both workarounds are needed. `replace_weight_gradient` replaces a PyTorch kernel in the whole
+process. `graphs.prepare` calls it for every training that fastiat runs, so that it also protects a
+user's own network. Building or loading a network must not have such a side effect. Networks of
+`fastiat.models` may be trained by code outside fastiat, so `fastiat.models.Shortcut` avoids the
+defect without it.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.library import Library, get_kernel
 
 CHANNELS = 16
-"""Convolutions of this many channels or more are computed correctly on every CPU."""
+"""Least number of channels for which the gradient is correct on every CPU."""
 
 OP = "aten::convolution_backward"
 
@@ -29,10 +30,10 @@ OP = "aten::convolution_backward"
 def replace_weight_gradient() -> Library:
     """Replace PyTorch's CPU kernel of `convolution_backward` in this process.
 
-    The new kernel calls the original one, but for the gradients in question it first selects the
-    pixels that the strided convolution reads, which makes it one of stride 1. All networks use
-    it: modules and functions, compiled and scripted ones. Returns the registration, which
-    lasts as long as the process.
+    The new kernel calls the original kernel. For the defective gradients it first selects the
+    pixels that the strided convolution reads, and calls the original kernel with stride 1. The
+    replacement applies to all networks: modules and functions, compiled and scripted. Returns the
+    registration, which lasts as long as the process.
     """
     original = get_kernel(OP, "CPU")
 
@@ -52,11 +53,11 @@ def replace_weight_gradient() -> Library:
         output_mask: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         form = (bias_sizes, stride, padding, dilation, transposed, output_padding, groups)
-        # The operand of which only every `stride`-th pixel is used, and the other one.
+        # `source` is the operand of which only every `stride`-th pixel is used.
         source, target = (grad, x) if transposed else (x, grad)
         of_input, of_weight, of_bias = output_mask
         if not (
-            (of_weight or of_bias)  # oneDNN computes both at once
+            (of_weight or of_bias)  # oneDNN computes both gradients in one call
             and source.shape[1] < CHANNELS
             and groups == 1
             and all(size == 1 for size in weight.shape[2:])

@@ -1,1 +1,1 @@
-"""How errors are counted, and what diagnoses their signs of masked gradients."""
+"""Counting of errors under attack, and diagnosis of masked gradients."""

@@ -1,7 +1,7 @@
-"""AutoAttack (Croce & Hein 2020) by its authors' code, from the package pyautoattack.
+"""AutoAttack (Croce & Hein 2020) with the code of its authors, from the package pyautoattack.
 
 The standard version has four attacks: APGD-CE, targeted APGD-DLR, targeted FAB and Square. Each
-attacks only the images that the ones before have not fooled.
+attack runs only on the images that the attacks before it have not fooled.
 """
 
 import copy
@@ -27,23 +27,23 @@ from fastiat.system.ranks import ranks
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 TARGETS = 9
-"""Wrong classes that the targeted attacks try, at most."""
+"""Largest number of wrong classes that the targeted attacks try."""
 
 
 @dataclass
 class Outcome:
-    """What AutoAttack did to a split."""
+    """The result of AutoAttack on a split."""
 
     fooled: Tensor
-    """(N,) bool, on the CPU: misclassified without an attack, or after any attack."""
+    """(N,) bool, on the CPU: images misclassified without an attack or after any attack."""
     errors_after: dict[str, int] = field(default_factory=dict)
-    """Misclassified images after each attack and all before it; "none" is without an attack."""
+    """Number of images fooled by each attack or an attack before it; "none" is without attack."""
     warnings: list[str] = field(default_factory=list)
     """The library's warnings about the model, each once."""
 
 
 def library_version() -> str:
-    """Return the library's name and version; raise `InputError` where it is missing."""
+    """Return the library's name and version; raise `InputError` if it is not installed."""
     try:
         import pyautoattack
     except ImportError:
@@ -54,11 +54,14 @@ def library_version() -> str:
 
 
 def check_classes(name: str, classes: int) -> None:
-    """Raise `InputError` for a network that the targeted DLR loss is not defined for."""
+    """Raise `InputError` for fewer than 4 classes: the targeted DLR loss is not defined there.
+
+    `name` is the run, for the message.
+    """
     if classes < 4:
         raise InputError(
-            f"--autoattack needs at least 4 classes, and {name} has {classes}: "
-            f"measure it without, say with --attacks pgd-100 --restarts 5 --worst"
+            f"--autoattack needs at least 4 classes, but {name} has {classes}: "
+            f"use --attacks pgd-100 --restarts 5 --worst instead"
         )
 
 
@@ -72,18 +75,19 @@ def autoattack(
 ) -> Outcome:
     """Run the four attacks with radius `eps` on `model`, in fp32, and return their outcome.
 
+    eps: radius of the ball, for pixels in [0, 1]; 0 runs no attack.
+    config: gives norm, seed, batch size and device.
     skip: (N,) bool, on the CPU: images that are counted as fooled and not attacked.
 
-    Norm, seed, batch size and device are taken from `config`. The examples are those of one call of
-    the library on all images with this batch size. The ranks of a job share the batches. Raises
-    `InputError` where the library is missing.
+    The examples are the same as those of one call of the library on all images with this batch
+    size. The ranks of a job share the batches. Raises `InputError` if the library is not installed.
     """
     library_version()
     import pyautoattack
     from pyautoattack.checks import check_square_sr
 
     device = pick_device(config.device)
-    # The library calls `view`, which needs tensors in torch's default memory format.
+    # The library calls `view`, which needs contiguous tensors.
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     model = model.eval().requires_grad_(False)
     norm = {"linf": "Linf", "l2": "L2"}[config.norm]
@@ -95,7 +99,7 @@ def autoattack(
 
     outcome = Outcome(torch.zeros(len(split), dtype=torch.bool) if skip is None else skip.clone())
     cuda = [device] if device.type == "cuda" else []
-    # The library seeds torch's global generators: `fork_rng` puts their states back.
+    # The library seeds PyTorch's global generators: `fork_rng` restores their states.
     with _warnings() as warned, torch.random.fork_rng(cuda):
         adversary = pyautoattack.AutoAttack(
             model, norm=norm, eps=eps, seed=config.seed, device=device, version="standard"
@@ -112,8 +116,8 @@ def autoattack(
             batches = left.split(size) if len(left) else ()
             wrong = torch.zeros(len(split), dtype=torch.uint8)
             with Progress(text, len(left), share=group.count) as progress:
-                # The library seeds itself anew for every batch, so that the result does not depend
-                # on which rank attacks it.
+                # The library seeds the generators again for every batch, so that the result of a
+                # batch does not depend on the rank that attacks it.
                 for index in batches[group.rank :: group.count]:
                     x, y = pixels(index), split.labels[index].to(device)
                     if name != "none":
@@ -125,7 +129,8 @@ def autoattack(
             outcome.errors_after[name] = int(outcome.fooled.sum())
         accuracy = {name: 1 - n / len(split) for name, n in outcome.errors_after.items()}
         check_square_sr(accuracy, logger=logging.getLogger("auto-attack"))
-    # Every rank has the warnings of its own batches; in the order of the ranks, all agree.
+    # Every rank has the warnings of its own batches. The lists are joined in the order of the
+    # ranks, so that all ranks keep the same warnings.
     gathered = [json.loads(text) for text in group.gather(json.dumps(list(warned.values())))]
     unique: dict[str, str] = {}
     for warning in chain.from_iterable(gathered):
@@ -135,6 +140,7 @@ def autoattack(
 
 
 def _without_numbers(text: str) -> str:
+    """Return `text` without digits: warnings of different batches differ only in their numbers."""
     return re.sub(r"\d+", "", text)
 
 
@@ -142,7 +148,7 @@ def _without_numbers(text: str) -> str:
 def _warnings() -> Iterator[dict[str, str]]:
     """Collect the warnings that the library would print after every batch.
 
-    Yields {warning without its numbers: the first with these words}.
+    Yields {warning without its numbers: first warning with these words}.
     """
     found: dict[str, str] = {}
 

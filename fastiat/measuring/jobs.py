@@ -1,4 +1,4 @@
-"""A network to measure and its images: loading both, and writing the results."""
+"""Jobs: loading a network and the images to measure it on, and writing the results."""
 
 import os
 import time
@@ -29,13 +29,13 @@ class Job:
     """A network to measure, and the images to measure it on."""
 
     name: str
-    """As it was asked for: a run directory or a model.safetensors."""
+    """Path that the user gave: a run directory or a model.safetensors."""
     model: nn.Module
     card: ModelCard
     run: Run | None
-    """None for a model.safetensors."""
+    """The run; None for a model.safetensors."""
     fingerprint: str
-    """Of the weights."""
+    """Fingerprint of the weights."""
     dataset: data.Dataset
     splits: dict[str, data.Split]
     """The images of every split to measure, at most --limit of them."""
@@ -44,18 +44,18 @@ class Job:
     config: MeasureConfig
     """The settings of the measurement, with `batch_size` and `alpha` filled in."""
     batch_size: int
-    """Images attacked at a time: the configuration's, else what fits into memory."""
+    """Images attacked at a time: the configuration's batch size, else `default_batch`."""
     alpha: float
-    """PGD step size: the configuration's, else that of the run's training."""
+    """PGD step size: the configuration's alpha, else the alpha of the run's training."""
 
     @property
     def settings(self) -> TrainConfig:
-        """The settings of the training, or the defaults where they are not known."""
+        """The settings of the training; the defaults for a model.safetensors."""
         return self.run.config if self.run else TrainConfig()
 
     @property
     def writable(self) -> bool:
-        """Whether this process keeps results: one rank does, in a run that is the user's own."""
+        """Whether this process writes results: the first rank does, if the run is writable."""
         return ranks().first and self.run is not None and os.access(self.run.path, os.W_OK)
 
     def record(
@@ -71,9 +71,12 @@ class Job:
     ) -> Rate:
         """Return the error rate, and add it to the run's metrics.jsonl and evaluation.json.
 
+        kind: "evaluation", "sweep", "transfer" or "autoattack".
         wrong: (N,) bool, which images of `split` are misclassified under `attack`.
+        eps: radius of the attack, for pixels in [0, 1].
         started: `time.monotonic()` at the beginning of the measurement.
-        more: further fields of the entry, or other values of them, see `fastiat.runs.results`.
+        more: further fields of the entry, or other values of its fields; see
+            `fastiat.runs.results`.
         """
         rate = Rate(int(wrong.sum()), len(wrong))
         if not self.writable:
@@ -108,14 +111,14 @@ class Job:
             **more,
             **provenance(device, time.monotonic() - started, **library),
         }
-        # A resume after a kill measures again: the same figures must not become a second row.
+        # A measurement that was interrupted and is repeated must not add the same row twice.
         if not self.run.has_row({k: v for k, v in entry.items() if k != "seconds"}):
             self.run.log(**entry)
         add_results(self.run.path, [entry])
         return rate
 
     def log_line(self, text: str) -> None:
-        """Print a text, and add it to the run's stdout.log where results are kept."""
+        """Print a text, and add it to the run's stdout.log if `writable`."""
         if self.writable:
             assert self.run is not None
             self.run.log_line(text)
@@ -126,9 +129,10 @@ class Job:
 def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
     """Load the networks of `config.runs` and the images to measure each of them on.
 
-    Everything is loaded and checked before anything is measured, so that no measurement is lost
-    because another run is missing. With `same_data`, all have the images of the first run. Raises
-    `InputError` for a network or images that are missing or damaged or do not fit each other.
+    All networks and images are loaded and checked before the first measurement, so that no
+    measurement is lost because another run is missing. With `same_data`, all networks get the
+    images of the first run. Raises `InputError` if a network or its images are missing or damaged,
+    or do not fit each other.
     """
     device = pick_device(config.device)
     with_autoattack = isinstance(config, EvaluateConfig) and config.autoattack
@@ -138,7 +142,7 @@ def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
     if with_autoattack:
         for name, (_, card, _) in opened.items():
             check_classes(name, card.num_classes)
-    # Runs on the same images share one data set; a fingerprint reads all of its images.
+    # Runs on the same images share one data set and its fingerprint, which reads all images.
     load, fingerprint_of = cache(data.load), cache(data.Dataset.fingerprint)
     first = next(iter(opened.values()))
     jobs = []
@@ -178,28 +182,28 @@ def _open(name: str, device: torch.device) -> tuple[nn.Module, ModelCard, Run | 
     run = Run.open(Path(name))
     if (card.arch, run.config.width or card.width) != (run.config.arch, card.width):
         raise InputError(
-            f"{name} holds the model of another run, {card.arch} of width {card.width}: "
-            f"put its own {MODEL} back, or evaluate that file by its name"
+            f"{name} holds the model of another run, {card.arch} of width {card.width}: put the "
+            f"{MODEL} of this run back, or evaluate {Path(name) / MODEL} as a file"
         )
-    read_results(run.path)  # refuses a damaged file before anything is measured for it
+    read_results(run.path)  # raises for a damaged file before the measurement starts
     return model, card, run
 
 
 def _load_data(
     name: str, config: MeasureConfig, own: TrainConfig | None, load: Callable[..., data.Dataset]
 ) -> data.Dataset:
-    """Load the data set to measure on: the configuration's, else that of the training `own`."""
+    """Load the data set of `config`, else the data set of the training settings `own`."""
     dataset_name, data_dir = config.dataset or (own.dataset if own else None), config.data_dir
     if dataset_name is None:
-        raise InputError(f"{name} is a model without its run: say which images with --dataset")
-    # The run's folder has its own data set; downloaded ones may share a folder.
+        raise InputError(f"{name} is a model without its run: name its images with --dataset")
+    # The run's data_dir holds the run's own data set, or several downloaded data sets.
     if (
         data_dir is None
         and own
         and (dataset_name == own.dataset or {dataset_name, own.dataset} <= DOWNLOADS.keys())
     ):
         data_dir = own.data_dir
-    # A stranger's config.json must not choose a folder to download to.
+    # An untrusted config.json must not choose the folder that files are downloaded to.
     fetch = data_dir is None or config.data_dir is not None
     dataset = load(dataset_name, data_dir, loader=own.loader if own else "auto", fetch=fetch)
     dataset, *_ = data.convert_if_needed(dataset, "auto", pick_device(config.device))
@@ -207,22 +211,22 @@ def _load_data(
 
 
 def check_fit(name: str, card: ModelCard, dataset: data.Dataset) -> None:
-    """Raise `InputError` unless the network takes these images and knows these classes."""
+    """Raise `InputError` unless the network `name` fits the images and classes of `dataset`."""
     wanted = (card.in_channels, card.image_size, card.image_size)
     if dataset.test.shape != wanted:
         raise InputError(
             f"{name} takes images of (channels, height, width) {wanted}, "
-            f"but those of {dataset.name} are {dataset.test.shape}: convert them, or choose "
+            f"but the images of {dataset.name} are {dataset.test.shape}: convert them, or choose "
             f"other images with --dataset and --data-dir"
         )
     if dataset.classes != card.classes:
         raise InputError(
-            f"{name} tells {class_names(card.classes)} apart, "
+            f"{name} was trained on {class_names(card.classes)}, "
             f"but {dataset.name} has {class_names(dataset.classes)}: "
-            f"choose images of its classes with --dataset and --data-dir"
+            f"choose images of the same classes with --dataset and --data-dir"
         )
 
 
 def class_names(classes: tuple[str, ...]) -> str:
-    """Return the number of classes and the names of the first few."""
+    """Return the number of classes and the names of the first three, as text."""
     return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})"

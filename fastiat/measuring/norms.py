@@ -19,7 +19,7 @@ class WeightNorms:
     """The norms of one weight, taken as a matrix; norms.json is a list of these."""
 
     name: str
-    """Parameter, such as "groups.0.0.conv1.weight"."""
+    """Name of the parameter, such as "groups.0.0.conv1.weight"."""
     shape: tuple[int, ...]
     """(out, in) of a linear layer, (out, in, kh, kw) of a convolution."""
     frobenius: float
@@ -36,9 +36,10 @@ class WeightNorms:
 def weight_norms(model: nn.Module) -> list[WeightNorms]:
     """Return the Frobenius and spectral norm of every weight of `model` with two or more axes.
 
-    A convolution's (out, in, kh, kw) counts as the matrix (out, in * kh * kw), as it multiplies
-    one patch; that is not the norm of the whole linear map over an image. Biases and BatchNorm's
-    scales are vectors and left out. (Section 4.4 of the IAT paper, after Bartlett et al. 2017.)
+    The weight (out, in, kh, kw) of a convolution counts as the matrix (out, in * kh * kw), which
+    multiplies one patch. Its norm is not the norm of the whole linear map over an image. Biases and
+    BatchNorm weights are vectors and are left out. (Section 4.4 of the IAT paper, after Bartlett et
+    al. 2017.)
     """
     layers = []
     for name, weight in model.named_parameters():
@@ -57,11 +58,11 @@ def weight_norms(model: nn.Module) -> list[WeightNorms]:
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """Return the largest singular value of `matrix`, (M, N), NaN if it is not finite.
+    """Return the largest singular value of `matrix`, (M, N); NaN if `matrix` is not finite.
 
-    It is the root of the largest eigenvalue of the smaller Gram matrix, in float64. Squaring costs
-    the small singular values their digits, not the largest; and no kernel here has a smaller side
-    above 640, so that this takes milliseconds where a full SVD takes a second.
+    The result is the square root of the largest eigenvalue of the smaller Gram matrix, in float64.
+    Squaring loses digits of the small singular values, not of the largest. The smaller side of the
+    weights here is at most 640, so this takes milliseconds, while a full SVD takes a second.
     """
     matrix = matrix.double()
     if not matrix.isfinite().all():
@@ -71,13 +72,13 @@ def spectral_norm(matrix: Tensor) -> float:
 
 
 def read_norms(run_dir: str | os.PathLike[str]) -> list[WeightNorms]:
-    """Return the norms that `fastiat norms` has written for a run, [] if there are none.
+    """Return the norms that `fastiat norms` has written for a run, or [] if there are none.
 
-    Raises `InputError` for a norms.json that is damaged.
+    Raises `InputError` for a damaged norms.json.
     """
     return read_rows(run_dir, NORMS, WeightNorms)
 
 
 def write_norms(run_dir: Path, layers: Sequence[WeightNorms]) -> None:
-    """Write norms.json, whole or not at all."""
+    """Write norms.json atomically: the whole file or nothing."""
     write_rows(run_dir / NORMS, layers)

@@ -1,7 +1,7 @@
-"""White-box errors: one pass over a split gives the images that each of several attacks fools.
+"""White-box errors: one pass over a split finds the images that each of several attacks fools.
 
-The iterates of PGD with K steps include the examples of every smaller number of steps. So PGD-5,
-10, 20, 50, 100 and 1000 together cost as much as PGD-1000 alone.
+The iterates of PGD with K steps include the examples of PGD with fewer steps. So PGD-5, 10, 20, 50,
+100 and 1000 together cost as much as PGD-1000 alone.
 """
 
 import itertools
@@ -33,11 +33,13 @@ def title(attack: str) -> str:
 
 
 def default_batch(side: int, batch_size: int | None = None) -> int:
-    """Return how many images to attack at a time, so that it takes no more memory than training.
+    """Return a batch size with which an attack takes no more memory than the training.
 
     side: height and width of an image in pixels.
-    batch_size: batch size of the training, which all processes of the job share. None, for a model
-        file without its run, gives a batch with as many pixels as 64 images of 64 x 64.
+    batch_size: batch size of the training, summed over all processes of the job. None (a model file
+        without its run) gives a batch with as many pixels as 64 images of 64 x 64 pixels.
+
+    The result is at least 1 and at most `MOST_AT_A_TIME`.
     """
     fitting = 64 * 64**2 // side**2 if batch_size is None else batch_size // ranks().count
     return max(min(MOST_AT_A_TIME, fitting), 1)
@@ -45,9 +47,11 @@ def default_batch(side: int, batch_size: int | None = None) -> int:
 
 @contextmanager
 def within_memory(command: str, runs: Iterable[str], batch_size: int) -> Iterator[None]:
-    """Turn out-of-memory in the block into `InputError` that names a smaller batch size.
+    """Turn an out-of-memory error in the block into `InputError` that names a smaller batch size.
 
-    command, runs: the command's name and the runs it measures; batch_size: images at a time.
+    command: name of the command, for the message.
+    runs: the runs that it measures.
+    batch_size: images attacked at a time.
     """
     try:
         yield
@@ -58,7 +62,7 @@ def within_memory(command: str, runs: Iterable[str], batch_size: int) -> Iterato
         remedy = (
             f"measure fewer at a time with: {again}"
             if batch_size > 1
-            else "take a device with more memory, or free some"
+            else "use a device with more memory, or end other programs that use its memory"
         )
         raise InputError(
             f"measuring {batch_size} image{'s' * (batch_size > 1)} at a time takes more memory "
@@ -75,11 +79,13 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield pixels (B, C, H, W) in [0, 1] and labels (B,) of a shard, on `device`.
 
-    Before each batch, `starts` is set to the batch's place in the split (`starts.first`), so that
-    an image's random start depends neither on the batch size nor on the rank that attacks it.
+    `size` is the batch size. Before each batch, `starts.first` is set to the index of the batch's
+    first image in the split, so that an image's random start depends neither on the batch size nor
+    on the rank that attacks it.
     """
     loader = data.make_loader(split, size, device=device, train=False, shard=shard)
-    # A shard has every `shard.ranks`-th batch; only the last of all is shorter.
+    # A shard has every `shard.ranks`-th batch of the split; only the last batch of the split may be
+    # shorter than `size`.
     for number, (images, y) in zip(itertools.count(shard.rank, shard.ranks), loader, strict=False):
         starts.batch(number * size)
         yield to_pixels(images), y
@@ -97,16 +103,16 @@ def fooled(
 ) -> dict[str, Tensor]:
     """Return {attack: which images of `split` are misclassified under it, (N,) bool on the CPU}.
 
-    attacks: names such as "none", "fgsm" and "pgd-20". The result of each is the same as if it were
-        the only one. PGD's random starts are those of one call of `fastiat.attack.pgd` on all
-        images with a generator of the seed, for every number of steps and every batch size.
-    eps, alpha: radius and PGD step size, in pixels of [0, 1]. Norm, loss, restarts, random start,
-        seed, batch size, device and precision are taken from `config`.
-    worst: skip images that are misclassified already. Then only the union over the attacks has a
-        meaning. "none" is always among the attacks, and comes first.
+    attacks: names such as "none", "fgsm" and "pgd-20". The result of an attack does not depend on
+        the other attacks. For every number of steps and every batch size, PGD's random starts are
+        those of one call of `fastiat.attack.pgd` on all images with a generator of the seed.
+    eps, alpha: radius and PGD step size, for pixels in [0, 1].
+    config: gives norm, loss, restarts, random start, seed, batch size, device and precision.
+    worst: skip images that are misclassified already, so that only the union over the attacks is
+        meaningful. "none" is added as the first attack.
 
     Attacks run in the configuration's precision; examples are classified in fp32. With several
-    restarts an image counts if the example of any restart is misclassified. The ranks of a job
+    restarts, an image counts if the example of any restart is misclassified. The ranks of a job
     share the batches, and every rank returns the whole result. Raises `InputError` for an unknown
     attack.
     """
@@ -120,12 +126,13 @@ def fooled(
         for x, y in batches(split, size, device, starts, data.Shard(group.rank, group.count)):
             with attack_mode(model, "eval"):
                 found[:, starts.first : starts.first + len(y)] = one_pass(x, y)
-    # Each rank has filled in its own batches and left 0 elsewhere: the sum is the union.
+    # Each rank has filled in its own batches and left 0 elsewhere, so the sum over the ranks is the
+    # whole result.
     return dict(zip(names, group.all_reduce_sum_(found.cpu()).bool(), strict=True))
 
 
 class _Pass:
-    """All attacks of one pass, applied to one batch after the other."""
+    """All attacks of one pass. A call attacks one batch."""
 
     def __init__(
         self,
@@ -142,10 +149,11 @@ class _Pass:
         self.starts = Starts(config.seed, self.device)
         self.precision = pick_precision(config.precision, self.device)
         self.rows = {name: row for row, name in enumerate(names)}
-        # PGD's numbers of steps in rising order, each with its row of the result.
+        # (number of PGD steps, row of the result), in rising order of steps.
         self.stops = sorted(
             (steps_of(name), row) for name, row in self.rows.items() if name not in ("none", "fgsm")
         )
+        # Of the current batch: images that the progress shows, and PGD steps that are done.
         self.progress, self.shown, self.done = progress, 0, 0
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -171,48 +179,52 @@ class _Pass:
         self._classify(found, x_adv, y, index)
 
     def _pgd(self, found: Tensor, x: Tensor, y: Tensor, index: Tensor, restart: int) -> None:
-        """Take PGD's steps from one start, and classify at every number of steps asked for."""
+        """Run PGD from one start, and classify the iterates after each number in `self.stops`."""
         config, images, steps = self.config, len(y), 0
         step = kernels.pgd_step if config.norm == "linf" else kernels.pgd_step_l2
         all_steps = self.stops[-1][0] * config.restarts
         x_adv = x
         if config.random_start:
-            # Drawn for the whole batch before images drop out: the start of an image must not
-            # depend on which of the others are still attacked.
+            # Drawn for the whole batch, before images drop out: the start of an image must not
+            # depend on which other images are still attacked.
             x_adv = start_in_ball(x, self.eps, config.norm, (0.0, 1.0), self.starts)
         for number, (stop, row) in enumerate(self.stops):
             if self.worst or restart:
-                # An image drops out once nothing that is still to come can change its result: with
-                # `worst` after any success, else when all remaining rows have been fooled by
-                # earlier restarts.
+                # An image drops out when the remaining steps cannot change its result: with `worst`
+                # after any success, else when earlier restarts have fooled it in all remaining
+                # rows.
                 to_come = [later for _, later in self.stops[number:]]
                 decided = found.any(0) if self.worst else found[to_come].all(0)
                 left = ~decided[index]
                 x, x_adv, y, index = x[left], x_adv[left], y[left], index[left]
             if not len(index):
                 return
-            # One autocast context per stretch of steps keeps the bf16 copies of the weights for all
-            # of them. Classification is outside of it, in fp32.
+            # One autocast context for all steps up to `stop`, which then share the bf16 copies of
+            # the weights. Classification is outside the context, in fp32.
             with autocast(x.device, self.precision):
                 for _ in range(stop - steps if self.eps else 0):
                     grad = input_gradient(self.model, x_adv, y, config.attack_loss)
                     x_adv = step(x_adv, grad, x, self.eps, self.alpha, (0.0, 1.0))
                     self.done += 1
-                    # The last image is shown when the batch is complete.
+                    # `__call__` shows the last image when the batch is complete.
                     self._show(min(images * self.done // all_steps, images - 1))
             self._classify(found[row], x_adv, y, index)
             steps = stop
 
     @torch.no_grad()
     def _classify(self, found: Tensor, x: Tensor, y: Tensor, index: Tensor) -> None:
-        """Set `found`, (B,), at `index` where `x` is misclassified; `index` has an entry per image.
+        """Set `found`, (B,), to True at the images of `x` that are misclassified.
 
-        True values stay, so that a later restart cannot take back a success.
+        `index` has the position in the batch of each image of `x`. True values of `found` stay
+        True: a later restart does not undo a success.
         """
         found[index] |= ~correct(self.model(x), y)
 
     def _show(self, images: int) -> None:
-        """Advance the progress to `images` of this batch: a share of the steps counts as images."""
+        """Advance the progress to `images` images of this batch.
+
+        During PGD, a share of the steps counts as that share of the images.
+        """
         if images > self.shown:
             self.progress.advance(images - self.shown)
             self.shown = images

@@ -1,4 +1,4 @@
-"""What `fastiat diagnose` measures: attacks, noise and the loss surface around the images.
+"""The measurements of `fastiat diagnose`: attacks, noise and the loss surface around the images.
 
 `fastiat.measuring.verdicts` turns these measurements into findings.
 """
@@ -35,22 +35,22 @@ from fastiat.system.progress import Progress
 
 CLIP = (0.0, 1.0)
 STEPS = (1, 5, 20, 100)
-"""Numbers of PGD steps that are compared; in the paper's Table 7 errors grow by half a point after
-20."""
+"""Numbers of PGD steps that are compared. In the paper's Table 7, errors grow by half a point after
+20 steps."""
 USUAL_STEPS = 20
-"""Steps of the attack that all others are compared with: what papers usually report."""
+"""Steps of the usual attack, which papers report most often; other attacks are compared with it."""
 USUAL = f"pgd-{USUAL_STEPS}"
 CROSSING = 2.5
-"""All steps together are at least this many radii long (Madry et al. 2018, appendix)."""
+"""All steps together are at least this many times eps long (Madry et al. 2018, appendix)."""
 GROWTH = (2, 4, 8)
-"""Multiples of eps that are tried, before the radius whose ball contains every image."""
+"""Multiples of eps that are tested before the radius whose ball contains every image."""
 NOISES = 10
-"""Random points per image; the image counts if one of them is misclassified."""
+"""Random points per image; an image counts as fooled if any of its points is misclassified."""
 FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 """Fractions of eps at which the loss is computed."""
 NOISE_POINTS = 10.0
-"""Noise is compared at the smallest eps at which PGD adds this many percentage points of error:
-with fewer, the ratio of the two means little."""
+"""Noise and PGD are compared at the smallest eps at which PGD adds this many percentage points of
+error: with fewer points, the ratio of the two added errors means little."""
 
 
 def examine(
@@ -67,16 +67,18 @@ def examine(
 ) -> list[Finding]:
     """Return the findings of all checks on `model`, which takes pixels and returns logits.
 
-    split: images to attack; the model's device is used.
-    eps, alpha: radius and PGD step size, in pixels of [0, 1]. In balls larger than `eps`, steps are
-        longer where `alpha` would not cross the ball.
-    batch_size: images attacked at a time; the findings do not depend on it. None takes
+    split: images to attack; batches are moved to the device of `model`.
+    eps, alpha: radius and PGD step size, for pixels in [0, 1]. In balls larger than `eps`, the step
+        size grows if PGD with `alpha` would not cross the ball.
+    norm: "linf" or "l2".
+    seed: seed of the random starts and of the noise.
+    batch_size: images attacked at a time; the findings do not depend on it. None uses
         `one_pass.default_batch`.
-    partner: another network for the same images, on the same device.
+    partner: another network for the same images, on the same device; None omits the transfer check.
     autoattack: run AutoAttack too, which needs pyautoattack and at least 4 classes.
 
-    Everything is computed in fp32, because gradients that round to zero are one of the signs.
-    Raises `InputError` where the ball of radius `eps` contains every image.
+    Everything is computed in fp32, because gradients that round to zero are a sign of masked
+    gradients. Raises `InputError` if the ball of radius `eps` contains every image.
     """
     size = batch_size or default_batch(split.shape[-1])
     device = str(next(model.parameters()).device)
@@ -84,7 +86,7 @@ def examine(
     probe = _Probe(model, split, eps, alpha, config)
     if eps >= probe.whole:
         raise InputError(
-            f"eps {eps:g} allows every image there is, so that no network could be robust: "
+            f"eps {eps:g} allows every image there is, so no network could be robust: "
             f"give less than {probe.whole:.4g}"
         )
     names = [f"pgd-{steps}" for steps in STEPS]
@@ -92,6 +94,7 @@ def examine(
     clean, usual = found["none"], found[USUAL]
 
     def added(fooled: Tensor) -> float:
+        """Return the error that an attack adds to the clean error, in percentage points."""
         return verdicts.percent(fooled) - verdicts.percent(clean)
 
     by_eps = {eps: usual}
@@ -132,7 +135,7 @@ class _Probe:
         return next(self.model.parameters()).device
 
     def fooled(self, attacks: list[str], eps: float, loss: Loss = "ce") -> dict[str, Tensor]:
-        """Return which images each attack fools, {attack: (N,) bool}, all in one pass."""
+        """Return which images each attack fools, {attack: (N,) bool}, from one pass."""
         alpha = self.alpha
         if eps > self.eps:
             alpha = max(alpha, CROSSING * eps / USUAL_STEPS)
@@ -141,11 +144,11 @@ class _Probe:
 
     @property
     def whole(self) -> float:
-        """The radius of a ball that contains every image, wherever its centre is."""
+        """The radius of a ball that contains every image, for any centre in the pixel range."""
         return 1.0 if self.config.norm == "linf" else math.prod(self.split.shape) ** 0.5
 
     def batches(self, title: str, starts: Starts) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield pixels and labels, the network in eval mode, and show the progress."""
+        """Yield pixels and labels, with the network in eval mode, and show the progress."""
         size = self.config.batch_size
         assert size
         with Progress(title, len(self.split)) as progress, attack_mode(self.model, "eval"):
@@ -154,7 +157,7 @@ class _Probe:
                 progress.advance(len(y))
 
     def starts(self) -> Starts:
-        """Return fresh random starts: every attack begins at the same points."""
+        """Return new random starts with the same seed: every attack starts at the same points."""
         return Starts(self.config.seed, self.device)
 
     @torch.no_grad()
@@ -163,7 +166,10 @@ class _Probe:
         return (~correct(self.model(x), y)).cpu()
 
     def noise(self, eps: float) -> Tensor:
-        """Return which images one of `NOISES` random points in the ball fools, (N,) bool."""
+        """Return which images are misclassified at any of `NOISES` random points, (N,) bool.
+
+        The points are uniform in the ball of radius `eps`.
+        """
         starts, norm = self.starts(), self.config.norm
         found = []
         for x, y in self.batches("Noise", starts):
@@ -172,7 +178,7 @@ class _Probe:
         return torch.cat(found)
 
     def transfer(self, partner: nn.Module) -> Tensor:
-        """Return which images are misclassified after an attack on `partner`, (N,) bool."""
+        """Return which images `model` misclassifies after an attack on `partner`, (N,) bool."""
         starts = self.starts()
         attack = partial(
             pgd, partner, eps=self.eps, alpha=self.alpha, steps=USUAL_STEPS,
@@ -182,7 +188,7 @@ class _Probe:
         return torch.cat([self.wrong(attack(x, y), y) for x, y in images])
 
     def gradient_norms(self) -> Tensor:
-        """Return the L2 norm of the loss's gradient at every image, (N,) float64."""
+        """Return the L2 norm of the loss gradient at every image, (N,) float64 on the CPU."""
         norms = []
         for x, y in self.batches("Gradients", self.starts()):
             gradient = input_gradient(self.model, x, y).double()
@@ -190,10 +196,11 @@ class _Probe:
         return torch.cat(norms).cpu()
 
     def surface(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss along the gradient and along noise, (F, N) each, F over `FRACTIONS`.
+        """Return the loss along the gradient, the loss along noise, and the linearity error.
 
-        The third tensor, (N,), is the linearity error along the gradient (after Qin et al. 2019):
-        |rise of the loss at eps - rise that the gradient predicts| / |predicted rise|.
+        The losses are (F, N), for F fractions of eps in `FRACTIONS`. The linearity error along the
+        gradient, (N,), is |rise of the loss at eps - rise that the gradient predicts| / |predicted
+        rise| (after Qin et al. 2019). All three are float64 on the CPU.
         """
         starts = self.starts()
         along, aside, linearity = [], [], []
@@ -212,7 +219,10 @@ class _Probe:
         return torch.cat(along, 1).cpu(), torch.cat(aside, 1).cpu(), torch.cat(linearity).cpu()
 
     def _unit(self, direction: Tensor) -> Tensor:
-        """Return the longest step of norm 1 along `direction`; zero where `direction` is zero."""
+        """Return the step of norm 1 with the largest product with `direction`, for each image.
+
+        The step is zero if `direction` is zero. NaN in `direction` counts as zero.
+        """
         direction = direction.nan_to_num()
         if self.config.norm == "linf":
             return direction.sign()
@@ -222,7 +232,7 @@ class _Probe:
 
 @torch.no_grad()
 def precise_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the cross-entropy of each image, (B,) float64, also where it is 0 in float32.
+    """Return the cross-entropy of each image, (B,) float64, also if it would round to 0 in float32.
 
     With m = logsumexp(wrong logits) - true logit, the loss is log(1 + exp(m)).
     """

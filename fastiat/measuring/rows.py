@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 def read_rows(run_dir: str | os.PathLike[str], name: str, kind: type[T]) -> list[T]:
-    """Return the objects of the dataclass `kind` in a run's file `name`, [] if it is not there.
+    """Return the objects of the dataclass `kind` in a run's file `name`, [] if there is no file.
 
-    Raises `InputError`, naming the file, where it is damaged.
+    Raises `InputError`, which names the file, if the file is damaged.
     """
     file = Path(expanded(run_dir)) / name
     if not file.exists():
@@ -26,6 +26,6 @@ def read_rows(run_dir: str | os.PathLike[str], name: str, kind: type[T]) -> list
 
 
 def write_rows(file: Path, rows: Sequence[Any]) -> None:
-    """Write dataclass objects as a JSON list, the whole file or nothing."""
+    """Write dataclass objects as a JSON list, atomically: the whole file or nothing."""
     text = json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False)
     write(file, f"{text}\n".encode())

@@ -1,7 +1,7 @@
-"""What the measurements of a diagnosis mean: findings, and their thresholds with reasons.
+"""Findings of a diagnosis: what its measurements mean, and the thresholds with their reasons.
 
-Every check takes the images that attacks have fooled, (N,) bool, and returns a `Finding`. "Points"
-are percentage points of error.
+Most checks take tensors that say which images an attack has fooled, (N,) bool. Every check returns
+a `Finding`. "Points" are percentage points of error.
 """
 
 import itertools
@@ -20,77 +20,82 @@ DIAGNOSIS = "diagnosis.json"
 Verdict = Literal["pass", "warn", "fail", "not done"]
 WORSE: tuple[Verdict, ...] = ("pass", "warn", "fail")
 Sentences = str | tuple[str, str, str]
-"""What a finding means: one sentence, or those of pass, warn and fail."""
+"""The meaning of a finding: one sentence, or a sentence each for pass, warn and fail."""
 
 CHANCE_POINTS = 1.0
-"""An attack may be this much weaker than one that should not beat it: both start at random."""
+"""Difference in points that passes if the attack that should be stronger is weaker. The attacks
+have random starts, so small differences are chance."""
 CHANCE = 0.025
-"""If it is weaker still, the check fails only where a sign test gives a p-value below this."""
+"""A larger difference fails only if a sign test gives a p-value below this; else it warns."""
 FGSM_POINTS = 30.0
-"""PGD-20 is 10 to 29 points stronger than FGSM in the paper's adversarially trained rows but one
-(40 points); up to 72 in rows trained without an attack, where FGSM's error is far too low."""
+"""Lead of PGD over FGSM above which the check warns. In the paper's adversarially trained rows,
+PGD-20 is 10 to 29 points stronger than FGSM, with one exception (40 points). In rows trained
+without an attack the lead is up to 72 points, because FGSM's error is far too low."""
 CONVERGED_POINTS = 3.0
-"""Steps 20 to 100 add less than half a point in the paper's Table 7."""
+"""Error added by the last steps above which the check warns. In the paper's Table 7, steps 20 to
+100 add less than half a point."""
 UNBOUNDED = (99.0, 95.0)
-"""Error in % that passes and that warns where every image is allowed: an attack may need more steps
-on single images."""
+"""Least error in % that passes, and that warns, if every image is allowed: an attack may need more
+steps for some images."""
 NOISE_SHARE = (0.5, 0.9)
-"""Noise's added error divided by PGD's that passes and that warns. Where gradients are useless, PGD
-is one more random point, and the ratio is 1 or more."""
+"""Largest ratio that passes, and that warns: the error added by noise divided by the error added by
+PGD. If gradients are useless, PGD is one more random point, and the ratio is 1 or more."""
 ZERO_PERCENT = (1.0, 10.0)
-"""Images without a gradient that pass and that warn. Unmasked networks have them only where the
-float32 softmax rounds to certainty."""
+"""Largest share in % of images with a zero gradient that passes, and that warns. Without masking, a
+gradient is zero only if the float32 softmax rounds to 1."""
 RISING_PERCENT = (90.0, 75.0)
-"""Images whose loss rises along the gradient that pass and that warn; chance gives 50."""
+"""Least share in % of images whose loss rises along the gradient that passes, and that warns; a
+random direction gives 50."""
 MARGIN_POINTS = (3.0, 10.0)
-"""Lead of the margin loss that passes and that warns: 1 to 3 points are usual after adversarial
-training, where the softmax is far from certain."""
+"""Largest lead of the margin loss over cross-entropy that passes, and that warns. Usual are 1 to 3
+points after adversarial training, where the softmax is far from 1."""
 AUTOATTACK_POINTS = (5.0, 10.0)
-"""Lead of AutoAttack that passes and that warns: about 3 points for adversarial training, about 30
-for interpolation defences whose gradients were masked (Croce & Hein 2020, table 2)."""
+"""Largest lead of AutoAttack over PGD that passes, and that warns. The lead is about 3 points for
+adversarial training, and about 30 for interpolation defences whose gradients were masked (Croce &
+Hein 2020, table 2)."""
 TOO_FEW = "but on too few images to rule out chance: repeat it with a larger --limit."
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; diagnosis.json is a list of these."""
+    """The result of one check; diagnosis.json is a list of findings."""
 
     check: str
     """Name of the check, such as "FGSM weaker than PGD"."""
     verdict: Verdict
     figures: dict
-    """The measurements, by name with unit: numbers, lists of numbers, text or None."""
+    """The measurements by name, which contains the unit: numbers, lists of numbers, text, None."""
     sentence: str
-    """What it means, for a newcomer."""
+    """The meaning of the finding, for a newcomer."""
 
 
 def read_diagnosis(run_dir: str | os.PathLike[str]) -> list[Finding]:
-    """Return what `fastiat diagnose` has last found for a run, [] if it has not been called.
+    """Return the findings of the last `fastiat diagnose` on a run, or [] if there are none.
 
-    Raises `InputError` for a diagnosis.json that is damaged.
+    Raises `InputError` for a damaged diagnosis.json.
     """
     return read_rows(run_dir, DIAGNOSIS, Finding)
 
 
 def write_diagnosis(run_dir: Path, findings: Sequence[Finding]) -> None:
-    """Write diagnosis.json, whole or not at all."""
+    """Write diagnosis.json atomically: the whole file or nothing."""
     write_rows(run_dir / DIAGNOSIS, findings)
 
 
 def fgsm_weaker(fgsm: Tensor, pgd: Tensor) -> Finding:
-    """PGD's many small steps must fool at least as many images as FGSM's one large step."""
+    """Check that PGD's small steps fool at least as many images as FGSM's single large step."""
     verdict = outranks(pgd, fgsm)
     sentences: Sentences = (
-        "PGD's many small steps fool at least as many images as FGSM's single large one.",
-        f"FGSM's single step seems to beat PGD's many, {TOO_FEW}",
-        "FGSM's single large step fools more images than PGD's many small ones: the gradients on "
-        "PGD's way point in wrong directions, so they cannot be trusted.",
+        "PGD's many small steps fool at least as many images as FGSM's single large step.",
+        f"FGSM's single step seems to fool more images than PGD's many steps, {TOO_FEW}",
+        "FGSM's single large step fools more images than PGD's many small steps: PGD's gradients "
+        "point in wrong directions, so they cannot be trusted.",
     )
     if verdict == "pass" and percent(pgd) - percent(fgsm) > FGSM_POINTS:
         verdict = "warn"
         sentences = (
-            "PGD fools far more images than FGSM: a robustness figure from FGSM means nothing for "
-            "this network, quote PGD's."
+            "PGD fools far more images than FGSM: an error under FGSM says nothing about the "
+            "robustness of this network; quote the error under PGD."
         )
     return _finding(
         "FGSM weaker than PGD", verdict, sentences, pgd,
@@ -99,11 +104,11 @@ def fgsm_weaker(fgsm: Tensor, pgd: Tensor) -> Finding:
 
 
 def more_steps(by_steps: dict[int, Tensor]) -> Finding:
-    """More steps of one PGD run, {steps: fooled} in rising order, must not fool fewer images."""
+    """Check that more steps of PGD, {steps: fooled} in rising order, do not fool fewer images."""
     fooled = list(by_steps.values())
     verdict = worst(outranks(b, a) for a, b in itertools.pairwise(fooled))
     sentences: Sentences = (
-        "More steps fool as many images or more, and the last ones add next to nothing: the attack "
+        "More steps fool at least as many images, and the last steps add very little: the attack "
         "has converged.",
         f"More steps seem to fool fewer images, {TOO_FEW}",
         "More steps fool fewer images: they lead away from adversarial examples, so the gradients "
@@ -113,8 +118,8 @@ def more_steps(by_steps: dict[int, Tensor]) -> Finding:
     if verdict == "pass" and percent(fooled[-1]) - percent(fooled[-2]) > CONVERGED_POINTS:
         verdict = "warn"
         sentences = (
-            f"Going from {before} to {longest} steps still fools more images: the shorter attack "
-            f"overstates robustness, quote the longer."
+            f"{longest} steps fool more images than {before}: the shorter attack overstates "
+            f"robustness; quote the error under the longer attack."
         )
     return _finding(
         "more steps never weaker", verdict, sentences, fooled[0],
@@ -123,26 +128,26 @@ def more_steps(by_steps: dict[int, Tensor]) -> Finding:
 
 
 def larger_eps(by_eps: dict[float, Tensor]) -> Finding:
-    """With eps, {eps: fooled} in rising order, the error must grow, and reach 100 %.
+    """Check that the error grows with eps, {eps: fooled} in rising order, and reaches 100 %.
 
-    The ball of the last eps contains every image.
+    The ball of the last eps must contain every image.
     """
     fooled = list(by_eps.values())
     growing = worst(outranks(b, a) for a, b in itertools.pairwise(fooled))
     reaching = at_least(percent(fooled[-1]), UNBOUNDED)
     sentences: Sentences = (
-        "An attack that may change every pixel freely fools every image, as it must.",
+        "An attack that may change every pixel freely fools every image, as it should.",
         "Even an attack that may change every pixel freely misses a few images: its steps do not "
-        "find the adversarial examples there.",
-        "Even an attack that may change every pixel freely fails on images that it could turn into "
-        "any other: the attack is blinded, the network is not robust.",
+        "find the adversarial examples of these images.",
+        "Even an attack that may change every pixel freely misses many images, although it could "
+        "turn them into any other: it follows useless gradients, and the network is not robust.",
     )
     if growing != "pass" and reaching == "pass":
         sentences = (
             "",
             f"A larger ball seems to make the attack weaker, {TOO_FEW}",
-            "A larger ball makes the attack weaker, although it contains the smaller one: the "
-            "attack does not find what is there, so the error at this eps is an underestimate.",
+            "A larger ball makes the attack weaker, although it contains the smaller ball: the "
+            "attack misses adversarial examples, so the error at this eps is an underestimate.",
         )
     return _finding(
         "larger eps reaches 100 %", worst((growing, reaching)), sentences, fooled[0],
@@ -151,15 +156,19 @@ def larger_eps(by_eps: dict[float, Tensor]) -> Finding:
 
 
 def white_box(transferred: Tensor | None, own: Tensor) -> Finding:
-    """Examples made on another network must not beat those made on this one."""
+    """Check that examples made on another network do not fool more images than this network's own.
+
+    `transferred` is None if there is no other network: then the check is not done.
+    """
     check = "white-box beats transfer"
     if transferred is None:
-        sentence = "Name another run for the same images with --partner, such as another seed's."
+        sentence = "Give a run on the same images, such as one with another seed, with --partner."
         return Finding(check, "not done", {}, sentence)
     sentences = (
-        "Examples made on another network are no stronger than those made on this one.",
-        f"Examples made on another network seem to beat those made on this one, {TOO_FEW}",
-        "Examples made on another network fool more images than those made on this one: "
+        "Examples made on another network fool no more images than examples made on this network.",
+        "Examples made on another network seem to fool more images than examples made on this "
+        f"network, {TOO_FEW}",
+        "Examples made on another network fool more images than examples made on this network: "
         "adversarial examples exist, and this network's gradients hide them.",
     )
     return _finding(
@@ -169,15 +178,22 @@ def white_box(transferred: Tensor | None, own: Tensor) -> Finding:
 
 
 def noise_weaker(clean: Tensor, noise: Tensor, pgd: Tensor, *, eps: float, points: int) -> Finding:
-    """Noise, the worst of `points` random points in a ball, must add far less error than PGD."""
+    """Check that noise adds far less error than PGD.
+
+    clean: images that are misclassified without an attack.
+    noise: images that are misclassified at any of `points` random points in the ball.
+    pgd: images that PGD fools.
+    eps: radius of the ball of both.
+    """
     gains = [percent(fooled) - percent(clean) for fooled in (noise, pgd)]
     share = gains[0] / gains[1] if gains[1] > 0 else None
     sentences = (
-        "Random noise of the same size adds far fewer errors than the attack: its gradients are "
-        "worth something.",
-        "Random noise of the same size comes near the attack: its gradients are worth little.",
-        "Random noise of the same size does as well as the attack: the gradients are worth "
-        "nothing.",
+        "Random noise of the same size adds far fewer errors than the attack: the gradients help "
+        "the attack.",
+        "Random noise of the same size adds a large part of the errors that the attack adds: the "
+        "gradients help the attack little.",
+        "Random noise of the same size adds about as many errors as the attack: the gradients do "
+        "not help the attack.",
     )
     return _finding(
         "noise far weaker than gradients",
@@ -194,14 +210,14 @@ def noise_weaker(clean: Tensor, noise: Tensor, pgd: Tensor, *, eps: float, point
 
 
 def gradients(norms: Tensor) -> Finding:
-    """Every image must have a gradient to follow; `norms`, (N,), are the gradients' L2 norms."""
+    """Check that every image has a gradient; `norms`, (N,), are the L2 norms of the gradients."""
     finite = norms[norms.isfinite()]
     zero, broken = percent(norms == 0), percent(~norms.isfinite())
     sentences = (
         "Nearly every image has a gradient that an attack can follow.",
-        "Some images have no gradient at all: attacks on them are blind.",
-        "Gradients are zero or not finite: an attack that follows them is blind, and its failure "
-        "says nothing about robustness.",
+        "The gradient of some images is zero: attacks cannot follow it.",
+        "Gradients are zero or not finite: an attack cannot follow them, and its failure says "
+        "nothing about robustness.",
     )
     return _finding(
         "gradients are there",
@@ -215,7 +231,7 @@ def gradients(norms: Tensor) -> Finding:
 
 
 def surface(along: Tensor, aside: Tensor, linearity: Tensor, fractions: list[float]) -> Finding:
-    """The loss must rise along its gradient, and by more than in a random direction.
+    """Check that the loss rises along its gradient, and by more than in a random direction.
 
     along, aside: the loss, (F, N), along the gradient and in a random direction, at the F
         `fractions` of eps; the first fraction is 0.
@@ -226,10 +242,10 @@ def surface(along: Tensor, aside: Tensor, linearity: Tensor, fractions: list[flo
     sentences = (
         "The loss rises along its gradient, and by more than in a random direction: gradients lead "
         "an attack to higher loss.",
-        "For a good part of the images the loss does not rise along its gradient: attacks on them "
-        "go in wrong directions.",
-        "The loss does not rise along its gradient: it is flat or jagged, and attacks that follow "
-        "gradients are lost on it.",
+        "For many images the loss does not rise along its gradient: attacks on these images step "
+        "in wrong directions.",
+        "The loss does not rise along its gradient: the loss is flat or jagged, and attacks that "
+        "follow gradients fail.",
     )
     return _finding(
         "loss rises along its gradient",
@@ -247,13 +263,16 @@ def surface(along: Tensor, aside: Tensor, linearity: Tensor, fractions: list[flo
 
 
 def cross_entropy(ce: Tensor, margin: Tensor) -> Finding:
-    """The margin loss must not fool many images that cross-entropy, which can saturate, misses."""
+    """Check that PGD on the margin loss fools few images that PGD on cross-entropy misses.
+
+    Cross-entropy can saturate, so that its gradient vanishes; the margin loss cannot.
+    """
     sentences = (
-        "Attacks on the margin of the logits find little that attacks on cross-entropy miss.",
+        "Attacks on the margin of the logits fool few images that attacks on cross-entropy miss.",
         "Attacks on the margin of the logits fool more images than attacks on cross-entropy: quote "
         "the larger error.",
         "Attacks on the margin of the logits fool far more images than attacks on cross-entropy: "
-        "the softmax is so certain that it hides the gradient.",
+        "the softmax is so close to 0 and 1 that the gradient of cross-entropy vanishes.",
     )
     return _finding(
         "cross-entropy against margin", _lead(ce, margin, MARGIN_POINTS), sentences, ce,
@@ -262,15 +281,18 @@ def cross_entropy(ce: Tensor, margin: Tensor) -> Finding:
 
 
 def autoattack_gap(auto: Tensor | None, pgd: Tensor) -> Finding:
-    """AutoAttack, one of whose parts needs no gradient, must not find much more than PGD."""
+    """Check that AutoAttack, one part of which needs no gradient, fools few images more than PGD.
+
+    `auto` is None if AutoAttack has not run: then the check is not done.
+    """
     check = "AutoAttack gap"
     if auto is None:
-        return Finding(check, "not done", {}, "Add --autoattack: it takes minutes to hours.")
+        return Finding(check, "not done", {}, "Add --autoattack, which takes minutes to hours.")
     sentences = (
-        "AutoAttack, the field's standard, finds little more than PGD.",
-        "AutoAttack, the field's standard, finds clearly more than PGD: quote its error.",
-        "AutoAttack, the field's standard, finds far more than PGD: the robustness that PGD shows "
-        "is not real.",
+        "AutoAttack, the field's standard, fools few images more than PGD.",
+        "AutoAttack, the field's standard, fools clearly more images than PGD: quote its error.",
+        "AutoAttack, the field's standard, fools far more images than PGD: the robustness that PGD "
+        "shows is not real.",
     )
     return _finding(
         check, _lead(pgd, auto, AUTOATTACK_POINTS), sentences, pgd,
@@ -281,17 +303,17 @@ def autoattack_gap(auto: Tensor | None, pgd: Tensor) -> Finding:
 def _finding(
     check: str, verdict: Verdict, sentences: Sentences, images: Tensor, **figures: Any
 ) -> Finding:
-    """Return a finding on `images`, a tensor of length N."""
+    """Return a finding on N images; `images` is any tensor of length N."""
     if not isinstance(sentences, str):
         sentences = sentences[WORSE.index(verdict)]
     return Finding(check, verdict, figures | {"n": len(images)}, sentences)
 
 
 def outranks(stronger: Tensor, weaker: Tensor) -> Verdict:
-    """Compare two attacks on the same images, (N,) bool: `stronger` should not be the weaker one.
+    """Check that the attack `stronger` is not weaker than `weaker`; (N,) bool on the same images.
 
-    It may be weaker by `CHANCE_POINTS`. By more, it fails if a sign test on the images on which the
-    two differ gives a p-value below `CHANCE`.
+    A difference of up to `CHANCE_POINTS` passes. A larger difference fails if a sign test on the
+    images on which the two attacks differ gives a p-value below `CHANCE`, and warns otherwise.
     """
     if percent(weaker) - percent(stronger) <= CHANCE_POINTS:
         return "pass"
@@ -301,18 +323,21 @@ def outranks(stronger: Tensor, weaker: Tensor) -> Verdict:
 
 
 def _lead(usual: Tensor, other: Tensor, points: tuple[float, float]) -> Verdict:
-    """Compare the lead of `other` with `points`; it fails only if chance is ruled out too."""
+    """Compare the lead of `other` over `usual` with the limits `points`, as `at_most` does.
+
+    The result is "warn" instead of "fail" if a sign test does not rule out chance, see `outranks`.
+    """
     verdict = at_most(percent(other) - percent(usual), points)
     return "warn" if verdict == "fail" and outranks(usual, other) != "fail" else verdict
 
 
 def at_least(value: float, limits: tuple[float, float]) -> Verdict:
-    """Return pass from the first limit up, warn from the second, else fail."""
+    """Return "pass" for values from the first limit up, "warn" from the second up, else "fail"."""
     return WORSE[sum(value < limit for limit in limits)]
 
 
 def at_most(value: float, limits: tuple[float, float]) -> Verdict:
-    """Return pass up to the first limit, warn up to the second, else fail."""
+    """Return "pass" for values up to the first limit, "warn" up to the second, else "fail"."""
     return WORSE[sum(value > limit for limit in limits)]
 
 
@@ -322,9 +347,10 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def percent(which: Tensor) -> float:
-    """Return the share of true values in percent."""
+    """Return the share of True values in percent."""
     return 100 * int(which.sum()) / which.numel()
 
 
 def _finite(value: Tensor) -> float | None:
+    """Return `value` as a float, or None, since JSON has no NaN and no infinity."""
     return float(value) if value.isfinite() else None
