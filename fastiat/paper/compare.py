@@ -167,8 +167,8 @@ def command_of(name: str, config: Any, default: Any) -> str:
     """Return the command line of `config`, without settings that equal those of `default`."""
     words = ["fastiat", name]
     # Positional arguments come first, as in the usage line; settings of several commands last.
-    own, positional = type(config).__annotations__, config.positional
-    for field in sorted(fields(config), key=lambda f: (f.name not in positional, f.name not in own)):
+    own, first = type(config).__annotations__, config.positional
+    for field in sorted(fields(config), key=lambda f: (f.name not in first, f.name not in own)):
         value, flag = getattr(config, field.name), flag_of(field.name)
         values = value if isinstance(value, tuple) else (value,)
         if field.name in config.positional:
