@@ -2,7 +2,7 @@
 # make test      run the test suite
 # make torture KILLS=100 INPUTS=10000   kill trainings, resume and compare; read damaged files
 # make test-gpu  the tests that need a CUDA device, real kernels included
-# make test-oldest TESTS=tests/test_engine.py   with every dependency at its lower bound
+# make test-oldest TESTS=tests/engine/test_engine.py   with every dependency at its lower bound
 # make lint      ruff and mypy
 # make bench     throughput of attack, training step and kernels
 # make gpu       tests and measurements that need a GPU, in nine minutes; installs nothing
@@ -56,15 +56,15 @@ quick: $(TOOLS)
 	$(call PYTEST,$(VENV)) -m "not slow"
 
 torture: $(TOOLS)
-	$(BIN)/python tests/torture.py --kills $(KILLS)
-	$(BIN)/python tests/fuzz.py --inputs $(INPUTS)
+	$(BIN)/python tests/tools/torture.py --kills $(KILLS)
+	$(BIN)/python tests/tools/fuzz.py --inputs $(INPUTS)
 
 test-gpu: $(TOOLS)
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "there is no CUDA device"'
 	$(BIN)/python -m pytest -m gpu
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python tests/oldest.py --check
+	$(OLDEST)/bin/python tests/tools/oldest.py --check
 	$(call PYTEST,$(OLDEST)) -m "not slow" $(TESTS)
 
 lint: $(TOOLS)
@@ -87,10 +87,10 @@ gpu-results:
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info
 
-$(OLDEST)/.installed: pyproject.toml tests/oldest.py
+$(OLDEST)/.installed: pyproject.toml tests/tools/oldest.py
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python tests/oldest.py > $(OLDEST)/pins.txt
+	$(OLDEST)/bin/python tests/tools/oldest.py > $(OLDEST)/pins.txt
 	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' --constraint $(OLDEST)/pins.txt
 	touch $(OLDEST)/.installed
 

@@ -7,17 +7,14 @@ complaints. Under CI nothing may be skipped: what a test relies on must be there
 import os
 import shutil
 import signal
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from disks import can_mount
 
 from fastiat import cli
 from fastiat.train import Trainer
@@ -27,6 +24,8 @@ hypothesis.settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("untimed")
+
+pytest_plugins = ["archives"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -128,29 +127,6 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         command = ["train", *SMALL, "--checkpoint-every", "0", "--out", str(out)]
         assert cli.main(command) == 143
     return out
-
-
-@contextmanager
-def disk(folder: Path, *options: str) -> Iterator[None]:
-    """Make `folder` a disk of its own while the block runs."""
-    mount = ["mount", "-t", "tmpfs", *(f"-o{option}" for option in options), "tmpfs", str(folder)]
-    subprocess.run(mount, check=True, capture_output=True)
-    try:
-        yield
-    finally:
-        if os.path.ismount(folder):
-            subprocess.run(["umount", str(folder)], check=True)
-
-
-@cache
-def can_mount() -> bool:
-    """Whether we may mount: as root, where the container allows it."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with disk(Path(folder)):
-                return True
-        except (OSError, subprocess.SubprocessError):
-            return False
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Training from end to end: repeated, stopped, resumed, on a full disk, and shown."""
 
 import fcntl
-import json
 import os
 import pty
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torture import equal
+from trainings import assert_same, rows_of, signal_in
 
 from fastiat import cli
 from fastiat.runs.directory import METRICS, MODEL, STATE, Run
@@ -39,22 +38,6 @@ VARIANTS = {
     ),
     "holdout": (18, ("--epochs", "3", "--holdout", "280", "--patience", "2")),
 }
-# Fields of a row that the seed does not determine.
-TIMES = ("seconds", "images_per_second")
-
-
-def rows_of(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-
-
-def assert_same(one: Path, other: Path) -> None:
-    """Two finished runs have the same bits in weights, averages and generators, and equal rows."""
-    a, b = (read_state(run / STATE) for run in (one, other))
-    assert a.keys() == b.keys()
-    assert [name for name in a if not equal(a[name], b[name])] == []
-    assert equal(load_file(one / MODEL), load_file(other / MODEL))
-    assert rows_of(one) == rows_of(other)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -64,20 +47,6 @@ def whole(request, small, tmp_path_factory) -> tuple[Path, tuple[str, ...], int]
     out = tmp_path_factory.mktemp("whole") / request.param
     assert cli.main(["train", *small, *flags, "--out", str(out)]) == 0
     return out, (*small, *flags), steps
-
-
-def signal_in(monkeypatch, method: str, number: int, at_step: int) -> None:
-    """Send this process a signal in the trainer's `method`, once, at step `at_step` or later."""
-    original, sent = getattr(Trainer, method), []
-
-    def wrapped(self, *arguments):
-        result = original(self, *arguments)
-        if self.step >= at_step and not sent:
-            sent.append(number)
-            os.kill(os.getpid(), number)
-        return result
-
-    monkeypatch.setattr(Trainer, method, wrapped)
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def interpreter(
         **os.environ,
         "TRITON_INTERPRET": "1",
         "KERNEL_LAUNCH_LOG": str(folder / "launched"),
-        "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "tools"), *sys.path]),
     }
     options = ["-q", "-p", "kernel_launch_log", "-p", "no:cacheprovider", "-W", "ignore"]
     with (

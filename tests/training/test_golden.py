@@ -1,7 +1,8 @@
 """Golden losses: each method's first updates give the losses committed in golden/losses.json.
 
 They prove that a change which is meant to change no number changes none. After a change that is
-meant to, write the file again with `python tests/test_golden.py` and give the reason in the commit.
+meant to, write the file again with `python tests/training/test_golden.py` and give the reason in
+the commit.
 """
 
 import json
@@ -15,7 +16,7 @@ from fastiat import data
 from fastiat.config import TrainConfig
 from fastiat.train import Trainer
 
-FILE = Path(__file__).parent / "golden" / "losses.json"
+FILE = Path(__file__).parents[1] / "golden" / "losses.json"
 UPDATES = 6
 METHODS: dict[str, dict[str, Any]] = {
     **{

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from test_train import assert_same
+from trainings import assert_same
 
 from fastiat import cli, data
 from fastiat.config import TrainConfig
 from fastiat.runs import lock
 from fastiat.runs.directory import LOCK, Run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from fastiat import cli
 from fastiat.page import figures
 from fastiat.page.figures import Series
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = ("\u732b", "\u0642\u0637", "\U0001f408", "caf\u00e9", "<i>&")
 ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
 

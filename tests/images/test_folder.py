@@ -780,7 +780,7 @@ with tree.mapped(work, ["a", "b"]) as results:
 """
     # A worker that went on would keep this pipe open, and the call waiting.
     ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True,
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True,
         timeout=45,
     )  # fmt: skip
     assert ended.returncode == -9

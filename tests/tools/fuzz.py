@@ -1,4 +1,6 @@
-"""Damaged and hostile files for all code that reads outside data: `python tests/fuzz.py --help`.
+"""Damaged and hostile files for all code that reads outside data.
+
+Usage: `python tests/tools/fuzz.py --help`.
 
 Every input is a damaged copy of a valid file, put where a user would have it, and the command or
 function that reads it is called in a forked process with limits. It must accept
@@ -165,7 +167,7 @@ def _tally(
 
 
 def _failure(seed: int, target: Target, number: int, why: str) -> str:
-    command = f"python tests/fuzz.py --seed {seed} --again {target.name} {number}"
+    command = f"python tests/tools/fuzz.py --seed {seed} --again {target.name} {number}"
     return f"{target.name} {number}: {why}\n  again: {command}"
 
 

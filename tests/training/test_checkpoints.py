@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from test_train import assert_same, rows_of, signal_in
+from trainings import assert_same, rows_of, signal_in
 
 from fastiat import cli
 from fastiat.config import TrainConfig

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import disk
-from test_train import assert_same
+from disks import disk
+from trainings import assert_same
 
 from fastiat import cli
 from fastiat.runs.directory import LOCK, PREVIOUS, STATE, Run

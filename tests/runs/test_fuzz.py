@@ -11,14 +11,14 @@ from fastiat.runs.directory import CONFIG, LOCK, LOG, METRICS, MODEL, PREVIOUS, 
 from fastiat.system.errors import one_line, printable
 from fastiat.system.tables import markdown
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_no_hostile_file_ends_in_anything_but_acceptance_or_one_line():
     # In a process of its own, as torch's threads do not survive forks.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "tests/fuzz.py", "--inputs", "500", "--seed", "1"]
+    command = [sys.executable, "tests/tools/fuzz.py", "--inputs", "500", "--seed", "1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "none failed" in done.stdout, done.stdout + done.stderr
 
@@ -28,7 +28,7 @@ def test_the_fuzzer_finds_what_it_is_to_find(tmp_path):
     """Readers that do what none may are put in place of fastiat's own."""
     code = """
 import dataclasses, os, sys, time
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/tools")
 import fuzz, fuzz_targets
 from fastiat.system.errors import InputError
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import disk
+from archives import pack
+from disks import disk
 from PIL import Image
-from test_data import cifar10, fashion, offline, pack, svhn
 
 import fastiat
 from fastiat import cli, data
@@ -29,7 +29,6 @@ from fastiat.runs.results import read_results
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer
 
-__all__ = ["cifar10", "fashion", "offline", "svhn"]
 TINY = ("--arch", "mlp6", "--width", "8", "--steps", "1", "--epochs", "1", "--batch-size", "4")
 CPU = ("--device", "cpu", "--precision", "fp32")
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastiat.kernels import mix, mixed_cross_entropy, pgd_step, random_start
 
 pytestmark = reference_only
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 WITHOUT_TRITON = """
 import sys

@@ -11,7 +11,7 @@ from fastiat.attack import PGD
 from fastiat.engine import graphs
 from fastiat.system.errors import InputError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
 
 

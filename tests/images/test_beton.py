@@ -25,7 +25,7 @@ from fastiat.images import beton, beton_writer, convert
 from fastiat.images import ffcv as ffcv_package
 from fastiat.system.errors import InputError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DIGITS = data.load("digits")
 
 

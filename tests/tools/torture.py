@@ -1,6 +1,6 @@
 """Kill trainings with SIGKILL, at random moments and within writes, and check the files left.
 
-    python tests/torture.py --kills 100 [--seed N]     make torture KILLS=100
+    python tests/tools/torture.py --kills 100 [--seed N]     make torture KILLS=100
 
 A training is killed several times, resumed every time, and at the end compared with a training
 that was never killed: weights, checkpoint with its generators, and rows of metrics.jsonl except
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402

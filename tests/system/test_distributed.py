@@ -24,8 +24,8 @@ from rank_jobs import (
     numbers,
     together,
 )
-from test_train import assert_same
 from torture import equal
+from trainings import assert_same
 
 from fastiat import cli, data
 from fastiat.config import TrainConfig
@@ -37,7 +37,7 @@ from fastiat.system import ranks
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FLAGS = ("--epochs", "3", "--batch-size", "126", "--holdout", "200", "--ema", "0.9")
 
 
@@ -211,7 +211,7 @@ def test_an_update_that_one_rank_cannot_make_is_left_out_by_all(flags, tmp_path)
 def torchrun(count: int, script: Path, job: str, *arguments: object) -> subprocess.CompletedProcess:
     """Start a function of `rank_jobs` in `count` processes of the real torchrun."""
     script.write_text(f"import sys, rank_jobs\nsys.exit(rank_jobs.{job}(*{arguments!r}))\n")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "tools")])
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone",
          "--nproc-per-node", str(count), str(script)],

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import assert_same, rows_of, signal_in
 from torture import equal
+from trainings import assert_same, rows_of, signal_in
 
 from fastiat import cli, data
 from fastiat.config import TrainConfig

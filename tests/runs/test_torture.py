@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("torture.py")
+SCRIPT = Path(__file__).parents[1] / "tools" / "torture.py"
 
 
 @pytest.mark.slow

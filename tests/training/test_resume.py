@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import assert_same, signal_in
 from torture import equal
+from trainings import assert_same, signal_in
 
 from fastiat import cli, data
 from fastiat.config import PRESETS, TrainConfig

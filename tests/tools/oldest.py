@@ -1,7 +1,7 @@
 """The lower bounds of pyproject.toml, for `make test-oldest`: pins for pip, and their check.
 
-`python tests/oldest.py` prints every dependency at exactly its lower bound, a constraints file;
-`python tests/oldest.py --check` raises unless this environment has those versions.
+`python tests/tools/oldest.py` prints every dependency at exactly its lower bound, as constraints;
+`python tests/tools/oldest.py --check` raises unless this environment has those versions.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 REQUIREMENT = re.compile(r"([\w.-]+)(>=|~=)(\d+(?:\.\d+)*)(?:; (.+))?")
 
 

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import narrow_networks
 import pytest
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ def _checked(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("isa", [None, "AVX2"])
 def test_narrow_networks_train_within_their_memory_and_with_the_gradients_of_float64(isa):
     more = {} if isa is None else {"ONEDNN_MAX_CPU_ISA": isa}
-    done = _checked(str(Path(__file__).with_name("narrow_networks.py")), **more)
+    done = _checked(str(Path(narrow_networks.__file__)), **more)
     assert done.returncode == 0, (done.returncode, done.stdout[-200:], done.stderr[-2000:])
     assert done.stdout.count("trained") > 20 and done.stdout.count("compared") == 9
 

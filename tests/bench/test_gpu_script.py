@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MIXES = ("none", "mixup", "manifold")
 PARTS = ["ceilings", "tests", "preact18", "wrn28_10", "kernels", "profile"]
 
