@@ -43,7 +43,8 @@ from fastiat.system.errors import InputError, printable
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import expanded
 
-EXTENSIONS = tuple(".png .jpg .jpeg .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm".split())
+_PNM = (".ppm", ".pgm", ".pbm", ".pnm")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", *_PNM)
 SPLITS = ("train", "test")
 
 CHUNK = 128
