@@ -327,6 +327,18 @@ def test_a_pipe_named_like_an_image_is_refused_without_waiting_for_it(tree: Path
     assert refusal(tree) == f"{tree / 'train/cat/2.png'} is not a file: remove it"
 
 
+def test_an_image_that_may_not_be_read_is_not_called_damaged(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tree / "train/cat/0.png"
+
+    def forbidden(file: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    assert refusal(tree) == f"{path} cannot be read: Permission denied"
+
+
 def test_mixed_sizes_name_two_files_with_their_sizes(tree: Path) -> None:
     random_image(12).save(tree / "test/cat/0.png")
     message = refusal(tree)
