@@ -182,7 +182,8 @@ def open_beton(path: str | os.PathLike[str]) -> Beton:
             return _open(path, file)
     except FileNotFoundError:
         raise InputError(
-            f"{path} does not exist: write it with fastiat convert DATASET {path.name}"
+            f"{path} does not exist: name its new place with --data-dir if it was moved, or write "
+            f"it with fastiat convert DATASET {path.name}"
         ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None

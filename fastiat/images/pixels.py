@@ -77,6 +77,8 @@ def opened(path: str, *, head_only: bool = False) -> Iterator[Image.Image]:
         raise InputError(f"{path} is not an image or damaged: replace or remove it") from error
     # Pillow's readers raise errors of any kind for a damaged file.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # of the system, not of a reader
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} cannot be decoded ({reason}): replace or remove it") from error
 

@@ -4,9 +4,10 @@ Rules for the contents of a tree:
 
 - The classes are the sorted names of the folders. Both splits have the same two or more classes.
 - The images are the files directly in a class folder whose extension is in `EXTENSIONS`, in upper
-  or lower case; symbolic links are followed. A warning counts the ignored files: files beside the
-  class folders, files in folders within a class, files without such an extension, and images with
-  a hidden name. A broken link is an error if it may be an image or a class.
+  or lower case; symbolic links are followed. A warning counts the ignored files: images outside
+  `train` and `test`, files beside the class folders, files in folders within a class, files without
+  such an extension, and images with a hidden name. A broken link is an error if it may be an image
+  or a class.
 - All images are squares of one size, 8x8 pixels or larger, unless `fastiat convert` or the FFCV
   loader resizes them. The first frame of an animation is used.
 - A tree has 3 channels if any of its images is a colour image; the channel of grey images is then
@@ -42,7 +43,8 @@ from fastiat.system.errors import InputError, printable
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import expanded
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_PNM = (".ppm", ".pgm", ".pbm", ".pnm")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", *_PNM)
 SPLITS = ("train", "test")
 
 CHUNK = 128
@@ -54,6 +56,7 @@ CLOCK_TICK = 20_000_000
 """Upper bound, in nanoseconds, for the resolution of the clock that gives files their times."""
 
 # Reasons why files are ignored, as the warning states them.
+_OUTSIDE = "outside train and test"
 _BESIDE = "beside the class folders"
 _NESTED = "in folders within a class"
 _HIDDEN = "hidden"
@@ -94,9 +97,12 @@ def cache_folder(name: str, variable: str, purpose: str) -> Path:
     """
     if given := os.environ.get(variable):
         return Path(expanded(given))
-    cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if cache.startswith("~"):
-        raise NoFolder(f"there is no home folder (HOME is not set): name a folder for {purpose}")
+    try:
+        cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    except InputError:
+        raise NoFolder(
+            f"there is no home folder (HOME is not set): name a folder for {purpose}"
+        ) from None
     return Path(cache) / "fastiat" / name
 
 
@@ -115,8 +121,10 @@ def warn_ignored(listing: "Listing") -> None:
 def looks_like(root: Path) -> str:
     """Return which part of an image tree a folder seems to be, with a remedy; "" for neither."""
     inside = _entries(root)
-    if all(os.path.isdir(root / split) for split in SPLITS):
+    if _is_tree(root):
         return "is an image tree (train/<class>/*, test/<class>/*): add --dataset folder"
+    if inner := _tree_below(root):
+        return f"holds the image tree {inner}: give --dataset folder --data-dir {inner}"
     betons = sorted(name for name in inside if name.endswith(".beton"))
     if betons:
         return f"holds {betons[0]}: name it with --dataset {root / betons[0]}"
@@ -131,6 +139,17 @@ def looks_like(root: Path) -> str:
         "holds images: move them to train/<class>/ and test/<class>/ in it, "
         "then add --dataset folder"
     )
+
+
+def _is_tree(folder: Path) -> bool:
+    return all(os.path.isdir(folder / split) for split in SPLITS)
+
+
+def _tree_below(root: Path) -> Path | None:
+    """Return the first image tree one or two levels below a folder, or None."""
+    below = [root / name for name in _entries(root)]
+    inner = (place / name for place in below for name in _entries(place)[:10])
+    return next(filter(_is_tree, itertools.chain(below, inner)), None)
 
 
 def _entries(folder: Path) -> list[str]:
@@ -169,8 +188,11 @@ def scan(root: Path) -> Listing:
 
 
 def _scan(root: Path) -> Listing:
-    ignored: dict[str, list[str]] = {_BESIDE: [], _NESTED: [], _HIDDEN: [], _UNKNOWN: []}
+    ignored: dict[str, list[str]] = {
+        reason: [] for reason in (_OUTSIDE, _BESIDE, _NESTED, _HIDDEN, _UNKNOWN)
+    }
     names = {split: _class_names(root, split, ignored) for split in SPLITS}
+    ignored[_OUTSIDE] = _images_outside(root)
     for here, there in (SPLITS, SPLITS[::-1]):
         for name in sorted(names[here] - names[there]):
             raise InputError(
@@ -206,9 +228,9 @@ def _scan(root: Path) -> Listing:
 
 def _class_names(root: Path, split: str, ignored: dict[str, list[str]]) -> set[str]:
     if not os.path.isdir(root / split):
-        raise InputError(
-            f"{root} has no folder {split!r}: an image tree is train/<class>/* and test/<class>/*"
-        )
+        inner, form = _tree_below(root), "train/<class>/* and test/<class>/*"
+        remedy = f"name {inner}, which has one" if inner else f"an image tree is {form}"
+        raise InputError(f"{root} has no folder {split!r}: {remedy}")
     names = set()
     for entry in _visible(root / split, ignored, of_classes=True):
         if entry.is_dir():
@@ -218,6 +240,16 @@ def _class_names(root: Path, split: str, ignored: dict[str, list[str]]) -> set[s
     if not names:
         raise InputError(f"{root / split} has no class folders: put images in {split}/<class>/")
     return names
+
+
+def _images_outside(root: Path) -> list[str]:
+    """Return the images of a tree, by their names, that are in neither of its splits."""
+    found: list[str] = []
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.name not in SPLITS and not entry.name.startswith("."):
+                found += _files_below(entry) if entry.is_dir() else [entry.path]
+    return [path for path in found if path.lower().endswith(EXTENSIONS)]
 
 
 def _images(folder: Path, ignored: dict[str, list[str]]) -> list[os.DirEntry[str]]:

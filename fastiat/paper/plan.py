@@ -5,7 +5,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fastiat import data
 from fastiat.config import ReproduceConfig, TrainConfig, paper
+from fastiat.images import downloads
 from fastiat.models import DEFAULT_WIDTH
 from fastiat.paper.compare import Comparison, command_of, find, line
 from fastiat.paper.estimate import images_of
@@ -82,6 +84,10 @@ class Plan:
         given = {name: value for name, value in asked.items() if value is not None}
         self.used = replace(self.recipe, **given, eval_limit=config.limit)
         self.used.check()
+        if config.dataset is None and config.data_dir is not None:
+            # A folder of downloaded data sets may be that of several tables.
+            kept = downloads.held(Path(config.data_dir))
+            data.check_folder(self.used.dataset, config.data_dir, chosen=bool(kept))
         self.images = images_of(self.used.dataset, config.data_dir)
         if self.images.train < self.used.batch_size:
             raise InputError(

@@ -286,7 +286,8 @@ def _text(config: TrainConfig) -> bytes:
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that a resume must not change, as parsed JSON has them."""
     settings = {name: value for name, value in asdict(config).items() if name not in MOVABLE}
-    settings["dataset"] = Path(config.dataset).name  # a .beton may have moved
+    if is_beton(config.dataset):  # it may have moved under another name
+        settings["dataset"] = ".beton"
     # JSON has no tuples: a checkpoint has lists in their place.
     return {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
 

@@ -179,8 +179,17 @@ def check_ranges(config: Any, positive: set[str]) -> None:
 
 
 def expanded(path: Any) -> Any:
-    """Return a path as text, with `~` or `~user` expanded; any other value unchanged."""
-    return os.path.expanduser(os.fspath(path)) if isinstance(path, str | os.PathLike) else path
+    """Return a path as text, with `~` or `~user` expanded; any other value unchanged.
+
+    Raises `InputError` if there is no such home folder, and nothing has that name here either.
+    """
+    if not isinstance(path, str | os.PathLike):
+        return path
+    text = os.path.expanduser(os.fspath(path))
+    first = str(text).split("/")[0]
+    if first.startswith("~") and not os.path.lexists(first):
+        raise InputError(f"{text}: there is no home folder {first}: give the whole path")
+    return text
 
 
 def is_beton(path: object) -> bool:
@@ -191,6 +200,10 @@ def is_beton(path: object) -> bool:
 def check_dataset(name: str | None) -> None:
     """Raise `InputError` unless a data set is one of `DATASETS`, a path to a .beton, or None."""
     if name is not None and name not in DATASETS and not is_beton(name):
+        if os.path.isdir(name):
+            raise InputError(
+                f"--dataset {name} is a folder: give --dataset folder --data-dir {name}"
+            )
         names = ", ".join(map(repr, DATASETS))
         close = did_you_mean(name, DATASETS)
         raise InputError(f"--dataset {name!r}: choose from {names}, or name a .beton file{close}")

@@ -61,7 +61,10 @@ def checked_position(
     except InputError as error:
         raise Damaged(f"the checkpoint is damaged: {error}") from None
     if position.data != own["data"]:
-        raise InputError("the data set is not the one that this run was started with")
+        raise InputError(
+            "the data set is not the one that this run was started with: name that one with "
+            "--data-dir or --dataset"
+        )
     if position.ranks != own["ranks"]:
         count = position.ranks
         raise InputError(

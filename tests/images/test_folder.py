@@ -271,6 +271,28 @@ def test_what_is_left_out_is_counted_by_name_every_time(
             assert str(tree / files[0]) in message
 
 
+def test_images_outside_of_train_and_test_are_counted(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tree / "README.md").write_text("about")
+    (tree / "notes").mkdir()
+    read(tree)
+    assert not caplog.records
+    for file in ("0.png", "valid/cat/0.PNG", "valid/dog/0.png"):
+        (tree / file).parent.mkdir(parents=True, exist_ok=True)
+        random_image().save(tree / file)
+    read(tree)
+    (record,) = caplog.records
+    assert f"3 files outside train and test, the first is {tree / '0.png'}" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["2.pbm", "2.PNM"])
+def test_every_kind_of_pnm_is_read(name: str, tree: Path) -> None:
+    (tree / "train/cat" / name).write_bytes(b"P4\n8 8\n" + bytes((0b10000000,) * 8))
+    images, _ = read(tree).train
+    assert images[2, 0, :, 0].tolist() == [0, *[255] * 7]  # in PBM, 1 is black
+
+
 def test_training_measuring_and_convert_warn_of_what_is_left_out(
     tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -303,6 +325,18 @@ def test_links_are_followed_and_a_link_to_nothing_is_named(tree: Path, tmp_path:
 def test_a_pipe_named_like_an_image_is_refused_without_waiting_for_it(tree: Path) -> None:
     os.mkfifo(tree / "train/cat/2.png")
     assert refusal(tree) == f"{tree / 'train/cat/2.png'} is not a file: remove it"
+
+
+def test_an_image_that_may_not_be_read_is_not_called_damaged(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tree / "train/cat/0.png"
+
+    def forbidden(file: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    assert refusal(tree) == f"{path} cannot be read: Permission denied"
 
 
 def test_mixed_sizes_name_two_files_with_their_sizes(tree: Path) -> None:

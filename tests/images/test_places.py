@@ -76,6 +76,20 @@ def test_every_setting_that_is_a_path_expands_a_tilde(home: Path) -> None:
     assert TrainConfig(data_dir="a~b", dataset="digits").data_dir == "a~b"
 
 
+def test_a_tilde_of_no_user_is_refused_and_makes_no_folder_of_that_name(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: Callable[..., str]
+) -> None:
+    words = "there is no home folder ~nobody-here"
+    assert words in complaint("train", "--dataset", "digits", "--out", "~nobody-here/run", *CPU)
+    assert words in complaint("convert", tree, "~nobody-here/x.beton")
+    assert words in complaint("evaluate", "~nobody-here/run")
+    monkeypatch.setenv("FASTIAT_CACHE", "~nobody-here")
+    line = complaint("train", "--dataset", "folder", "--data-dir", tree, *TINY, *CPU)
+    assert words in line and sorted(os.listdir(tmp_path)) == ["home"]
+    (tmp_path / "~nobody-here").mkdir()  # a file's name may start with a tilde
+    assert ReportConfig(dir="~nobody-here").dir == "~nobody-here"
+
+
 def test_a_tilde_works_from_convert_to_report(
     tree: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +141,7 @@ def half_trained(flags: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -
         assert cli.main(["train", *flags, "--out", str(out), *TINY, *CPU]) == 143
 
 
-@pytest.mark.parametrize("how", ["tree", "dataset", "data_dir", "file", "ffcv"])
+@pytest.mark.parametrize("how", ["tree", "dataset", "renamed", "data_dir", "file", "ffcv"])
 def test_data_that_moved_are_trained_and_measured_on_at_their_new_place(
     how: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,13 +161,14 @@ def test_data_that_moved_are_trained_and_measured_on_at_their_new_place(
         file = tree.parent / "images.beton"
         assert cli.main(["convert", str(tree), str(file)]) == 0
         half_trained(["--dataset", str(file)], run, monkeypatch)
-        moved = new / ("other.beton" if how == "file" else file.name)
+        moved = new / ("other.beton" if how in ("file", "renamed") else file.name)
         file.rename(moved)
-        named = {"dataset": moved, "data_dir": new, "file": moved}[how]
-        flags = ["--dataset" if how == "dataset" else "--data-dir", str(named)]
+        named = new if how == "data_dir" else moved
+        by_name = how in ("dataset", "renamed")
+        flags = ["--dataset" if by_name else "--data-dir", str(named)]
         wanted = {
-            "dataset": str(moved if how == "dataset" else file),
-            "data_dir": None if how == "dataset" else str(named),
+            "dataset": str(moved if by_name else file),
+            "data_dir": None if by_name else str(named),
         }
     assert cli.main(["train", "--resume", "--out", str(run), *flags]) == 0
     measured = [entry for entry in read_results(run) if entry["attack"] == "none"]
@@ -183,7 +198,8 @@ def test_a_resume_with_other_data_is_refused_and_keeps_the_old_place(
     for file, content in zip(swapped, reversed(contents), strict=True):
         file.write_bytes(content)
     before = (run / "config.json").read_bytes()
-    assert "is not the one" in complaint("train", "--resume", "--out", run, "--data-dir", other)
+    line = complaint("train", "--resume", "--out", run, "--data-dir", other)
+    assert "is not the one" in line and "with --data-dir" in line
     assert (run / "config.json").read_bytes() == before
     (tree / "x.beton").write_bytes(b"")
     line = complaint("train", "--dataset", "gone/y.beton", "--data-dir", tree, "--out", "r")
@@ -269,6 +285,33 @@ def test_a_tree_is_not_taken_for_another_data_set(
     line = complaint("train", *dataset, "--data-dir", tree, *TINY, *CPU, "--out", "run")
     assert f"--data-dir {tree} is an image tree" in line and "add --dataset folder" in line
     assert sorted(os.listdir(tree)) == ["test", "train"]
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("place", ["outer", "outer/most"])
+def test_a_tree_that_is_nested_too_deep_is_named(
+    place: str, tree: Path, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    outer = tmp_path / "outer"
+    inner = Path(shutil.copytree(tree, tmp_path / place / "tree"))
+    line = complaint("train", "--data-dir", outer, *TINY, *CPU, "--out", "run")
+    assert f"holds the image tree {inner}: give --dataset folder --data-dir {inner}" in line
+    folder = ("train", "--dataset", "folder", "--data-dir", outer, *TINY, *CPU)
+    for command in (folder, ("convert", outer, "x.beton")):
+        assert f"has no folder 'train': name {inner}" in complaint(*command)
+    line = complaint("train", "--dataset", tree, *TINY, *CPU)
+    assert f"give --dataset folder --data-dir {tree}" in line
+
+
+@pytest.mark.usefixtures("offline")
+def test_reproduce_downloads_nothing_to_a_folder_of_images(
+    tree: Path, svhn: Path, complaint: Callable[..., str]
+) -> None:
+    command = ("reproduce", "table3", "--epochs", 1, "--width", 2, *CPU, "--data-dir")
+    assert "is an image tree" in complaint(*command, tree)
+    assert "holds images" in complaint(*command, tree / "train/cat")
+    # Several tables may share a folder of downloaded data sets.
+    assert "put cifar-10-python.tar.gz into" in complaint(*command, svhn)
 
 
 @pytest.mark.usefixtures("offline")
