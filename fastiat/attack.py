@@ -24,7 +24,7 @@ from fastiat.engine import graphs
 from fastiat.engine.device import autocast
 from fastiat.engine.graphs import Engine
 from fastiat.engine.modes import BatchNormMode, Model, attack_mode, check_mode, is_plain, structure
-from fastiat.mix import NO_LABEL, check_labels
+from fastiat.mix import NO_LABEL, check_label_type, check_labels
 from fastiat.models import correct, to_pixels
 from fastiat.system.errors import InputError
 
@@ -39,7 +39,7 @@ def attack_loss(logits: Tensor, y: Tensor, loss: Loss) -> Tensor:
     a wrong class minus the logit of the true class (Carlini & Wagner 2017). On the CPU, labels
     outside 0..K-1 raise `InputError`; on CUDA, they fail a device-side assertion.
     """
-    check_labels(y, logits.shape[1])
+    check_labels(y, logits.shape[0], logits.shape[1])
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if loss == "ce":
         return F.cross_entropy(logits, y, reduction="none", ignore_index=NO_LABEL)
@@ -422,7 +422,7 @@ class PGD:
         # Buffers created in inference mode could not be written to outside inference mode.
         with torch.inference_mode(False), torch.no_grad():
             ready = self._ready(self.model, x, y, captured)
-            check_labels(y, ready.classes)  # compiled code cannot raise for wrong labels
+            check_labels(y, len(y), ready.classes)  # compiled code cannot raise for wrong labels
             loop = ready.loop
             loop.x.copy_(x)
             loop.y.copy_(y)
@@ -434,7 +434,7 @@ class PGD:
             if ready.structure is None:
                 # Read after the first call, which runs the network's Python code: that code may
                 # change attributes of the modules.
-                ready.structure = structure(self.model, captured)
+                ready.structure = ready.read_structure()
             return found
 
     def _engine(self, device: torch.device) -> str:
@@ -453,7 +453,7 @@ class PGD:
             dtype = torch.get_autocast_dtype(x.device.type)
         key = (x.shape, x.stride(), x.dtype, x.device, dtype)
         ready = self._loops.pop(key, None)
-        if ready is None or ready.structure != structure(model, captured):
+        if ready is None or ready.structure != ready.read_structure():
             ready = None  # frees the memory of the old graph before the new graph is captured
             castable = graphs.CastableWeights(model, dtype)
             with attack_mode(model, self.settings["bn"]):
@@ -463,7 +463,12 @@ class PGD:
                 model, torch.zeros_like(x), torch.zeros_like(y), dtype, self.settings,
                 weights=weights, compiled=True, captured=captured,
             )  # fmt: skip
-            ready = _Ready(loop, classes)
+            # A graph holds constants and addresses. Which weights can be cast may depend on
+            # constants too; what else is compiled is guarded by Dynamo.
+            read = partial(
+                structure, model, constants=captured or dtype is not None, addresses=captured
+            )
+            ready = _Ready(loop, classes, read)
         self._loops[key] = ready
         return ready
 
@@ -475,6 +480,8 @@ class _Ready:
     loop: PGDLoop
     classes: int
     """Number of classes, K."""
+    read_structure: Callable[[], tuple[Any, ...]]
+    """Returns the present `structure` of the model."""
     structure: tuple[Any, ...] | None = None
     """`structure` of the model that the loop was compiled for; None until the first call ends."""
 
@@ -555,10 +562,10 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_batch(x: Tensor, y: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}: an attack needs floating-point pixels, such as x / 255")
-    if y.dtype != torch.int64:
-        raise TypeError(f"y is {y.dtype}: give class labels as int64, such as y.long()")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x is {given}: an attack needs floating-point pixels, such as x / 255")
+    check_label_type(y)
     if x.dim() < 2 or y.shape != x.shape[:1]:
         raise InputError(
             f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: give (B, ...) and (B,)"

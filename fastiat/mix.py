@@ -101,7 +101,7 @@ def mixed_loss(
     CUDA, reading labels would synchronize with the GPU, so wrong labels give NaN or a device-side
     assertion instead.
     """
-    check_labels(y, logits.shape[1])
+    check_labels(y, logits.shape[0], logits.shape[1])
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if loss == "bce":
@@ -138,12 +138,25 @@ def chance_loss(classes: int, loss: Literal["ce", "bce"] = "ce") -> float:
     return (right + wrong) / classes
 
 
-def check_labels(y: Tensor, classes: int) -> None:
-    """Raise `InputError` unless the labels `y`, (B,) int64, are in 0..`classes`-1.
+def check_label_type(y: object) -> None:
+    """Raise `TypeError` unless `y` is an int64 tensor."""
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        given = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"y is {given}: give class labels as an int64 tensor, such as y.long()")
 
-    Labels on CUDA are not checked, because reading them would synchronize with the GPU. Labels in
-    code that PyTorch compiles or traces are not checked either.
+
+def check_labels(y: Tensor, batch: int, classes: int) -> None:
+    """Raise `InputError` unless `y` has `batch` labels, (B,), in 0..`classes`-1.
+
+    Labels that are no int64 tensor raise `TypeError`. The values of labels on CUDA are not checked,
+    because reading them would synchronize with the GPU. Values in code that PyTorch compiles or
+    traces are not checked either.
     """
+    check_label_type(y)
+    if y.shape != (batch,):
+        raise InputError(
+            f"y has shape {tuple(y.shape)}: give one label for each of the {batch} rows of logits"
+        )
     if torch.compiler.is_compiling() or type(y) is not Tensor or not y.numel():
         return
     # The values of a tensor inside a torch.func transform cannot be read.

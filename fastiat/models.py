@@ -286,9 +286,10 @@ def count_parameters(model: nn.Module) -> int:
 def correct(logits: Tensor, y: Tensor) -> Tensor:
     """Return which images are classified correctly, (B,) bool, for logits (B, K) and labels (B,).
 
-    A row of logits that contains a NaN counts as wrong.
+    A row of logits that contains a NaN, or only -inf, predicts no class and counts as wrong.
     """
-    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+    # The maximum of a row with a NaN is NaN.
+    return (logits.argmax(1) == y) & (logits.amax(1) > -torch.inf)
 
 
 def to_pixels(images: Tensor) -> Tensor:

@@ -302,10 +302,17 @@ def test_wrong_tensors_are_refused():
     x, y = _digits(2)
     with pytest.raises(TypeError, match="uint8"):
         pgd(nn.Flatten(), (x * 255).byte(), y)
-    with pytest.raises(TypeError, match="int64"):
-        pgd(nn.Flatten(), x, y.float())
+    with pytest.raises(TypeError, match="ndarray"):
+        pgd(nn.Flatten(), x.numpy(), y)
+    for wrong in (y.float(), y.int(), y.tolist()):
+        with pytest.raises(TypeError, match="int64"):
+            pgd(nn.Flatten(), x, wrong)
+        with pytest.raises(TypeError, match="int64"):
+            attack_loss(x.flatten(1), wrong, "margin")
     with pytest.raises(InputError, match="give"):
         pgd(nn.Flatten(), x, y[:1])
+    with pytest.raises(InputError, match="one label for each of the 2"):
+        attack_loss(x.flatten(1), y[:, None], "margin")
     with pytest.raises(TypeError, match="epsilon"):
         PGD(nn.Flatten(), epsilon=0.1)
 
@@ -327,9 +334,10 @@ def test_a_label_that_names_no_class_is_refused(label, loss, engine, monkeypatch
         attack_loss(model(x), y, loss)
 
 
-def test_logits_that_are_no_numbers_are_errors_whatever_the_label():
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_logits_that_predict_no_class_are_errors_whatever_the_label(value):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
-    nn.init.constant_(model[1].weight, torch.nan)
+    nn.init.constant_(model[1].bias, value)
     images, y = torch.randint(256, (20, 3, 2, 2), dtype=torch.uint8), torch.arange(20) % 10
     assert count_errors(model, [(images, y)]) == 20
     assert count_errors(model, [(images, y)], lambda x, y: pgd(model, x, y, restarts=2)) == 20

@@ -226,3 +226,16 @@ def test_bce_and_its_gradient_are_exact_where_a_prediction_is_certain(classes, s
     found = torch.func.grad_and_value(lambda z: mixed_loss(z, y, mix, "bce"))(logits)
     torch.testing.assert_close(found[1].double(), value, rtol=1e-6, atol=0)
     torch.testing.assert_close(found[0].double(), gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_labels_of_another_type_or_shape_are_refused(loss, mixed):
+    logits, y = torch.randn(3, 3), torch.tensor([0, 1, 2])
+    mix = Mix(0, torch.tensor([1, 2, 0]), torch.tensor(0.7)) if mixed else None
+    for wrong in (y.int(), y.byte(), y.float(), torch.eye(3), y.tolist()):
+        with pytest.raises(TypeError, match="int64"):
+            mixed_loss(logits, wrong, mix, loss)
+    for wrong in (y[:, None], y[:2], torch.eye(3).long()):
+        with pytest.raises(InputError, match="one label for each of the 3"):
+            mixed_loss(logits, wrong, mix, loss)

@@ -140,20 +140,13 @@ class CastableWeights(TorchFunctionMode):
         Buffers and random states are restored. No parameter gets a gradient.
         """
         x, logits = inputs[0].detach().clone(), torch.empty(0)
+        both = _BothPasses(self.model)
+        aliases = {f"model.{name}": alias for name, alias in self.aliases.items()}
 
         def run() -> None:
             nonlocal logits
             with torch.enable_grad():
-                leaf = x.requires_grad_()
-                logits = forward(self.model, self.aliases, self.dtype, leaf, *inputs[1:])
-                if logits.requires_grad:
-                    # `torch.autograd.grad` makes this call, but disables this mode for the whole
-                    # backward pass, in which an autograd.Function may use weights too.
-                    total = logits.sum()
-                    torch.autograd.Variable._execution_engine.run_backward(
-                        (total,), (torch.ones_like(total),), False, False, (leaf,),
-                        allow_unreachable=True, accumulate_grad=False,
-                    )  # fmt: skip
+                logits = forward(both, aliases, self.dtype, x.requires_grad_(), *inputs[1:])
 
         devices = [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), self:
@@ -173,6 +166,31 @@ class CastableWeights(TorchFunctionMode):
                 casts = casts and torch.get_autocast_dtype(device) == self.dtype
                 (self.multiplied if casts else self.ruled_out).add(self.names_of[id(leaf)])
         return func(*args, **kwargs)
+
+
+class _BothPasses(nn.Module):
+    """Runs the backward pass too, so that it gets the weights that the forward pass got.
+
+    A network that saves memory by `torch.utils.checkpoint` runs again in its backward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
+        """Return the logits, and compute the gradient of their sum with respect to `x`."""
+        logits: Tensor = self.model(x, *inputs)
+        if logits.requires_grad:
+            # `torch.autograd.grad` makes this call, but disables `CastableWeights` for the whole
+            # backward pass, in which an autograd.Function may use weights too.
+            total = logits.sum()
+            with torch.autocast(x.device.type, enabled=False):  # as in the backward pass of a loop
+                torch.autograd.Variable._execution_engine.run_backward(
+                    (total,), (torch.ones_like(total),), False, False, (x,),
+                    allow_unreachable=True, accumulate_grad=False,
+                )  # fmt: skip
+        return logits
 
 
 def detached_weights(

@@ -115,7 +115,9 @@ class _Flags:
                 module.track_running_stats = False
 
     def restore(self) -> None:
-        for module, training, tracks in self.before.values():
+        # The last module first: a wrapper, such as `torch.compile` returns, passes its flag on to
+        # the module that it wraps, which comes after it.
+        for module, training, tracks in reversed(self.before.values()):
             module.training = training
             if isinstance(module, _BatchNorm):
                 module.track_running_stats = tracks
@@ -229,13 +231,13 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
     return found
 
 
-def structure(model: nn.Module, captured: bool) -> tuple[Any, ...]:
+def structure(model: nn.Module, *, constants: bool, addresses: bool) -> tuple[Any, ...]:
     """Return the parts of `model` that a compiled program depends on, to be compared with `==`.
 
     These are the modules, their classes, `forward` methods and hooks, the names of the parameters
     and which of them are tied. Dynamo guards only some of these. Training flags and values of
-    tensors are not included, because the program reads them. `captured` adds the constants of a
-    CUDA graph: the addresses of tensors, and numbers and strings that are attributes of modules.
+    tensors are not included, because the program reads them. `constants` adds the numbers and the
+    strings that are attributes of modules, `addresses` the addresses of tensors.
     """
     order: dict[int, int] = {}
     found: list[Any] = [tuple(getattr(torch_module, f"_global{hooks}")) for hooks in HOOKS]
@@ -249,14 +251,14 @@ def structure(model: nn.Module, captured: bool) -> tuple[Any, ...]:
             # Parameters are numbered in order. A tied parameter keeps its first number.
             tied = parameter is None or order.setdefault(id(parameter), len(order))
             found.append((name, tied))
-        if captured:
+        own = [(name, value) for name, value in attributes.items() if name not in _OWN]
+        if constants:
+            found += [(name, value) for name, value in own if isinstance(value, _CONSTANTS)]
+        if addresses:
             tensors = [*module._parameters.values(), *module._buffers.values()]
+            tensors += [value for _, value in own if isinstance(value, Tensor)]
             found += [tensor.data_ptr() for tensor in tensors if tensor is not None]
-            for name, value in attributes.items():
-                if name not in _OWN and isinstance(value, _VALUES):
-                    constant = value.data_ptr() if isinstance(value, Tensor) else value
-                    found.append((name, constant))
     return tuple(found)
 
 
-_VALUES = (bool, int, float, str, Tensor, type(None))
+_CONSTANTS = (bool, int, float, str, type(None))

@@ -101,6 +101,17 @@ def test_a_network_out_of_sight_is_attacked_in_eval_mode_and_left_as_it_was(way)
     assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
+@pytest.mark.parametrize("engine", ["eager", "compile"])
+def test_flags_of_a_compiled_network_are_restored(engine):
+    model, (x, y) = _network(), _batch()
+    expected = pgd(copy.deepcopy(model).eval(), x, y, **SETTINGS)
+    flags = [m.training for m in model.modules()]
+    compiled = torch.compile(model, backend="aot_eager")
+    for wrapped in (compiled, nn.Sequential(compiled)):
+        assert torch.equal(PGD(wrapped, engine=engine, **SETTINGS)(x, y), expected)
+        assert [m.training for m in model.modules()] == flags
+
+
 @pytest.mark.parametrize("bn", ["batch", "update"])
 @pytest.mark.parametrize("way", FUNCTIONS)
 def test_another_batchnorm_mode_is_refused_where_the_layers_may_be_hidden(way, bn):
@@ -250,6 +261,14 @@ class OwnBackward(Island):
         return self[2](_Product.apply(self[0](x), self[1].weight))
 
 
+class Checkpointed(Island):
+    """Its forward pass runs again in the backward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        run = torch.utils.checkpoint.checkpoint
+        return self[2](run(self[1], self[0](x), use_reentrant=False))
+
+
 def _normed(norm) -> nn.Module:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
     norm(model[1])
@@ -259,6 +278,7 @@ def _normed(norm) -> nn.Module:
 MODELS = {
     **{kind.__name__: kind for kind in (Tied, Shared, Island, ByHand, Asking, Embedded)},
     "OwnBackward": OwnBackward,
+    "Checkpointed": Checkpointed,
     "weight norm": lambda: _normed(nn.utils.parametrizations.weight_norm),
     "spectral norm": lambda: _normed(nn.utils.parametrizations.spectral_norm),
     "orthogonal": lambda: _normed(nn.utils.parametrizations.orthogonal),
@@ -288,7 +308,7 @@ def _castable(model: nn.Module, x: torch.Tensor) -> set[str]:
     return weights.names
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "OwnBackward"])
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"OwnBackward", "Checkpointed"}))
 def test_a_trainings_passes_in_bf16_have_autocasts_loss_and_gradients(name):
     torch.manual_seed(0)
     model, (x, y) = MODELS[name]().eval(), _tiny()
@@ -400,3 +420,26 @@ def test_what_is_changed_after_the_first_call_is_seen(change):
             handle.remove()
     if handle is not None:
         assert torch.equal(attack(x, y), first)
+
+
+def test_a_flag_that_changes_how_a_weight_is_used_is_seen_in_bf16():
+    class Scaled(Island):
+        scaled = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self[1](self[0](x))
+            return self[2](x) if not self.scaled else F.linear(x, self[2].weight * 1.001) ** 3
+
+    torch.manual_seed(0)
+    model, (x, y) = Scaled(), _tiny()
+    attack = PGD(model, engine="compile", precision="bf16", **SETTINGS)
+    attack(x, y)
+    model.scaled = True
+    attack(x, y)
+    assert "2.weight" not in _cast(attack)
+
+
+def _cast(attack: PGD) -> set[str]:
+    """Return the weights of which the attack makes copies in bf16."""
+    (ready,) = attack._loops.values()
+    return {name for name, weight in ready.loop.weights().items() if weight.dtype != torch.float32}
