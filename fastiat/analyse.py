@@ -26,6 +26,7 @@ from fastiat.runs.directory import Run, load_with_card
 from fastiat.runs.results import provenance
 from fastiat.system.errors import InputError, printable
 from fastiat.system.files import check_place
+from fastiat.system.settings import check_runs
 
 INDENT = " " * 10
 UNSHOWN = ("n", "fractions_of_eps", "median_loss_along_gradient", "median_loss_along_random")
@@ -42,6 +43,7 @@ def norms(config: NormsConfig) -> dict[str, list[WeightNorms]]:
     config.check()
     found: dict[str, list[WeightNorms]] = {}
     cards: dict[str, ModelCard] = {}
+    check_runs(config.runs)
     for name in config.runs:
         model, cards[name] = load_with_card(name)
         if Path(name).is_dir():

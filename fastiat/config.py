@@ -21,7 +21,9 @@ from fastiat.system.settings import (
     check_once,
     check_ranges,
     check_unit,
+    converted,
     did_you_mean,
+    fits,
     flag_of,
     steps_of,
 )
@@ -123,10 +125,10 @@ def _filled_by_preset(kind: type[T]) -> type[T]:
     def __init__(self: Any, **given: Any) -> None:
         for name in given.keys() - set(names):
             raise TypeError(f"no setting is called {name}{did_you_mean(name, names)}")
-        preset = given.get("preset", "paper")
+        preset = converted(given.get("preset", "paper"), Preset)
         # The preset "paper" is the field defaults. A call that gives every field needs no preset;
         # `PRESETS[preset]()` makes such a call in `replace`, so there is no endless recursion.
-        if preset in ("authors", "modern") and len(given) < len(names):
+        if fits(preset, Preset) and preset != "paper" and len(given) < len(names):
             given = vars(PRESETS[preset]()) | given
         init(self, **given)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastiat import __version__, cli, data
+from fastiat import __version__, analyse, cli, data, evaluate
 from fastiat.config import PRESETS, TrainConfig
 from fastiat.system import settings
 from fastiat.system.errors import InputError
@@ -385,9 +385,14 @@ def test_a_preset_in_python_fills_what_was_left_out_as_on_the_command_line():
         (TrainConfig, {"eps": "8"}, "give, say, 8/255"),
         (TrainConfig, {"eps": np.float32("nan")}, "--eps is nan"),
         (TrainConfig, {"mix_layers": "input"}, "--mix-layers is 'input': give a tuple"),
+        (TrainConfig, {"schedule": np.array([1, 2])}, "--schedule is array([1, 2]): choose from"),
+        (TrainConfig, {"preset": np.array(["paper", "modern"])}, "--preset is array"),
         (cli.EvaluateConfig, {"norm": "l1"}, "--norm is 'l1': choose from 'linf', 'l2'"),
         (cli.EvaluateConfig, {"runs": 3}, "RUNS is 3: give a tuple of strings"),
         (cli.EvaluateConfig, {"attacks": "fgms"}, "did you mean fgsm"),
+        (cli.EvaluateConfig, {"runs": "a", "splits": []}, "--splits is empty"),
+        (cli.SweepConfig, {"runs": "a", "eps": ()}, "--eps is empty"),
+        (cli.SweepConfig, {"runs": "a", "steps": ()}, "--steps is empty"),
         (cli.SweepConfig, {"steps": (1, 2.5)}, "--steps is (1, 2.5)"),
         (cli.TransferConfig, {"precision": "fp16"}, "--precision is 'fp16'"),
         (cli.DiagnoseConfig, {"limit": "all"}, "--limit is 'all'"),
@@ -402,6 +407,16 @@ def test_python_settings_are_checked_like_flags(kind, given, named):
     with pytest.raises(InputError) as raised:
         kind(**given).check()
     assert named in str(raised.value)
+
+
+def test_a_command_without_runs_says_so_in_python_too():
+    for command, config in (
+        (evaluate.evaluate, cli.EvaluateConfig()),
+        (evaluate.sweep, cli.SweepConfig()),
+        (analyse.norms, cli.NormsConfig()),
+    ):
+        with pytest.raises(InputError, match="RUNS is empty"):
+            command(config)
 
 
 def test_python_settings_take_the_numbers_that_python_has(tmp_path):

@@ -21,7 +21,7 @@ from fastiat.runs.directory import MODEL, ModelCard, Run, load_with_card
 from fastiat.runs.results import Rate, add_results, figures, fingerprint, provenance, read_results
 from fastiat.system.errors import InputError, printable_lines
 from fastiat.system.ranks import ranks
-from fastiat.system.settings import steps_of
+from fastiat.system.settings import check_runs, steps_of
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
     images of the first run. Raises `InputError` if a network or its images are missing or damaged,
     or do not fit each other.
     """
+    check_runs(config.runs)
     device = pick_device(config.device)
     with_autoattack = isinstance(config, EvaluateConfig) and config.autoattack
     if with_autoattack:

@@ -348,8 +348,10 @@ def load_with_card(
 
 def _why_no_model(path: Path) -> str:
     """Return why there is no model at `path`, and which path to give instead."""
+    if not path.exists():
+        return "it is a link to nothing" if path.is_symlink() else "no such run"
     if not path.is_dir():
-        return "no such run" if not path.exists() else f"it is a pipe or a device: {EXPECTED}"
+        return f"it is a pipe or a device: {EXPECTED}"
     if (path / CONFIG).exists():
         return "no trained model in it yet"
     inner = sorted(str(file.parent) for file in path.glob(f"*/{CONFIG}"))

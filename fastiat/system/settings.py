@@ -122,9 +122,8 @@ def check_types(config: Any) -> None:
     for name, hint in hints_of(type(config)).items():
         value = getattr(config, name)
         if not fits(value, hint):
-            # A positional setting, such as the runs, has no flag.
-            named = name.upper() if name in config.positional else flag_of(name)
-            raise InputError(f"{named} is {repr(value)[:50]}: {_wanted(value, hint)}")
+            flag = named(config, name)
+            raise InputError(f"{flag} is {repr(value)[:50]}: {_wanted(value, hint)}")
 
 
 def _wanted(value: Any, hint: Any) -> str:
@@ -163,8 +162,9 @@ def check_ranges(config: Any, positive: set[str]) -> None:
     """
     check_types(config)
     for field in fields(config):
-        given, flag = getattr(config, field.name), flag_of(field.name)
-        if given == "":
+        given, flag = getattr(config, field.name), named(config, field.name)
+        # A command that needs runs says so itself; settings may be checked before any is named.
+        if given == "" or (given == () and field.name not in config.positional):
             raise InputError(f"{flag} is empty: give a value, or leave out the setting")
         for value in given if isinstance(given, tuple) else (given,):
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -248,6 +248,17 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def check_runs(runs: tuple[str, ...]) -> None:
+    """Raise `InputError` if no run is named."""
+    if not runs:
+        raise InputError("RUNS is empty: name at least one run directory")
+
+
+def named(config: Any, name: str) -> str:
+    """Return a field as messages name it: its flag, or RUNS if it is positional."""
+    return name.upper() if name in config.positional else flag_of(name)
+
+
 def validated(values: Any, kind: Any, name: str = "it") -> Any:
     """Return `values`, parsed from JSON, as `kind`: a dataclass, or a list or tuple of one.
 
@@ -277,7 +288,7 @@ def validated(values: Any, kind: Any, name: str = "it") -> Any:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value has its annotated type; an int is a float, but a bool is neither."""
     if get_origin(hint) is Literal:
-        return value in get_args(hint)
+        return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(fits(item, get_args(hint)[0]) for item in value)
     if get_origin(hint) is dict:

@@ -128,6 +128,7 @@ _SIGNATURES = {
     b"\xfd7zXZ": "an xz archive",
     b"7z\xbc\xaf": "a 7z archive",
     b"%PDF": "a PDF",
+    b"GGUF": "a GGUF model",
     b"\x80\x02": "a pickle, such as an old PyTorch checkpoint (torch.save)",
     b"\x80": "a pickle",
 }
@@ -148,8 +149,11 @@ def kind_of(file: Path) -> str | None:
         return "a WebP image"
     if head[257:262] == b"ustar":
         return "a tar archive"
-    if file.suffix == ".beton":
-        return "a data set"
+    if head[4:8] == b"TFL3":
+        return "a TensorFlow Lite model"
+    # These formats begin with no signature.
+    if file.suffix in (".beton", ".onnx"):
+        return {".beton": "a data set", ".onnx": "an ONNX model"}[file.suffix]
     for start, kind in _SIGNATURES.items():
         if head.startswith(start):
             return kind

@@ -12,12 +12,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastiat.config import TrainConfig
+from fastiat.config import PRESETS, TrainConfig
 from fastiat.mix import chance_loss
 from fastiat.runs.directory import METRICS, MODEL, PREVIOUS, STATE, Run
 from fastiat.system.errors import InputError, explain_os, one_line, out_of_memory
 from fastiat.system.progress import Events, Progress
 from fastiat.system.ranks import ranks
+from fastiat.system.settings import flag_of
 from fastiat.system.signals import SignalInterrupt, Signals, TrainingInterrupt
 from fastiat.training import rows
 from fastiat.training.rows import Training
@@ -203,15 +204,19 @@ class Session:
 
 def remedy(config: TrainConfig) -> str:
     """Return the settings to start with instead after a training with `config` has diverged."""
+    usual = PRESETS[config.preset]()
+    names = ("lr", "weight_decay", "momentum")
+    raised = [name for name in names if getattr(config, name) > getattr(usual, name)]
+    lower = [f"a lower {flag_of(n)} than {getattr(config, n):g}" for n in raised or ["lr"]]
     if config.arch == "preact18" and config.variant == "authors" and config.loss == "ce":
-        return (
+        network = (
             "--variant standard or --loss bce: preact18 without a final BatchNorm diverges under "
             "cross-entropy"
         )
-    lower = f"a lower --lr than {config.lr:g}"
-    return (
-        lower if config.schedule == "cosine" else f"{lower}, or --schedule cosine, which warms up"
-    )
+        return "; also ".join([network, *(lower if raised else [])])
+    if "lr" in (raised or ["lr"]) and config.schedule != "cosine":
+        lower.append("--schedule cosine, which warms up")
+    return ", or ".join(lower)
 
 
 def resume_command(path: Path) -> str:

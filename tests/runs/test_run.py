@@ -326,6 +326,8 @@ def write_strangers(folder: Path) -> dict[str, Path]:
         "JPEG image": folder / "a.jpg",
         "NumPy array": folder / "a.npy",
         "gzip": folder / "a.tar.gz",
+        "ONNX model": folder / "a.onnx",
+        "GGUF model": folder / "a.gguf",
         "empty file": folder / "empty",
         "does not say which network": folder / "foreign.safetensors",
         "folder without a run": folder / "nothing",
@@ -342,6 +344,8 @@ def write_strangers(folder: Path) -> dict[str, Path]:
         Image.new("L", (8, 8)).save(files[name])
     np.save(files["NumPy array"], np.ones(2))
     files["gzip"].write_bytes(gzip.compress(b"x"))
+    files["ONNX model"].write_bytes(b"\x08\x07\x12\x07pytorch\x1a\x052.1.0" + bytes(100))
+    files["GGUF model"].write_bytes(b"GGUF\x03" + bytes(100))
     files["empty file"].touch()
     safetensors.torch.save_file(weights, files["does not say which network"])
     files["folder without a run"].mkdir()
@@ -353,6 +357,11 @@ def test_what_is_no_model_is_named_with_what_is_expected(tmp_path, complaint):
         line = complaint("evaluate", file, "--device", "cpu")
         assert named in line and str(file) in line and "name a run directory" in line
         assert "damaged" not in line
+
+
+def test_a_link_to_nothing_is_no_missing_run(tmp_path, complaint):
+    (tmp_path / "run").symlink_to(tmp_path / "moved")
+    assert "it is a link to nothing" in complaint("evaluate", tmp_path / "run")
 
 
 def test_a_folder_of_runs_names_one_of_them(run, complaint):

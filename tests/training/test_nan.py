@@ -14,7 +14,7 @@ from fastiat.engine import graphs
 from fastiat.runs.directory import METRICS, STATE
 from fastiat.runs.weights import read_state
 from fastiat.train import Trainer
-from fastiat.training import rows
+from fastiat.training import rows, session
 
 
 def trainer_of(engine_name: str, **more) -> Trainer:
@@ -192,6 +192,14 @@ def test_a_learning_rate_that_diverges_ends_either_way_with_nothing_of_it_saved(
         line = complaint("train", *small, "--lr", "4e9", "--on-nan", on_nan, "--out", out)
         assert "diverged" in line and said in line and "checkpoint of step 0 is intact" in line
         left_intact(out, 0)
+
+
+def test_a_divergence_names_the_settings_that_were_raised():
+    assert "lower --lr than 0.1, or --schedule" in session.remedy(TrainConfig())
+    decay = session.remedy(TrainConfig(weight_decay=1e6))
+    assert decay == "a lower --weight-decay than 1e+06"
+    both = session.remedy(TrainConfig(preset="authors", loss="ce", lr=10))
+    assert "--loss bce" in both and "lower --lr than 10" in both
 
 
 def test_twenty_skipped_in_a_row_or_all_of_an_epoch_end_the_training(
