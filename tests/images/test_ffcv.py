@@ -404,4 +404,4 @@ def test_a_cache_that_cannot_be_written_is_named_and_used_for_what_it_has(
 def test_doctor_says_which_loader_and_why(capsys) -> None:
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loader")]
-    assert "resident" in row and "ffcv for a .beton" in row and "GiB" in row
+    assert "resident" in row and "ffcv for .beton files" in row and "GiB" in row
