@@ -20,8 +20,8 @@ FLOOR = 20 / 3
 """Ratio of IAT's arithmetic to a plain step's: 20 forward passes' worth against 3."""
 CIFAR10 = 50_000
 """Training images in an epoch of CIFAR-10."""
-LAYERS = (1,)
-"""Mix layer of IAT in timings: only the slowest of the three, as each is compiled separately."""
+MIX_AT = ("1",)
+"""Mix point of IAT in timings: only the slowest of the three, as each is compiled separately."""
 
 
 def make(
@@ -39,7 +39,7 @@ def make(
         device=str(DEVICE),
         lr=1e-3,
         epochs=10**6,
-        mix_layers=LAYERS,
+        mix_at=MIX_AT,
         **{**METHODS[method], **settings},
     )
     trainer = Trainer(config, _random_images(16 * batch))

@@ -116,6 +116,22 @@ class AttackOfRun(OnDevice):
 # The settings of `fastiat train`.
 
 
+def _l2_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the default radius and step size of the L2 ball, if `given` chooses it, else {}.
+
+    Radius 0.5 is that of RobustBench's L2 models (Croce et al. 2021), and PGD with K steps of
+    length 2.5 eps / K can cross the ball (Madry et al. 2018).
+    """
+    if given.get("norm") != "l2":
+        return {}
+    eps, steps = (
+        converted(given.get(name, default), float) for name, default in (("eps", 0.5), ("steps", 7))
+    )
+    if not (fits(eps, float) and fits(steps, float) and steps > 0):
+        return {}  # `check` refuses these values
+    return {"eps": eps, "alpha": 2.5 * eps / steps}
+
+
 def _filled_by_preset(kind: type[T]) -> type[T]:
     """Make the constructor of a settings class use the values of the given preset as defaults."""
     init: Callable[..., None] = kind.__init__
@@ -129,7 +145,9 @@ def _filled_by_preset(kind: type[T]) -> type[T]:
         # The preset "paper" is the field defaults. A call that gives every field needs no preset;
         # `PRESETS[preset]()` makes such a call in `replace`, so there is no endless recursion.
         if fits(preset, Preset) and preset != "paper" and len(given) < len(names):
-            given = vars(PRESETS[preset]()) | given
+            given = vars(PRESETS[preset]()) | _l2_defaults(given) | given
+        elif len(given) < len(names):
+            given = _l2_defaults(given) | given
         init(self, **given)
 
     kind.__init__ = __init__  # type: ignore[method-assign]
@@ -157,6 +175,11 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     pooling (He et al. 2016); "authors" is as in the manifold mixup authors' code, where preact18
     has no final BatchNorm and needs --loss bce to train, and wrn has biases and different
     shortcuts."""
+    normalise: tuple[str, ...] | None = None
+    """First layer of the network, behind the attack: "image" standardises every image, as in the
+    paper; "imagenet" uses the mean and standard deviation of ImageNet's channels; "none" changes
+    nothing; otherwise a mean and then a standard deviation for each channel, such as six numbers
+    (default: image)."""
     mix: Literal["none", "mixup", "manifold"] = "manifold"
     """Interpolation of the clean and the adversarial batch: none, mixup, or manifold mixup."""
     adv: Literal["none", "fgsm", "pgd"] = "pgd"
@@ -213,10 +236,12 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     """Stop after this many epochs without a lower PGD error on the --holdout images; 0 never
     stops."""
 
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of the attack's eps ball: "linf" or "l2", the Euclidean norm of each image."""
     eps: float = 0.03
-    """Radius of the attack's L-infinity ball, for pixels in [0, 1]."""
+    """Radius of the attack's eps ball, for pixels in [0, 1]; with --norm l2 the default is 0.5."""
     alpha: float = 0.0075
-    """PGD step size, for pixels in [0, 1]."""
+    """PGD step size, for pixels in [0, 1]; with --norm l2 the default is 2.5 eps / steps."""
     steps: int = 7
     """Number of PGD steps during training."""
     bn: Literal["eval", "batch", "update"] = "eval"
@@ -225,12 +250,13 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
 
     mix_alpha: float | None = None
     """Lambda is drawn from Beta(A, A) (default: mixup 1, manifold 2)."""
-    mix_layers: tuple[int, ...] | None = None
-    """Mix points to choose from at random: 0 is the input, 1 and 2 are after the first and second
-    group of blocks (default: mixup 0, manifold 0 1 2)."""
+    mix_at: tuple[str, ...] | None = None
+    """Places to choose from at random, at which the batch is mixed: "input" or 0, numbers of the
+    network's own mix points (1 and 2 are after the first and second group of blocks), or names of
+    modules, whose output is mixed (default: mixup 0; manifold all of the network's own)."""
     mix_space: Literal["standardised", "pixel"] = "standardised"
-    """Whether mix point 0 is after ("standardised") or before ("pixel") the standardisation of the
-    image."""
+    """Whether the input is mixed after ("standardised") or before ("pixel") the network's
+    normalisation."""
     lam_per_sample: bool = False
     """Draw a lambda for every image instead of one for the batch."""
     shared_mix: bool = False
@@ -263,7 +289,8 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
 
     def check(self) -> None:
         super().check()
-        check_unit(self)
+        if self.norm == "linf":
+            check_unit(self)
         check_dataset(self.dataset)
         for name in ("ema", "momentum"):
             if getattr(self, name) >= 1:
@@ -274,10 +301,6 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
             raise InputError("--nesterov needs a --momentum above 0; add --no-nesterov")
         if self.patience and self.holdout == 0:
             raise InputError("--patience needs --holdout N, the images to measure the error on")
-        if self.mix_layers is not None and (
-            not self.mix_layers or not set(self.mix_layers) <= {0, 1, 2}
-        ):
-            raise InputError(f"--mix-layers is {self.mix_layers}: give some of 0, 1 and 2")
 
 
 def paper() -> TrainConfig:

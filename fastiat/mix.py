@@ -1,20 +1,29 @@
 """Mixing: lambda, permutation and layer of one update, and the loss of mixed logits.
 
-A `Mix` is drawn outside the network and passed to the network as an argument:
-`model(x, draw("manifold", len(x)))`.
+A `Mix` is drawn outside the network. `MixPoints` interpolates the output of one of the network's
+modules with it, so that networks take pixels only:
+
+    points = MixPoints(model, ["input", "layer1", "layer2"])
+    mix = draw("manifold", len(x))
+    with points.applied(mix):
+        mixed_loss(model(x), y, mix).backward()
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastiat import kernels
-from fastiat.models import MIX_POINTS, correct
+from fastiat.models import Network, Normalised, correct
+from fastiat.networks.check import choose_module, named_points
 from fastiat.system.errors import InputError
 
 Kind = Literal["none", "mixup", "manifold"]
@@ -33,11 +42,110 @@ class Mix:
     """One draw: h, the values at mix point `layer`, become `lam * h + (1 - lam) * h[perm]`."""
 
     layer: int
-    """Mix point: 0 is the standardised input, 1 and 2 the outputs of the first and second group."""
+    """Number of the mix point, counted from 0; by default 0 is the input of the network, after its
+    normalisation, 1 and 2 are the outputs of its first and second group of layers."""
     perm: Tensor
     """Index of the sample that each sample is mixed with: a permutation of 0..B-1, (B,) int64."""
     lam: Tensor
     """Weight of the sample itself, fp32 in [0, 1]: a scalar, or (B,) with a value per sample."""
+
+
+class MixPoints:
+    """The mix points of a network: forward hooks that interpolate the outputs of named modules.
+
+    model: the network.
+    names: the mix points 0, 1, ... by name: "input" is the input of the network, after its own
+        normalisation; any other name is a module of the network, as in `named_modules`, whose
+        output is mixed. None uses `model.mix_points` or, for a network without that attribute,
+        "input".
+    pixels: whether "input" is before the normalisation instead of after it.
+
+    The hooks do nothing outside of `applied`. Raises `InputError` for a module that the network
+    does not have.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str] | None = None, *, pixels: bool = False
+    ) -> None:
+        self.names = tuple(default_points(model) if names is None else names)
+        self.mix: Mix | None = None
+        known = named_points(model)
+        first = model.normalise if isinstance(model, Network | Normalised) and not pixels else None
+        self._hooks = []
+        for layer, name in enumerate(self.names):
+            mix_output = partial(self._mix_output, layer)
+            if name != "input":
+                if name not in known:
+                    raise InputError(
+                        f"the network has no module {name}: {choose_module(name, known)}"
+                    )
+                hook = known[name].register_forward_hook(mix_output)
+            elif isinstance(first, nn.Module):
+                hook = first.register_forward_hook(mix_output)
+            else:
+                hook = model.register_forward_pre_hook(partial(self._mix_input, layer))
+            self._hooks.append(hook)
+
+    @contextmanager
+    def applied(self, mix: Mix | None) -> Iterator[None]:
+        """Mix the passes of the network in this context; None mixes nothing.
+
+        Backward passes belong in the context too: a network with activation checkpointing repeats
+        its forward pass in them. Raises `InputError` for a layer that is not a mix point.
+        """
+        if mix is not None and not 0 <= mix.layer < len(self.names):
+            raise InputError(
+                f"mix layer is {mix.layer}: give 0 to {len(self.names) - 1}, the numbers of "
+                f"{', '.join(self.names)}"
+            )
+        before, self.mix = self.mix, mix
+        try:
+            yield
+        finally:
+            self.mix = before
+
+    def remove(self) -> None:
+        """Remove the hooks from the network."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _mix_output(self, layer: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        mix = self.mix
+        if mix is None or mix.layer != layer:
+            return output
+        return kernels.mix(output, mix.perm, mix.lam)
+
+    def _mix_input(self, layer: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        return (self._mix_output(layer, module, None, inputs[0]), *inputs[1:])
+
+
+def default_points(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a network's own mix points; "input" alone for a network without any."""
+    return tuple(getattr(model, "mix_points", ("input",)))
+
+
+def point_names(model: nn.Module, kind: Kind, given: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of the mix points of a training.
+
+    given: names of modules, "input", or numbers of the network's own mix points (0 is "input").
+        None means "input" alone for mixup and all of the network's own mix points for manifold
+        mixup.
+
+    Raises `InputError` for a number that the network has no mix point for.
+    """
+    own = default_points(model)
+    if given is None:
+        return own if kind == "manifold" else ("input",)
+    names = ["input" if name == "0" else name for name in given]
+    for name in names:
+        if name.isdecimal() and name not in named_points(model) and int(name) >= len(own):
+            numbers = ", ".join(f"{number} ({point})" for number, point in enumerate(own))
+            raise InputError(
+                f"--mix-at {name}: this network has the mix points {numbers}; give one of them or "
+                f"the name of a module"
+            )
+    numbered = dict(zip(map(str, range(len(own))), own, strict=True))
+    return tuple(numbered.get(name, name) for name in names)
 
 
 def draw(
@@ -58,11 +166,11 @@ def draw(
     alpha: parameter of the Beta distribution, positive and finite; None uses the default of `kind`.
     generator: a CPU generator; None uses PyTorch's global generator.
     device: device of the returned tensors; None is the CPU.
-    layers: mix points to draw from, some of 0, 1 and 2; None uses the default of `kind`.
+    layers: numbers of the mix points to draw from; None uses the default of `kind`.
     per_sample: draw a lambda for each image, (B,), instead of one lambda for the batch.
 
     Raises `InputError` for an unknown kind, a batch below 1, an alpha that is not positive and
-    finite, or layers that are not mix points.
+    finite, or layers that are empty or negative.
     """
     if kind not in KINDS:
         raise InputError(f"unknown mix {kind!r}: choose from {', '.join(KINDS)}")
@@ -74,8 +182,8 @@ def draw(
         raise InputError(f"a batch of {batch} images cannot be mixed: give at least 1 image")
     if not 0 < alpha < float("inf"):
         raise InputError(f"mix alpha is {alpha}, but Beta(alpha, alpha) needs a positive number")
-    if not layers or not set(layers) <= set(MIX_POINTS):
-        raise InputError(f"mix layers are {layers}: give some of 0, 1 and 2")
+    if not layers or min(layers) < 0:
+        raise InputError(f"mix layers are {layers}: give numbers of mix points, such as 0, 1, 2")
     layer = layers[int(torch.randint(len(layers), (), generator=generator, device="cpu"))]
     perm = torch.randperm(batch, generator=generator, device="cpu")
     # `torch.distributions.Beta` takes no generator, so NumPy draws lambda, with a seed from

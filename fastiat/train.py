@@ -19,8 +19,8 @@ from fastiat.attack import PGD, BatchNormMode, count_errors, draw_seed, pgd
 from fastiat.config import TrainConfig
 from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
 from fastiat.engine.graphs import Engine, pick_engine, prepare
-from fastiat.mix import Mix
-from fastiat.models import ModelCard
+from fastiat.mix import Mix, MixPoints
+from fastiat.networks.check import check_network
 from fastiat.runs.directory import Run, check_free, default_out
 from fastiat.system.errors import InputError
 from fastiat.system.progress import Progress, duration
@@ -43,11 +43,11 @@ def algorithm1(
     y: Tensor,
     attack: Attack | None,
     draw: Callable[[], Mix | None],
+    points: MixPoints,
     *,
     clean_weight: float = 0.5,
     loss: Any = "ce",
     shared_mix: bool = False,
-    mix_pixels: bool = False,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Update:
     """Add the gradient of the loss L of Algorithm 1 to the `.grad` of `model`'s parameters.
@@ -59,24 +59,26 @@ def algorithm1(
     x, y: (B, C, H, W) pixels in [0, 1], (B,) int64 true labels.
     attack: attacks the un-mixed batch with its true labels; None means L = L_c.
     draw: returns a draw of Mix; called for L_c and again for L_a, or once with `shared_mix`.
-    loss, mix_pixels: as for `fastiat.training.update.mixed_pass`.
+    points: the mix points of `model`.
+    loss: "ce" or "bce", see `fastiat.mix.mixed_loss`.
     precision: returns the context manager for forward passes; losses are computed outside of it.
 
     Returns the two losses and the numbers of correct images.
     """
 
-    def forward(x: Tensor, mix: Mix | None) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         with precision():
-            return model(x, mix)
+            return model(x)
 
     # Autocast caches its copies of the weights until the outermost autocast context ends. A
     # disabled context around all passes keeps the cache, so that each weight is cast once.
     with torch.autocast(x.device.type, torch.bfloat16, enabled=False):
         mix = draw()
-        clean_loss, clean_correct = mixed_pass(forward, x, y, mix, loss, mix_pixels)
-        # `backward` changes no weight, so the clean half of L can be backpropagated before the
-        # attack. The activations of only one half are in memory at a time.
-        ((clean_weight if attack else 1.0) * clean_loss).backward()
+        with points.applied(mix):
+            clean_loss, clean_correct = mixed_pass(forward, x, y, mix, loss)
+            # `backward` changes no weight, so the clean half of L can be backpropagated before the
+            # attack. The activations of only one half are in memory at a time.
+            ((clean_weight if attack else 1.0) * clean_loss).backward()
         clean_loss = clean_loss.detach()
         if attack is None:
             zero = torch.zeros_like(clean_loss)
@@ -84,8 +86,9 @@ def algorithm1(
         with precision():
             x_adv = attack(x, y)
         mix = mix if shared_mix else draw()
-        adv_loss, adv_correct = mixed_pass(forward, x_adv, y, mix, loss, mix_pixels)
-        ((1 - clean_weight) * adv_loss).backward()
+        with points.applied(mix):
+            adv_loss, adv_correct = mixed_pass(forward, x_adv, y, mix, loss)
+            ((1 - clean_weight) * adv_loss).backward()
         return Update(clean_loss, adv_loss.detach(), clean_correct, adv_correct)
 
 
@@ -97,10 +100,14 @@ class Trainer:
     ranks hold the same bits after the step, and a checkpoint of one rank is valid for all. A
     running variance is the mean of the variances of the parts, not the variance of the batch.
 
+    network: the network to train, in place; None builds the network that `config` names.
+
     Raises `InputError` for settings that the device, the data or the number of ranks do not allow.
     """
 
-    def __init__(self, config: TrainConfig, dataset: data.Dataset) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: data.Dataset, network: nn.Module | None = None
+    ) -> None:
         self.config, self.ranks = config, ranks()
         self.device = pick_device(config.device)
         self.engine = pick_engine(config.engine, self.device)
@@ -117,8 +124,13 @@ class Trainer:
         )
         self.batch_shape = (config.batch_size // self.ranks.count, *dataset.train.shape)
         """Shape (B, C, H, W) of this rank's part of a batch."""
-        self._make_network(dataset)
+        self._make_network(dataset, network)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        # After the copy, whose passes are never mixed.
+        names = mixing.point_names(self.model, config.mix, config.mix_at)
+        if network is not None or config.mix_at:
+            check_network(self.model, dataset.train.shape, len(dataset.classes), names)
+        self.points = MixPoints(self.model, names, pixels=config.mix_space == "pixel")
         self.lr_tensor = torch.tensor(config.lr, device=self.device)
         self.optimizer = make_sgd(self.model, config, self.lr_tensor)
         self.step = 0
@@ -150,18 +162,14 @@ class Trainer:
         if not self.ranks.alone:
             self.rank_random = {name: torch.Generator(places[name]) for name in ("mix", "attack")}
 
-    def _make_network(self, dataset: data.Dataset) -> None:
+    def _make_network(self, dataset: data.Dataset, network: nn.Module | None) -> None:
         config = self.config
-        channels, size, _ = dataset.train.shape
-        width = models.DEFAULT_WIDTH[config.arch] if config.width is None else config.width
-        classes = dataset.classes
-        self.card = ModelCard(
-            config.arch, width, len(classes), channels, size, classes, config.variant
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = self.card.build()
-        self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.card = models.card_of(config, dataset.classes, dataset.train.shape)
+        if network is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                network = self.card.build()
+        self.model: nn.Module = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.batch_shape[0] == 1:
             _check_batch_of_one(self.model, self.batch_shape, config.batch_size)
 
@@ -221,10 +229,10 @@ class Trainer:
                 y,
                 self.attack,
                 partial(self._draw, self.device),
+                self.points,
                 clean_weight=config.clean_weight,
                 loss=config.loss,
                 shared_mix=config.shared_mix,
-                mix_pixels=config.mix_space == "pixel",
                 precision=self.precision,
             )
             update = self._all_reduce_mean(update)
@@ -264,7 +272,7 @@ class Trainer:
             config.mix_alpha,
             self.rank_random["mix"],
             device,
-            layers=config.mix_layers,
+            layers=tuple(range(len(self.points.names))),
             per_sample=config.lam_per_sample,
         )
 
@@ -307,12 +315,12 @@ class Trainer:
             self.optimizer,
             torch.Size(self.batch_shape),
             self._attack_settings(config.bn, self.rank_random["attack"]),
+            self.points,
             dtype=torch.bfloat16 if self.arithmetic == "bf16" else None,
             compiled=True,
             captured=self.engine == "graph",
             clean_weight=config.clean_weight,
             loss=config.loss,
-            mix_pixels=config.mix_space == "pixel",
             per_sample=config.lam_per_sample,
             all_reduce_mean_=self.ranks.all_reduce_mean_,
             ranks=self.ranks.count,
@@ -342,6 +350,7 @@ class Trainer:
             "alpha": config.eps if fgsm else config.alpha,
             "steps": 1 if fgsm else config.steps,
             "random_start": config.random_start and not fgsm,
+            "norm": config.norm,
             "loss": config.attack_loss,
             "bn": bn,
             "generator": generator,

@@ -173,7 +173,17 @@ def test_python_m_fastiat_works_outside_the_checkout(tmp_path):
         ("train --ema 1", "--ema is 1"),
         ("train --clean-weight 1.5", "--clean-weight is 1.5"),
         ("train --patience 3", "--holdout"),
-        ("train --mix-layers 0 3", "--mix-layers"),
+        ("train --dataset digits --mix-at 0 3", "--mix-at 3: this network has the mix points 0 ("),
+        (
+            "train --dataset digits --mix-at groups.9",
+            "--mix-at groups.9: the network has",
+        ),
+        (
+            "train --dataset digits --normalise imagnet",
+            "--normalise imagnet: choose image",
+        ),
+        ("train --dataset digits --normalise imagenet", "is for 3 channels, but the images have 1"),
+        ("train --dataset digits --normalise 0.5 0", "standard deviations above 0"),
         ("train --momentum 0", "--no-nesterov"),
         ("train --out=", "--out is empty"),
         ("evaluate", "RUN"),
@@ -203,8 +213,8 @@ def test_fractions_are_numbers():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_flags_override_the_preset_and_config_json_gives_the_same_back(preset):
-    _, given = cli.parse(["train", "--preset", preset, "--lr", "0.5", "--mix-layers", "0", "2"])
-    assert given == replace(PRESETS[preset](), lr=0.5, mix_layers=(0, 2))
+    _, given = cli.parse(["train", "--preset", preset, "--lr", "0.5", "--mix-at", "0", "2"])
+    assert given == replace(PRESETS[preset](), lr=0.5, mix_at=("0", "2"))
     assert validated(json.loads(json.dumps(asdict(given))), TrainConfig) == given
 
 
@@ -384,7 +394,7 @@ def test_a_preset_in_python_fills_what_was_left_out_as_on_the_command_line():
         (TrainConfig, {"eps": "8/0"}, "--eps is '8/0': give a number"),
         (TrainConfig, {"eps": "8"}, "give, say, 8/255"),
         (TrainConfig, {"eps": np.float32("nan")}, "--eps is nan"),
-        (TrainConfig, {"mix_layers": "input"}, "--mix-layers is 'input': give a tuple"),
+        (TrainConfig, {"mix_at": {"input"}}, "--mix-at is {'input'}: give a tuple"),
         (TrainConfig, {"schedule": np.array([1, 2])}, "--schedule is array([1, 2]): choose from"),
         (TrainConfig, {"preset": np.array(["paper", "modern"])}, "--preset is array"),
         (cli.EvaluateConfig, {"norm": "l1"}, "--norm is 'l1': choose from 'linf', 'l2'"),
@@ -422,13 +432,13 @@ def test_a_command_without_runs_says_so_in_python_too():
 def test_python_settings_take_the_numbers_that_python_has(tmp_path):
     config = TrainConfig(
         eps="8/255", alpha=Fraction(2, 255), lr=np.float64(0.3), epochs=np.int64(3),
-        nesterov=np.bool_(False), steps=torch.tensor(4), mix_layers=[0, np.int64(2)],
+        nesterov=np.bool_(False), steps=torch.tensor(4), mix_at=[0, np.int64(2)],
         weight_decay=0, out=tmp_path,
     )  # fmt: skip
     config.check()
     assert (config.eps, config.alpha, config.lr) == (8 / 255, 2 / 255, 0.3)
-    assert (config.nesterov, config.mix_layers, config.out) == (False, (0, 2), str(tmp_path))
-    assert [type(n) for n in (config.epochs, config.steps, *config.mix_layers)] == [int] * 4
+    assert (config.nesterov, config.mix_at, config.out) == (False, ("0", "2"), str(tmp_path))
+    assert [type(n) for n in (config.epochs, config.steps)] == [int] * 2
     assert json.loads(json.dumps(asdict(config)))["epochs"] == 3
     measured = cli.EvaluateConfig(runs=tmp_path, attacks="none", eps="4/255")
     measured.check()

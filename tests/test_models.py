@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastiat import kernels, models
-from fastiat.mix import Mix
+from fastiat.mix import Mix, MixPoints
 from fastiat.system.errors import InputError
 
 
@@ -194,15 +194,20 @@ def test_mix_point_interpolates_right_there(name, layer):
     out = lam * out + (1 - lam) * out[mix.perm]
     for stage in stages[cut:]:
         out = stage(out)
-    torch.testing.assert_close(model(x, mix), out, rtol=1e-9, atol=1e-9)
+    with MixPoints(model).applied(mix):
+        torch.testing.assert_close(model(x), out, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(model(x), out)
 
 
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_a_layer_that_is_no_mix_point_is_refused_not_left_unmixed(layer):
     model = models.build("mlp6", 3, 1, 8, width=4)
-    with pytest.raises(InputError, match=f"mix layer is {layer}"):
-        model(torch.rand(2, 1, 8, 8), Mix(layer, torch.tensor([1, 0]), torch.tensor(0.5)))
+    mix = Mix(layer, torch.tensor([1, 0]), torch.tensor(0.5))
+    with (
+        pytest.raises(InputError, match=f"mix layer is {layer}"),
+        MixPoints(model).applied(mix),
+    ):
+        pytest.fail("the pass would not be mixed")
 
 
 @pytest.mark.parametrize("name", models.ARCHS)

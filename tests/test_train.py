@@ -33,7 +33,7 @@ VARIANTS = {
         5,
         (
             *("--arch", "preact18", "--width", "2", "--bn", "update", "--epochs", "3"),
-            *("--batch-size", "256", "--ema", "0.9", "--mix-layers", "1"),
+            *("--batch-size", "256", "--ema", "0.9", "--mix-at", "1"),
         ),
     ),
     "holdout": (18, ("--epochs", "3", "--holdout", "280", "--patience", "2")),

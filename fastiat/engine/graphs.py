@@ -134,19 +134,19 @@ class CastableWeights(TorchFunctionMode):
         """Names of the castable weights, according to all observed passes."""
         return self.multiplied - self.ruled_out
 
-    def observe(self, *inputs: Any) -> Tensor:
-        """Run one forward and backward pass on `inputs`, and return the logits, (B, K).
+    def observe(self, x: Tensor) -> Tensor:
+        """Run one forward and backward pass on pixels `x`, and return the logits, (B, K).
 
         Buffers and random states are restored. No parameter gets a gradient.
         """
-        x, logits = inputs[0].detach().clone(), torch.empty(0)
+        x, logits = x.detach().clone(), torch.empty(0)
         both = _BothPasses(self.model)
         aliases = {f"model.{name}": alias for name, alias in self.aliases.items()}
 
         def run() -> None:
             nonlocal logits
             with torch.enable_grad():
-                logits = forward(both, aliases, self.dtype, x.requires_grad_(), *inputs[1:])
+                logits = forward(both, aliases, self.dtype, x.requires_grad_())
 
         devices = [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), self:
@@ -178,9 +178,9 @@ class _BothPasses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return the logits, and compute the gradient of their sum with respect to `x`."""
-        logits: Tensor = self.model(x, *inputs)
+        logits: Tensor = self.model(x)
         if logits.requires_grad:
             # `torch.autograd.grad` makes this call, but disables `CastableWeights` for the whole
             # backward pass, in which an autograd.Function may use weights too.
@@ -240,21 +240,20 @@ class Weights:
 
 
 def forward(
-    model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None, *inputs: Any
+    model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None, x: Tensor
 ) -> Tensor:
-    """Return the output of `model` for `inputs`, with `weights` in place of its parameters.
+    """Return the logits of `model` for pixels `x`, with `weights` in place of its parameters.
 
     The model runs under autocast to `dtype`, which does not cast weights that are in `dtype`
     already. None disables autocast.
     """
-    device = inputs[0].device.type
     # No cache: autocast would reuse the casts of one pass in the next pass, and a captured graph
     # would keep the addresses of these casts.
     with torch.autocast(
-        device, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
+        x.device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
     ):
         # `weights` has every name of a tied parameter already, see `placed`.
-        return torch.func.functional_call(model, weights, inputs, tie_weights=False)
+        return torch.func.functional_call(model, weights, (x,), tie_weights=False)
 
 
 def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from fastiat.system.settings import Settings, flag_of, hints_of, number
 
 HEADINGS: dict[str, tuple[str, ...]] = {
     "measurement": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
-    "method": ("preset", "arch", "width", "variant", "mix", "adv"),
+    "method": ("preset", "arch", "width", "variant", "normalise", "mix", "adv"),
     "data": (
         *("dataset", "data_dir", "train_limit", "class_limit", "loader", "pad", "flip"),
         *("batch_size", "format", "quality", "max_side", "force"),
@@ -26,7 +26,7 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     "attack": (
         *("norm", "eps", "alpha", "steps", "restarts", "random_start", "attack_loss", "bn"),
     ),
-    "mixing": ("mix_alpha", "mix_layers", "mix_space", "lam_per_sample", "shared_mix"),
+    "mixing": ("mix_alpha", "mix_at", "mix_space", "lam_per_sample", "shared_mix"),
     "machine": ("device", "engine", "precision", "deterministic"),
     "run and output": (
         *("seed", "seeds", "dry_run", "checkpoint_every", "on_nan", "eval_limit", "out", "resume"),

@@ -96,7 +96,10 @@ def converted(value: Any, hint: Any) -> Any:
     several = next((option for option in (hint, *options) if get_origin(option) is tuple), None)
     if several is not None:
         items = value if isinstance(value, list | tuple | range) else (value,)
-        turned = tuple(converted(item, get_args(several)[0]) for item in items)
+        item_type = get_args(several)[0]
+        turned = tuple(converted(item, item_type) for item in items)
+        if item_type is str:  # numbers may be written among words, such as mix points
+            turned = tuple(str(i) if type(i) in (int, float) else i for i in turned)
         return turned if fits(turned, several) else value
     if float in options:
         if isinstance(value, Fraction | Decimal):

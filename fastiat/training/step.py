@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastiat.attack import PGDLoop
 from fastiat.engine import graphs
 from fastiat.engine.modes import attack_mode
-from fastiat.mix import Mix
+from fastiat.mix import Mix, MixPoints
 from fastiat.models import normalisation_layers
 from fastiat.training.update import Update, mixed_pass
 
@@ -40,6 +40,7 @@ class Step:
     optimizer: has a state for every parameter already, and takes its learning rate from a tensor.
     batch: shape (B, C, H, W) of every batch.
     attack: all keyword arguments of `pgd`, or None for no adversarial batch.
+    points: the mix points of `model`.
     dtype: type that the network computes in under autocast, or None for no autocast.
     per_sample: whether lambda has shape (B,) instead of ().
     compiled, captured: whether passes are compiled, and pieces captured as CUDA graphs.
@@ -57,20 +58,20 @@ class Step:
         optimizer: torch.optim.Optimizer,
         batch: torch.Size,
         attack: dict[str, Any] | None,
+        points: MixPoints,
         *,
         dtype: torch.dtype | None,
         compiled: bool,
         captured: bool,
         clean_weight: float = 0.5,
         loss: Any = "ce",
-        mix_pixels: bool = False,
         per_sample: bool = False,
         all_reduce_mean_: Callable[[list[Tensor]], None] = lambda tensors: None,
         ranks: int = 1,
         accept: Callable[[Update], bool] = lambda update: True,
     ) -> None:
         self.model, self.optimizer, self.dtype, self.accept = model, optimizer, dtype, accept
-        self.compiled, self.loss, self.mix_pixels = compiled, loss, mix_pixels
+        self.compiled, self.loss, self.points = compiled, loss, points
         self.loss_weights = (clean_weight, 1 - clean_weight) if attack else (1.0, 0.0)
         parameters = list(model.parameters())
         device = parameters[0].device
@@ -126,7 +127,7 @@ class Step:
             return set()
         # Observe the kinds of passes of an update: a weight is copied only if both allow it.
         castable = graphs.CastableWeights(self.model, self.dtype)
-        castable.observe(self.x, None)
+        castable.observe(self.x)
         if attack is not None:
             with attack_mode(self.model, attack["bn"]):
                 castable.observe(self.x)
@@ -186,10 +187,12 @@ class Step:
             assert self.attack is not None
             x, into = self.attack.x_adv, self.adv_grads
         run = self._pass(layer)
-        value, correct = run(self.weights.copies, x, self.y, self.perm[which], self.lam[which])
-        # Not `backward`: it would accumulate into the `.grad` of the leaves, and those of the bf16
-        # copies would be new bf16 tensors at new addresses.
-        grads = torch.autograd.grad(self.loss_weights[which] * value, self.weights.leaves)
+        mix = None if layer is None else Mix(layer, self.perm[which], self.lam[which])
+        with self.points.applied(mix):
+            value, correct = run(self.weights.copies, x, self.y, mix)
+            # Not `backward`: it would accumulate into the `.grad` of the leaves, and those of the
+            # bf16 copies would be new bf16 tensors at new addresses.
+            grads = torch.autograd.grad(self.loss_weights[which] * value, self.weights.leaves)
         with torch.no_grad():
             # One call per type: `_foreach_copy_` uses one kernel only for tensors of equal type.
             for dtype in {grad.dtype for grad in grads}:
@@ -208,16 +211,15 @@ class Step:
         """
         if layer in self._passes:
             return self._passes[layer]
-        model, dtype, loss, mix_pixels = self.model, self.dtype, self.loss, self.mix_pixels
+        model, dtype, loss = self.model, self.dtype, self.loss
 
         def run(
-            weights: dict[str, Tensor], x: Tensor, y: Tensor, perm: Tensor, lam: Tensor
+            weights: dict[str, Tensor], x: Tensor, y: Tensor, mix: Mix | None
         ) -> tuple[Tensor, Tensor]:
-            def forward(x: Tensor, mix: Mix | None) -> Tensor:
-                return graphs.forward(model, weights, dtype, x, mix)
+            def forward(x: Tensor) -> Tensor:
+                return graphs.forward(model, weights, dtype, x)
 
-            mix = None if layer is None else Mix(layer, perm, lam)
-            return mixed_pass(forward, x, y, mix, loss, mix_pixels)
+            return mixed_pass(forward, x, y, mix, loss)
 
         self._passes[layer] = graphs.compile_once(run) if self.compiled else run
         return self._passes[layer]

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastiat import kernels
 from fastiat.mix import Mix, mixed_correct, mixed_loss
 
 
@@ -33,24 +32,16 @@ class Update(NamedTuple):
 
 
 def mixed_pass(
-    forward: Callable[[Tensor, Mix | None], Tensor],
-    x: Tensor,
-    y: Tensor,
-    mix: Mix | None,
-    loss: Any,
-    mix_pixels: bool,
+    forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, mix: Mix | None, loss: Any
 ) -> tuple[Tensor, Tensor]:
     """Return two scalars: Loss(f, Mix, x, y) of section 3 of the paper, and the correct images.
 
-    forward: returns logits (B, K) of pixels, mixed as the second argument says; None mixes nothing.
+    forward: returns logits (B, K) of pixels. `mix` is applied to the network already, see
+        `fastiat.mix.MixPoints`.
     x, y: (B, C, H, W) pixels in [0, 1], (B,) int64 labels.
-    mix_pixels: whether mix point 0 is the pixels, before the standardisation, instead of after it.
 
     The number of correct images, in [0, B], has no gradient.
     """
-    inner = mix
-    if mix is not None and mix.layer == 0 and mix_pixels:
-        x, inner = kernels.mix(x, mix.perm, mix.lam), None
-    logits = forward(x, inner)
+    logits = forward(x)
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     return mixed_loss(logits, y, mix, loss), mixed_correct(logits.detach(), y, mix)

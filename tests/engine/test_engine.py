@@ -344,7 +344,7 @@ def _channels_last(tensor: torch.Tensor) -> bool:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_passes_take_every_convolutions_operands_channels_last(programs, precision):
     # Wide enough that no `Shortcut` selects its pixels, which is a copy.
-    trainer = _trainer("compile", precision=precision, mix_layers=(2,), width=16)
+    trainer = _trainer("compile", precision=precision, mix_at=("2",), width=16)
     next(trainer.epoch_updates())
     operands = 0
     for node in _nodes(programs, aten.convolution.default):
@@ -381,7 +381,7 @@ class _Layouts(TorchDispatchMode):
 
 
 def test_the_plain_step_takes_every_convolutions_operands_channels_last():
-    trainer = _trainer("eager", precision="bf16", mix_layers=(1,), steps=2)
+    trainer = _trainer("eager", precision="bf16", mix_at=("1",), steps=2)
     with _Layouts() as layouts:
         next(trainer.epoch_updates())
     passes = 1 + 2 + 1

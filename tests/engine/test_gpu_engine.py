@@ -19,7 +19,7 @@ from fastiat import data, kernels, models
 from fastiat.attack import PGD, PGDLoop, pgd
 from fastiat.config import TrainConfig
 from fastiat.engine import graphs
-from fastiat.mix import Mix
+from fastiat.mix import Mix, MixPoints
 from fastiat.runs.weights import pack_state, read_state
 from fastiat.train import Trainer, algorithm1
 from fastiat.training.step import Step
@@ -225,11 +225,12 @@ def test_replayed_step_is_bit_equal_to_algorithm_1_for_every_mix_layer(device, a
         optimizer,
         torch.Size((BATCH, 3, 32, 32)),
         None if settings is None else settings | {"generator": random},
+        MixPoints(network),
         dtype=None,
         compiled=False,
         captured=device == "cuda",
     )
-    attack = None
+    attack, points = None, MixPoints(plain)
     if settings is not None:
         attack = partial(pgd, plain, **(settings | {"generator": plain_random}))
     layers = [(None, None), (0, 1), (1, 2), (2, 0), (0, 1), (2, 2), (None, 1)]
@@ -244,7 +245,8 @@ def test_replayed_step_is_bit_equal_to_algorithm_1_for_every_mix_layer(device, a
         update = step(images, y, mixes)
         plain_optimizer.zero_grad()
         draws = iter(mixes)
-        expected = algorithm1(plain, models.to_pixels(images), y, attack, lambda d=draws: next(d))
+        x = models.to_pixels(images)
+        expected = algorithm1(plain, x, y, attack, lambda d=draws: next(d), points)
         plain_optimizer.step()
         for name in ("clean_loss", "adv_loss", "clean_correct", "adv_correct"):
             assert torch.equal(getattr(update, name), getattr(expected, name)), (pair, name)

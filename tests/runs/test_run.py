@@ -84,7 +84,7 @@ def test_config_json_rebuilds_the_settings(run):
         (b'{"lr": 1e999}', "not JSON with finite numbers"),
         (b'{"nesterov": 1}', "'nesterov' cannot be 1"),
         (b'{"arch": "vgg"}', "'arch' cannot be 'vgg'"),
-        (b'{"mix_layers": [0, "1"]}', "'mix_layers' cannot be"),
+        (b'{"mix_at": [0, "1"]}', "'mix_at' cannot be"),
         (b'{"epochs": 1' + b"0" * 4000 + b"}", "not JSON with finite numbers"),
     ],
 )

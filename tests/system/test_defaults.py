@@ -183,7 +183,9 @@ def test_functions_change_no_argument_and_return_none_of_their_memory(name, netw
 def test_an_update_leaves_its_batch_alone(network):
     x, y = X.clone(), Y.clone()
     one = mix.Mix(1, PERM.clone(), LAM.clone())
-    algorithm1(network, x, y, lambda x, y: attack.fgsm(network, x, y), lambda: one)
+    points = mix.MixPoints(network)
+    algorithm1(network, x, y, lambda x, y: attack.fgsm(network, x, y), lambda: one, points)
+    points.remove()
     network.zero_grad()
     assert torch.equal(x, X) and torch.equal(y, Y)
     assert torch.equal(one.perm, PERM) and torch.equal(one.lam, LAM)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastiat import data, models
+from fastiat import data, kernels, models
 from fastiat.attack import count_errors, pgd
 from fastiat.config import TrainConfig, modern, paper
-from fastiat.mix import Mix
+from fastiat.mix import Mix, MixPoints
 from fastiat.runs.weights import pack_state, read_state
 from fastiat.system.errors import InputError
 from fastiat.train import Trainer, algorithm1
@@ -25,13 +25,26 @@ def _network():
     return models.build("preact18", 4, 1, 8, width=2).double().train()
 
 
+def _mixed_forward(model, x, mix):
+    """The pass of a network of fastiat, mixed at one of its three points, written out."""
+    lam = mix.lam.double().view(-1, 1, 1, 1)
+
+    def mixed_at(layer, h):
+        return lam * h + (1 - lam) * h[mix.perm] if layer == mix.layer else h
+
+    x = model.stem(mixed_at(0, kernels.standardize(x)))
+    for number, group in enumerate(model.groups, start=1):
+        x = mixed_at(number, group(x))
+    return model.head(x)
+
+
 def _straight_line(model, x, y, mixes, clean_weight, attack=True):
     """Algorithm 1 of the paper for PGD-3 with BatchNorm in eval mode, written out."""
 
     def loss(x, mix):
         if mix is None:
             return F.cross_entropy(model(x), y)
-        logits, lam = model(x, mix), mix.lam.double()
+        logits, lam = _mixed_forward(model, x, mix), mix.lam.double()
         own = F.cross_entropy(logits, y, reduction="none")
         other = F.cross_entropy(logits, y[mix.perm], reduction="none")
         return (lam * own + (1 - lam) * other).mean()
@@ -76,7 +89,13 @@ def test_algorithm_1_has_the_gradient_of_its_straight_line_version(kind, clean_w
 
     drawn = iter(mixes)
     update = algorithm1(
-        model, x, y, pgd3 if attack else None, lambda: next(drawn), clean_weight=clean_weight
+        model,
+        x,
+        y,
+        pgd3 if attack else None,
+        lambda: next(drawn),
+        MixPoints(model),
+        clean_weight=clean_weight,
     )
     weight = clean_weight if attack else 1
     total = weight * update.clean_loss + (1 - weight) * update.adv_loss
@@ -95,10 +114,10 @@ def test_shared_mix_draws_once_and_pixel_mixing_mixes_before_standardisation():
         draws.append(mix)
         return mix
 
-    algorithm1(model, x, y, lambda x, y: x, draw, shared_mix=True)
+    algorithm1(model, x, y, lambda x, y: x, draw, MixPoints(model), shared_mix=True)
     assert len(draws) == 1
-    model.zero_grad()
-    update = algorithm1(model, x, y, None, draw, mix_pixels=True)
+    model = _network()
+    update = algorithm1(model, x, y, None, draw, MixPoints(model, pixels=True))
     lam = mix.lam.double()
     logits = model(lam * x + (1 - lam) * x[mix.perm])
     expected = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[mix.perm])

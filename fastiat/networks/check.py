@@ -1,0 +1,152 @@
+"""Check, before a training or a measurement, that a network is one that fastiat can work with."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fastiat.engine.modes import attack_mode
+from fastiat.networks.normalise import Normalised
+from fastiat.system.errors import InputError, one_line, out_of_memory
+
+IMAGES = 2
+"""Number of images in a trial pass: BatchNorm in training mode needs two values per channel."""
+
+
+def named_points(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules whose outputs can be mixed, by the names that a user gives.
+
+    The names are those of `named_modules`. In a `Normalised` network they are relative to the
+    network itself.
+    """
+    inner = model.network if isinstance(model, Normalised) else model
+    return {name: module for name, module in inner.named_modules() if name}
+
+
+def choose_module(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about the mix point `name`: the modules to choose from."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    # The outermost modules: a deep network has hundreds.
+    names = close or sorted(known, key=lambda other: other.count("."))[:12]
+    return f"choose input or a module such as {', '.join(names)}" if names else "choose input"
+
+
+def check_network(
+    model: nn.Module, shape: tuple[int, int, int], num_classes: int, points: Sequence[str] = ()
+) -> None:
+    """Raise `InputError` unless `model` maps pixels to logits and can be trained by fastiat.
+
+    model: called with `IMAGES` images of `shape`, (C, H, W), once in training mode and once in eval
+        mode. Buffers, flags and random numbers are restored.
+    num_classes: number of logits that it must return.
+    points: names of mix points. Each module must run once in a pass and return a tensor with a row
+        for each image.
+    """
+    parameters = dict(model.named_parameters())
+    if not any(p.requires_grad for p in parameters.values()):
+        raise InputError(
+            f"the network {type(model).__name__} has no parameter that requires a gradient: there "
+            f"is nothing to train"
+        )
+    for name, tensor in [*parameters.items(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise InputError(
+                f"the network's {name} gets its shape in the first pass: call the network on a "
+                f"batch of images before you give it to fastiat"
+            )
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise InputError(
+                f"the network's {name} is {tensor.dtype}: give a network in float32, such as "
+                f"model.float(); --precision bf16 makes it compute in bfloat16"
+            )
+    known = named_points(model)
+    for name in points:
+        if name != "input" and name not in known:
+            raise InputError(
+                f"--mix-at {name}: the network has no module of this name: "
+                f"{choose_module(name, known)}"
+            )
+    device = next(iter(parameters.values())).device
+    pixels = torch.rand(IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    for training in (True, False):
+        outputs = _trial(model, pixels, known, num_classes, training)
+        for name in points:
+            fault = None if name == "input" else _fault(outputs[name])
+            if fault:
+                whole = [other for other, found in outputs.items() if not _fault(found)]
+                raise InputError(
+                    f"--mix-at {name}: this module {fault}, so its output cannot be mixed: "
+                    f"{choose_module(name, whole)}"
+                )
+
+
+def _fault(outputs: list[Any]) -> str:
+    """Return why a module with these outputs of one pass is no mix point, or ""."""
+    if len(outputs) != 1:
+        return f"runs {len(outputs)} times in a pass" if outputs else "does not run"
+    (output,) = outputs
+    if not isinstance(output, Tensor):
+        return f"returns a {type(output).__name__}"
+    if output.dim() == 0 or len(output) != IMAGES or not output.is_floating_point():
+        return f"returns a {output.dtype} tensor of shape {tuple(output.shape)} for {IMAGES} images"
+    return ""
+
+
+def _trial(
+    model: nn.Module,
+    pixels: Tensor,
+    known: dict[str, nn.Module],
+    num_classes: int,
+    training: bool,
+) -> dict[str, list[Any]]:
+    """Run one pass, check its logits, and return the outputs of every module, by its name."""
+    outputs: dict[str, list[Any]] = {name: [] for name in known}
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: outputs[name].append(output))
+        for name, module in known.items()
+    ]
+    x = pixels.clone()
+    before = [buffer.clone() for buffer in model.buffers()]
+    devices = [x.device] if x.is_cuda else []
+    try:
+        # `attack_mode` restores every flag, also those that `train` sets.
+        with torch.random.fork_rng(devices), torch.no_grad(), attack_mode(model, "eval"):
+            model.train(training)
+            logits = model(x)
+    except Exception as error:
+        # The network is the user's code: it may raise anything.
+        if out_of_memory(error):
+            raise
+        size = "x".join(map(str, pixels.shape[1:]))
+        raise InputError(
+            f"the network {type(model).__name__} fails on {IMAGES} images of {size} (channels, "
+            f"height, width): {type(error).__name__}: {one_line(error)[:150]}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for buffer, kept in zip(model.buffers(), before, strict=True):
+            buffer.copy_(kept)
+    mode = "training" if training else "eval"
+    if not isinstance(logits, Tensor):
+        raise InputError(
+            f"the network {type(model).__name__} returns a {type(logits).__name__} in {mode} mode: "
+            f"make it return the logits alone"
+        )
+    if logits.shape != (IMAGES, num_classes) or not logits.is_floating_point():
+        raise InputError(
+            f"the network {type(model).__name__} returns {logits.dtype} of shape "
+            f"{tuple(logits.shape)} for {IMAGES} images of {num_classes} classes: make it return "
+            f"logits of shape ({IMAGES}, {num_classes})"
+        )
+    if not torch.equal(x, pixels):
+        raise InputError(
+            f"the network {type(model).__name__} changes its input in place: make it work on a "
+            f"copy, such as x = x * 1"
+        )
+    return outputs
