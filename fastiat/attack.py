@@ -4,11 +4,10 @@ An attack returns adversarial examples and has no other effect: it restores the 
 the modules, gives no parameter a gradient, and draws random numbers from the generator that is
 passed in. Attacks also work under `torch.no_grad` and `torch.inference_mode`.
 
-The parts come first: the loss that is maximised, its gradient with respect to the input, the random
-start and the steps. `fgsm`, `pgd` and `PGD` (the compiled or captured attack) follow.
+The parts come first: the loss that is maximised, its gradient with respect to the input, and the
+steps. `fgsm`, `pgd` and `PGD` (the compiled or captured attack) follow.
 """
 
-import math
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,16 +19,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastiat import kernels
+from fastiat.attacks.checks import Loss, check_batch, check_choice, check_settings
+from fastiat.attacks.starts import (
+    Norm,
+    Starts,
+    per_image,
+    start_from_seed,
+    start_in_ball,
+)
 from fastiat.engine import graphs
 from fastiat.engine.device import autocast
 from fastiat.engine.graphs import Engine
 from fastiat.engine.modes import BatchNormMode, Model, attack_mode, check_mode, is_plain, structure
-from fastiat.mix import NO_LABEL, check_label_type, check_labels
+from fastiat.mix import NO_LABEL, check_labels
 from fastiat.models import correct, to_pixels
 from fastiat.system.errors import InputError
-
-Norm = Literal["linf", "l2"]
-Loss = Literal["ce", "margin"]
 
 
 def attack_loss(logits: Tensor, y: Tensor, loss: Loss) -> Tensor:
@@ -74,98 +78,6 @@ def gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
         (grad,) = torch.autograd.grad(value(x), x)
     return grad
-
-
-class Starts:
-    """Random starts for images that are attacked batch by batch, the same for every batch size.
-
-    Pass a `Starts` to an attack as its generator, and call `batch` before each batch. Restart
-    number r has the same seed in every batch, and an image's random numbers depend on that seed and
-    on the index of the image among all images. So the starts depend neither on the batch size nor
-    on which rank attacks a batch.
-    """
-
-    def __init__(self, seed: int, device: torch.device | str) -> None:
-        self._generator = torch.Generator(device).manual_seed(seed)
-        self._seeds: list[Tensor] = []
-        self._next = self.first = 0
-
-    def batch(self, first: int) -> None:
-        """Begin a batch whose first image is number `first` of all images."""
-        self.first, self._next = first, 0
-
-    def draw(self, x: Tensor) -> Tensor:
-        """Return the seed of this batch's next start, an int64 scalar on the device of `x`."""
-        if self._next == len(self._seeds):
-            self._seeds.append(draw_seed(x, self._generator))
-        self._next += 1
-        return self._seeds[self._next - 1]
-
-
-def draw_seed(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw the seed of one random start: an int64 scalar on the device of `x`."""
-    return torch.empty((), dtype=torch.int64, device=x.device).random_(generator=generator)
-
-
-def start_in_ball(
-    x: Tensor,
-    eps: float,
-    norm: Norm,
-    clip: tuple[float, float],
-    generator: torch.Generator | Starts | None,
-) -> Tensor:
-    """Return points uniform in the ball of radius `eps` around each image, clipped to `clip`.
-
-    One seed is drawn from `generator`, which must be on the device of `x`; see `start_from_seed`.
-    """
-    if isinstance(generator, Starts):
-        return start_from_seed(x, eps, norm, clip, generator.draw(x), generator.first)
-    return start_from_seed(x, eps, norm, clip, draw_seed(x, generator))
-
-
-def start_from_seed(
-    x: Tensor,
-    eps: float,
-    norm: Norm,
-    clip: tuple[float, float],
-    seed: Tensor,
-    first: int = 0,
-) -> Tensor:
-    """Return the random start that `seed` determines, shaped like `x` and clipped to `clip`.
-
-    `seed` is an int64 scalar on the device of `x`: a tensor, so that a captured CUDA graph reads a
-    new seed at every replay. If `x` is a part of a larger set, `first` is the number of images
-    before `x`.
-    """
-    values = x[:1].numel()
-    if norm == "linf":
-        return kernels.random_start(x, eps, seed, clip, first * values)
-    # Uniform in a ball of d dimensions: a uniform direction, and a radius whose d-th power is
-    # uniform in [0, eps^d].
-    noise = gaussian_noise(x, seed, first)
-    half = torch.full((len(x),), 0.5, dtype=noise.dtype, device=x.device)
-    uniform = kernels.random_start(half, 0.5, seed + 1, (0.0, 1.0), first)
-    radius = eps * uniform.pow(1 / max(values, 1))
-    length = torch.linalg.vector_norm(noise.flatten(1), dim=1).clamp_min(1e-12)
-    return (x + (noise * per_image(radius / length, x)).to(x.dtype)).clamp_(*clip)
-
-
-def gaussian_noise(x: Tensor, seed: Tensor, first: int = 0) -> Tensor:
-    """Return standard normal noise shaped like `x`, at least in fp32.
-
-    The noise is the normal quantile of the uniform values that `kernels.random_start` draws from
-    `seed`. `first` has the meaning that it has in `start_from_seed`.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    most = 1 - 2.0**-24  # the quantiles of -1 and 1 are infinite
-    zeros = torch.zeros_like(x, dtype=dtype)
-    uniform = kernels.random_start(zeros, 1.0, seed, (-most, most), first * x[:1].numel())
-    return torch.erfinv(uniform).mul_(math.sqrt(2))
-
-
-def per_image(values: Tensor, x: Tensor) -> Tensor:
-    """Return a view of `values`, (B,), that broadcasts over the images of `x`, (B, ...)."""
-    return values.view(-1, *[1] * (x.dim() - 1))
 
 
 def run_steps(
@@ -342,8 +254,8 @@ def pgd(
         eps=eps, alpha=alpha, steps=steps, random_start=random_start, norm=norm, loss=loss,
         restarts=restarts, bn=bn, clip=clip,
     )  # fmt: skip
-    _check_settings(settings)
-    _check_batch(x, y)
+    check_settings(settings)
+    check_batch(x, y)
     x = x.detach()
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # the forward pass of the wrapper would wait for the other ranks
@@ -392,9 +304,9 @@ class PGD:
                 f"PGD has no setting {', '.join(sorted(unknown))}: choose from "
                 f"{', '.join(defaults)}, engine, precision"
             )
-        _check_choice("engine", engine, get_args(Engine))
+        check_choice("engine", engine, get_args(Engine))
         if precision is not None:
-            _check_choice("precision", precision, ("bf16", "fp32"))
+            check_choice("precision", precision, ("bf16", "fp32"))
         # `functional_call` cannot replace weights through these wrappers, and an attack does not
         # need the wrappers.
         wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -406,7 +318,7 @@ class PGD:
             )
         self.engine, self.precision = engine, precision
         self.settings = {**defaults, **settings}
-        _check_settings(self.settings)
+        check_settings(self.settings)
         check_mode(self.model, self.settings["bn"])
         self._loops: dict[Hashable, _Ready] = {}
 
@@ -417,7 +329,7 @@ class PGD:
             with autocast(x.device, self.precision) if self.precision else nullcontext():
                 return pgd(self.model, x, y, **self.settings)
         assert isinstance(self.model, nn.Module)
-        _check_batch(x, y)
+        check_batch(x, y)
         settings, captured = self.settings, engine == "graph"
         # Buffers created in inference mode could not be written to outside inference mode.
         with torch.inference_mode(False), torch.no_grad():
@@ -533,40 +445,3 @@ def _worst(
             best = torch.where(per_image(worse, best), x_adv, best)
             wrong, value = wrong | now_wrong, torch.where(worse, now_value, value)
     return best
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Raise `InputError` for settings outside the ranges of `pgd`."""
-    for name in ("eps", "alpha"):
-        value = settings[name]
-        if not (math.isfinite(value) and value >= 0):
-            raise InputError(f"{name} is {value}: give a finite number, at least 0, in pixel units")
-    for name in ("steps", "restarts"):
-        if settings[name] < 1:
-            raise InputError(f"{name} is {settings[name]}: give at least 1")
-    low, high = settings["clip"]
-    if not low < high:
-        raise InputError(f"clip is {low, high}: give the lowest pixel value, then the highest")
-    for name, choices in (("norm", Norm), ("loss", Loss), ("bn", BatchNormMode)):
-        _check_choice(name, settings[name], get_args(choices))
-    if settings["restarts"] > 1 and not settings["random_start"]:
-        raise InputError(
-            f"{settings['restarts']} restarts without a random start would all be the same: "
-            f"give restarts=1 or random_start=True"
-        )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
-
-
-def _check_batch(x: Tensor, y: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x is {given}: an attack needs floating-point pixels, such as x / 255")
-    check_label_type(y)
-    if x.dim() < 2 or y.shape != x.shape[:1]:
-        raise InputError(
-            f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: give (B, ...) and (B,)"
-        )

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastiat import data, models
 from fastiat import mix as mixing
-from fastiat.attack import PGD, BatchNormMode, count_errors, draw_seed, pgd
+from fastiat.attack import PGD, BatchNormMode, count_errors, pgd
+from fastiat.attacks.starts import draw_seed
 from fastiat.config import TrainConfig
 from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
 from fastiat.engine.graphs import Engine, pick_engine, prepare

@@ -18,12 +18,12 @@ from fastiat.attack import (
     Norm,
     Starts,
     attack_mode,
-    gaussian_noise,
     input_gradient,
     per_image,
     pgd,
     start_in_ball,
 )
+from fastiat.attacks.starts import gaussian_noise
 from fastiat.config import EvaluateConfig
 from fastiat.measuring import verdicts
 from fastiat.measuring.autoattack import autoattack as run_autoattack

@@ -1,0 +1,1 @@
+"""The random starts of attacks, and the checks of their arguments."""
