@@ -6,9 +6,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from fastiat import kernels
-from fastiat.mix import DEFAULT_ALPHA, Mix, chance_loss, draw, mixed_correct, mixed_loss
+from fastiat import kernels, models
+from fastiat.mix import (
+    DEFAULT_ALPHA,
+    Mix,
+    MixPoints,
+    chance_loss,
+    draw,
+    mixed_correct,
+    mixed_loss,
+    point_names,
+)
 from fastiat.models import correct
 from fastiat.system.errors import InputError
 
@@ -239,3 +250,73 @@ def test_labels_of_another_type_or_shape_are_refused(loss, mixed):
     for wrong in (y[:, None], y[:2], torch.eye(3).long()):
         with pytest.raises(InputError, match="one label for each of the 3"):
             mixed_loss(logits, wrong, mix, loss)
+
+
+class Checkpointed(nn.Module):
+    """Two blocks; the passes of the second are repeated in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.out = nn.Linear(6, 3)
+
+    def blocks(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.second(torch.tanh(self.first(x))))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(checkpoint(self.blocks, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_mix_points_of_any_network_mix_there_and_also_in_repeated_passes(layer):
+    torch.manual_seed(0)
+    model = Checkpointed().double()
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+    mix = Mix(layer, torch.tensor([1, 3, 0, 2]), torch.tensor([0.3, 0.9, 0.5, 0.0]))
+    lam = mix.lam.double()[:, None]
+
+    def mixed_at(number, h):
+        return lam * h + (1 - lam) * h[mix.perm] if number == layer else h
+
+    h = mixed_at(1, model.first(mixed_at(0, x)))
+    logits = model.out(torch.tanh(mixed_at(2, model.second(torch.tanh(h)))))
+    expected = torch.autograd.grad(mixed_loss(logits, y, mix), list(model.parameters()))
+    points = MixPoints(model, ["input", "first", "second"])
+    with points.applied(mix):
+        found = model(x)
+        gradients = torch.autograd.grad(mixed_loss(found, y, mix), list(model.parameters()))
+    torch.testing.assert_close(found, logits)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_removed_or_unused_mix_points_change_nothing():
+    model = Checkpointed()
+    x = torch.randn(4, 6)
+    plain = model(x)
+    points = MixPoints(model, ["input", "first"])
+    assert torch.equal(model(x), plain)
+    with points.applied(None):
+        assert torch.equal(model(x), plain)
+    points.remove()
+    with points.applied(Mix(1, torch.tensor([1, 0, 3, 2]), torch.tensor(0.5))):
+        assert torch.equal(model(x), plain)
+
+
+def test_a_mix_point_that_the_network_lacks_is_refused():
+    with pytest.raises(InputError, match="has no module frist: choose input or a module such as f"):
+        MixPoints(Checkpointed(), ["frist"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        ("mixup", None, ("input",)),
+        ("manifold", None, ("input", "groups.0", "groups.1")),
+        ("manifold", ["1", "2"], ("groups.0", "groups.1")),
+        ("manifold", ["0", "groups.1.0.conv1"], ("input", "groups.1.0.conv1")),
+        ("mixup", ["2"], ("groups.1",)),
+    ],
+)
+def test_mix_points_are_given_by_number_or_by_name(kind, given, expected):
+    assert point_names(models.build("preact18", width=1), kind, given) == expected

@@ -1,0 +1,101 @@
+"""Every network that fastiat cannot work with is refused in one line, and left as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastiat.networks.check import check_network
+from fastiat.system.errors import InputError
+
+SHAPE, CLASSES = (3, 8, 8), 5
+
+
+class Net(nn.Module):
+    """Calls `body` and then `tail` on its output."""
+
+    def __init__(self, body: nn.Module, tail: nn.Module) -> None:
+        super().__init__()
+        self.body, self.tail = body, tail
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.body(x))
+
+
+class Twice(nn.Module):
+    """Calls one module twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.out = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(192, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.shared(self.shared(x)).flatten(1))
+
+
+class Pair(nn.Module):
+    """Returns a tuple."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+class First(nn.Module):
+    """Returns the first of two."""
+
+    def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return pair[0]
+
+
+class InPlace(nn.Module):
+    """Changes its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2)
+
+
+def network(*layers: nn.Module, classes: int = CLASSES) -> nn.Module:
+    """Return a network of a convolution, the layers, and a linear layer."""
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    return Net(nn.Sequential(conv, *layers), nn.Sequential(nn.Flatten(), nn.Linear(256, classes)))
+
+
+def test_a_network_is_accepted_and_left_as_it_was():
+    model = network(nn.Dropout(0.5))
+    model.body[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    check_network(model, SHAPE, CLASSES, ("input", "body.0", "body"))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("model", "points", "words"),
+    [
+        (lambda: nn.Flatten(), (), "no parameter that requires a gradient: there is nothing"),
+        (lambda: network().requires_grad_(False), (), "no parameter that requires a gradient"),
+        (lambda: network(classes=4), (), "returns torch.float32 of shape (2, 4) for 2 images of 5"),
+        (lambda: nn.Sequential(network(), Pair()), (), "returns a tuple in training mode: make it"),
+        (lambda: nn.Sequential(InPlace(), network()), (), "changes its input in place"),
+        (lambda: network().half(), (), "is torch.float16: give a network in float32"),
+        (lambda: network().double(), (), "is torch.float64: give a network in float32"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), (), "call the network on a batch of images"),
+        (lambda: network(nn.MaxPool2d(16)), (), "fails on 2 images of 3x8x8 (channels, height"),
+        (lambda: network(), ("body.O",), "--mix-at body.O: the network has no module of this name"),
+        (lambda: network(), ("layer1",), "choose input or a module such as body, tail, body.0"),
+        (lambda: Twice(), ("shared",), "--mix-at shared: this module runs 2 times in a pass"),
+        (lambda: network(Pair(), First()), ("body.1",), "returns a tuple, so its output cannot be"),
+    ],
+)
+def test_a_network_that_cannot_be_used_is_refused_in_one_line(model, points, words):
+    with pytest.raises(InputError) as raised:
+        check_network(model(), SHAPE, CLASSES, points)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_modules_to_choose_from_exclude_those_that_cannot_be_mixed():
+    with pytest.raises(InputError, match="choose input or a module such as out$"):
+        check_network(Twice(), SHAPE, CLASSES, ("shared",))
