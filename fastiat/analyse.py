@@ -45,7 +45,7 @@ def norms(config: NormsConfig) -> dict[str, list[WeightNorms]]:
     cards: dict[str, ModelCard] = {}
     check_runs(config.runs)
     for name in config.runs:
-        model, cards[name] = load_with_card(name)
+        model, cards[name] = load_with_card(name, arch=config.arch)
         if Path(name).is_dir():
             Run.open(Path(name))
         found[name] = weight_norms(model)
@@ -92,8 +92,9 @@ def _check_comparable(found: dict[str, list[WeightNorms]], cards: dict[str, Mode
 
 def _describe(card: ModelCard) -> str:
     """Return the network of `card` as text for a message."""
+    width = "" if card.width is None else f" of width {card.width}"
     return (
-        f"{card.arch} of width {card.width} for {card.num_classes} classes of "
+        f"{card.arch}{width} for {card.num_classes} classes of "
         f"{card.in_channels}x{card.image_size}x{card.image_size} images"
     )
 
@@ -136,6 +137,7 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
         runs=(config.run, config.partner) if config.partner else (config.run,),
         limit=config.limit, seed=config.seed, dataset=config.dataset, data_dir=config.data_dir,
         batch_size=config.batch_size, device=config.device, autoattack=config.autoattack,
+        arch=config.arch,
     )  # fmt: skip
     job, *partners = open_jobs(measured, same_data=True)
     images = job.splits["test"]

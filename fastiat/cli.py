@@ -43,7 +43,7 @@ from fastiat.system.errors import (
     out_of_memory,
 )
 from fastiat.system.flags import Parser, add_settings, usage
-from fastiat.system.settings import Settings, did_you_mean, flag_of, hints_of, is_beton
+from fastiat.system.settings import Settings, did_you_mean, flag_of, hints_of, is_beton, is_own_arch
 from fastiat.system.signals import check_interrupts, remembering_interrupts
 
 COMMANDS: dict[str, tuple[type[Settings], str, str]] = {
@@ -270,7 +270,13 @@ def resolve(kind: type[Settings], given: dict[str, Any]) -> Any:
     out = config.out or str(default_out(config))
     # A .beton file in this command replaces the folder that the run has read its data from.
     moved = {"data_dir": None} if is_beton(given.get("dataset")) else {}
-    return replace(Run.open(Path(out)).config, **moved | given | {"out": out})
+    run = Run.open(Path(out))
+    if is_own_arch(run.config.arch) and "arch" not in given:
+        raise InputError(
+            f"{run.path} trains a network of your own, {run.config.arch}: give it again with "
+            f"--arch, as a file of a run never says which code to import"
+        )
+    return replace(run.config, **moved | given | {"out": out})
 
 
 def train_and_evaluate(config: TrainConfig) -> None:
@@ -287,6 +293,7 @@ def train_and_evaluate(config: TrainConfig) -> None:
         data_dir=config.data_dir,
         device=config.device,
         precision=config.precision,
+        arch=config.arch if is_own_arch(config.arch) else None,
     )
     with stoppable_measuring(path):
         evaluate(settings)

@@ -12,11 +12,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from fastiat.system.errors import InputError
 from fastiat.system.settings import (
+    ARCHS,
     MOST_STEPS,
     SMALLEST_SIDE,
     Arch,
     DatasetName,
     Settings,
+    check_arch,
     check_dataset,
     check_once,
     check_ranges,
@@ -25,6 +27,7 @@ from fastiat.system.settings import (
     did_you_mean,
     fits,
     flag_of,
+    is_own_arch,
     steps_of,
 )
 
@@ -89,7 +92,25 @@ class PGDOptions(Checked):
 
 
 @dataclass(frozen=True)
-class AttackOfRun(OnDevice):
+class WithOwnNetwork(Checked):
+    """The function of a network of the user's own, which a run does not name by itself."""
+
+    arch: str | None = None
+    """Function of your own network, MODULE:FUNCTION, for runs that trained one: a file of a run
+    never says which code to import."""
+
+    def check(self) -> None:
+        super().check()
+        if self.arch is not None and not is_own_arch(self.arch):
+            raise InputError(
+                f"--arch {self.arch}: a run knows its network; --arch is for a network of your "
+                f"own, MODULE:FUNCTION or FILE.py:FUNCTION"
+            )
+        check_arch(self.arch)
+
+
+@dataclass(frozen=True)
+class AttackOfRun(OnDevice, WithOwnNetwork):
     """The settings that all commands that attack trained runs share."""
 
     norm: Literal["linf", "l2"] = "linf"
@@ -166,8 +187,15 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     """Defaults of the other settings: "paper" (section 4.1 of the paper); "authors", the choices of
     the manifold mixup authors' published code; or "modern": stronger attack, more weight decay,
     cosine learning rate, averaged weights, early stopping, fewer epochs."""
-    arch: Arch = "preact18"
-    """Network."""
+    arch: str = "preact18"
+    """Network: preact18, wrn28_10, wrn34_10, mlp6, torchvision:NAME, timm:NAME, or a function of
+    your own that returns an nn.Module, MODULE:FUNCTION or FILE.py:FUNCTION; it is called with
+    num_classes, and with in_channels and image_size where it takes them."""
+    pretrained: bool = False
+    """Start from the default weights of torchvision or timm, which are downloaded once."""
+    init: str | None = None
+    """Start from these weights: a run, or a .safetensors file of the same network. A classifier for
+    another number of classes keeps its initial weights."""
     width: int | None = None
     """Base channels (preact18: 64), widening factor (wrn: 10) or hidden units (mlp6: 512)."""
     variant: Literal["standard", "authors"] = "standard"
@@ -179,7 +207,7 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     """First layer of the network, behind the attack: "image" standardises every image, as in the
     paper; "imagenet" uses the mean and standard deviation of ImageNet's channels; "none" changes
     nothing; otherwise a mean and then a standard deviation for each channel, such as six numbers
-    (default: image)."""
+    (default: image; that of their weights for torchvision and timm; none for your own)."""
     mix: Literal["none", "mixup", "manifold"] = "manifold"
     """Interpolation of the clean and the adversarial batch: none, mixup, or manifold mixup."""
     adv: Literal["none", "fgsm", "pgd"] = "pgd"
@@ -289,6 +317,17 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
 
     def check(self) -> None:
         super().check()
+        check_arch(self.arch)
+        if self.arch not in ARCHS and (self.width is not None or self.variant != "standard"):
+            flag = "--variant" if self.width is None else "--width"
+            raise InputError(f"{flag} is for the networks of fastiat, not for --arch {self.arch}")
+        if self.pretrained and (self.arch in ARCHS or is_own_arch(self.arch)):
+            raise InputError(
+                f"--pretrained is for networks of torchvision and timm, not for --arch "
+                f"{self.arch}: give a file of weights with --init"
+            )
+        if self.pretrained and self.init:
+            raise InputError("--pretrained and --init both give initial weights: leave one out")
         if self.norm == "linf":
             check_unit(self)
         check_dataset(self.dataset)
@@ -449,7 +488,7 @@ class TransferConfig(MeasureConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormsConfig(Checked):
+class NormsConfig(WithOwnNetwork):
     """Print, save and plot the norms of every weight matrix of runs: the paper's Figure 1."""
 
     positional = ("runs",)
@@ -545,7 +584,7 @@ class ReproduceConfig(WithPrecision, WithDataDir):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig(Checked):
+class ReportConfig(WithOwnNetwork):
     """Write one self-contained HTML page, and a PNG of the curves, for one or more runs."""
 
     positional = ("dir",)

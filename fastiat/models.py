@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from fastiat.config import TrainConfig
 from fastiat.engine.device import own_defaults
+from fastiat.networks import sources
 from fastiat.networks.builtin import MLP6, Network, PreActResNet18, Shortcut, WideResNet
+from fastiat.networks.check import check_network
 from fastiat.networks.normalise import Normalised, make_normalise
 from fastiat.system.errors import InputError
+from fastiat.system.settings import ARCHS, is_own_arch
 
 __all__ = [
     "ARCHS",
@@ -33,7 +36,6 @@ __all__ = [
     "to_pixels",
 ]
 
-ARCHS = ("preact18", "wrn28_10", "wrn34_10", "mlp6")
 VARIANTS = ("standard", "authors")
 DEFAULT_WIDTH = {"preact18": 64, "wrn28_10": 10, "wrn34_10": 10, "mlp6": 512}
 
@@ -97,7 +99,8 @@ class ModelCard:
     """The arguments of `build` that rebuild a saved network, and the names of its classes."""
 
     arch: str
-    width: int
+    width: int | None
+    """None for a network that is not one of `ARCHS`."""
     num_classes: int
     in_channels: int
     """Channels of the images."""
@@ -109,17 +112,48 @@ class ModelCard:
     normalise: tuple[str, ...] = ("image",)
     """First layer of the network, see `fastiat.networks.normalise.make_normalise`."""
 
-    def build(self) -> Network:
-        """Return a freshly initialised network with these arguments."""
-        return build(
-            self.arch,
-            self.num_classes,
-            self.in_channels,
-            self.image_size,
-            self.width,
-            variant=self.variant,
-            normalise=self.normalise,
+    def build(self, *, pretrained: bool = False) -> nn.Module:
+        """Return a freshly initialised network; `pretrained` loads a library's own weights.
+
+        Raises `InputError` for a network of the user's own, which no file can build.
+        """
+        if self.arch in ARCHS:
+            return build(
+                self.arch,
+                self.num_classes,
+                self.in_channels,
+                self.image_size,
+                self.width,
+                variant=self.variant,
+                normalise=self.normalise,
+            )
+        if is_own_arch(self.arch):
+            raise InputError(
+                f"it holds a network of your own, {self.arch}: give it with --arch "
+                f"MODULE:FUNCTION, or in Python with fastiat.load(path, model=network)"
+            )
+        network = sources.from_library(
+            self.arch, self.num_classes, self.in_channels, pretrained=pretrained
         )
+        model = Normalised(network, make_normalise(self.normalise, self.in_channels))
+        model.mix_points = sources.library_points(network)
+        return model
+
+    def own(self, arch: str) -> nn.Module:
+        """Return the network of the user's function `arch`, MODULE:FUNCTION, for this card."""
+        network = sources.own_network(arch, self.num_classes, self.in_channels, self.image_size)
+        return self.behind_normalisation(network)
+
+    def behind_normalisation(self, network: nn.Module) -> nn.Module:
+        """Return the user's `network` behind this card's normalisation, if there is any."""
+        if self.normalise == ("none",):
+            return network
+        return Normalised(network, make_normalise(self.normalise, self.in_channels))
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `InputError` unless `model` takes this card's images and returns its logits."""
+        shape = (self.in_channels, self.image_size, self.image_size)
+        check_network(model, shape, self.num_classes)
 
 
 def card_of(
@@ -127,7 +161,13 @@ def card_of(
 ) -> ModelCard:
     """Return the card of the network that `config` trains on images of `shape`, (C, H, W)."""
     channels, size, _ = shape
-    width = DEFAULT_WIDTH[config.arch] if config.width is None else config.width
+    builtin, normalise = config.arch in ARCHS, config.normalise
+    if normalise is None and builtin:
+        normalise = ("image",)
+    elif normalise is None:
+        own = is_own_arch(config.arch)
+        normalise = ("none",) if own else sources.library_normalise(config.arch, channels)
+    width = DEFAULT_WIDTH[config.arch] if builtin and config.width is None else config.width
     return ModelCard(
         arch=config.arch,
         width=width,
@@ -136,7 +176,7 @@ def card_of(
         image_size=size,
         classes=classes,
         variant=config.variant,
-        normalise=config.normalise or ("image",),
+        normalise=normalise,
     )
 
 

@@ -22,10 +22,11 @@ from fastiat.engine.device import autocast, own_defaults, pick_device, pick_prec
 from fastiat.engine.graphs import Engine, pick_engine, prepare
 from fastiat.mix import Mix, MixPoints
 from fastiat.networks.check import check_network
-from fastiat.runs.directory import Run, check_free, default_out
+from fastiat.runs.directory import Run, check_free, default_out, load_initial
 from fastiat.system.errors import InputError
 from fastiat.system.progress import Progress, duration
 from fastiat.system.ranks import ranks
+from fastiat.system.settings import is_own_arch
 from fastiat.system.signals import SignalInterrupt, check_interrupts
 from fastiat.training import rows
 from fastiat.training.checkpoint import Position, checked_position
@@ -126,12 +127,6 @@ class Trainer:
         self.batch_shape = (config.batch_size // self.ranks.count, *dataset.train.shape)
         """Shape (B, C, H, W) of this rank's part of a batch."""
         self._make_network(dataset, network)
-        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
-        # After the copy, whose passes are never mixed.
-        names = mixing.point_names(self.model, config.mix, config.mix_at)
-        if network is not None or config.mix_at:
-            check_network(self.model, dataset.train.shape, len(dataset.classes), names)
-        self.points = MixPoints(self.model, names, pixels=config.mix_space == "pixel")
         self.lr_tensor = torch.tensor(config.lr, device=self.device)
         self.optimizer = make_sgd(self.model, config, self.lr_tensor)
         self.step = 0
@@ -165,14 +160,31 @@ class Trainer:
 
     def _make_network(self, dataset: data.Dataset, network: nn.Module | None) -> None:
         config = self.config
-        self.card = models.card_of(config, dataset.classes, dataset.train.shape)
-        if network is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                network = self.card.build()
+        self.card = card = models.card_of(config, dataset.classes, dataset.train.shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            if network is not None:
+                network = card.behind_normalisation(network)
+            elif is_own_arch(config.arch):
+                network = card.own(config.arch)
+            else:
+                network = card.build(pretrained=config.pretrained and not config.resume)
         self.model: nn.Module = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        names = mixing.point_names(self.model, config.mix, config.mix_at)
+        if config.arch not in models.ARCHS or config.mix_at:
+            check_network(self.model, dataset.train.shape, len(dataset.classes), names)
+        if config.init and not config.resume:
+            left = load_initial(self.model, config.init)
+            if left and self.ranks.first:
+                print(
+                    f"--init: {' and '.join(left)} keep their initial values: the file has them "
+                    f"for another number of classes"
+                )
         if self.batch_shape[0] == 1:
             _check_batch_of_one(self.model, self.batch_shape, config.batch_size)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        # After the copy, whose passes are never mixed.
+        self.points = MixPoints(self.model, names, pixels=config.mix_space == "pixel")
 
     @property
     def eval_model(self) -> nn.Module:
@@ -472,8 +484,13 @@ def _check_batch_of_one(model: nn.Module, shape: tuple[int, ...], batch_size: in
 
 
 @own_defaults()
-def train(config: TrainConfig) -> Path:
+def train(
+    config: TrainConfig, network: nn.Module | None = None, dataset: data.Dataset | None = None
+) -> Path:
     """Train as `config` says and return the run directory.
+
+    network: the network to train, in place; None builds the network that `config` names.
+    dataset: the images; None loads those that `config` names.
 
     The ranks of a job (`fastiat.system.ranks`) train together, and the first rank writes the run
     directory. Raises `InputError`, before anything is written, if the settings or the data are
@@ -496,8 +513,9 @@ def train(config: TrainConfig) -> Path:
         # config.json names.
         known = None if run is None else run.config.data_dir
         fetch = config.data_dir is None or config.data_dir != known
-        dataset = data.load(config.dataset, config.data_dir, loader=config.loader, fetch=fetch)
-        trainer = Trainer(config, dataset)
+        if dataset is None:
+            dataset = data.load(config.dataset, config.data_dir, loader=config.loader, fetch=fetch)
+        trainer = Trainer(config, dataset, network)
         if run is None:
             run = Run.create(path, config) if job.first else Run(path, config, writes=False)
         session = Session(trainer, run)

@@ -139,7 +139,7 @@ def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
     with_autoattack = isinstance(config, EvaluateConfig) and config.autoattack
     if with_autoattack:
         library_version()
-    opened = {name: _open(name, device) for name in dict.fromkeys(config.runs)}
+    opened = {name: _open(name, device, config.arch) for name in dict.fromkeys(config.runs)}
     if with_autoattack:
         for name, (_, card, _) in opened.items():
             check_classes(name, card.num_classes)
@@ -176,14 +176,17 @@ def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
     return jobs
 
 
-def _open(name: str, device: torch.device) -> tuple[nn.Module, ModelCard, Run | None]:
-    model, card = load_with_card(name, device)
+def _open(
+    name: str, device: torch.device, arch: str | None
+) -> tuple[nn.Module, ModelCard, Run | None]:
+    model, card = load_with_card(name, device, arch=arch)
     if not Path(name).is_dir():
         return model, card, None
     run = Run.open(Path(name))
     if (card.arch, run.config.width or card.width) != (run.config.arch, card.width):
+        width = "" if card.width is None else f" of width {card.width}"
         raise InputError(
-            f"{name} holds the model of another run, {card.arch} of width {card.width}: put the "
+            f"{name} holds the model of another run, {card.arch}{width}: put the "
             f"{MODEL} of this run back, or evaluate {Path(name) / MODEL} as a file"
         )
     read_results(run.path)  # raises for a damaged file before the measurement starts

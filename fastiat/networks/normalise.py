@@ -53,6 +53,7 @@ class Normalised(nn.Module):
     def __init__(self, network: nn.Module, normalise: nn.Module) -> None:
         super().__init__()
         self.normalise, self.network = normalise, network
+        self.mix_points: tuple[str, ...] = getattr(network, "mix_points", ("input",))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, (B, num_classes), for pixels `x` in [0, 1], (B, C, H, W)."""

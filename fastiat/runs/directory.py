@@ -15,14 +15,23 @@ from torch import Tensor, nn
 
 from fastiat.config import TrainConfig
 from fastiat.engine.device import own_defaults
-from fastiat.models import ModelCard
+from fastiat.models import ModelCard, Normalised
+from fastiat.networks.sources import load_weights
 from fastiat.runs import metrics
 from fastiat.runs.lock import Lock, alone, check_unused
-from fastiat.runs.weights import EXPECTED, pack_model, pack_state, read_model, read_state
+from fastiat.runs.weights import (
+    EXPECTED,
+    OwnNetwork,
+    pack_model,
+    pack_state,
+    read_model,
+    read_state,
+    read_weights,
+)
 from fastiat.system.errors import Damaged, InputError, one_line, printable_lines
 from fastiat.system.files import check_writable, no_link, write
 from fastiat.system.ranks import ranks
-from fastiat.system.settings import expanded, flag_of, is_beton
+from fastiat.system.settings import expanded, flag_of, is_beton, is_own_arch
 from fastiat.system.untrusted import kind_of, read_as
 
 CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
@@ -35,14 +44,17 @@ CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
     ".lock",
 )
 T = TypeVar("T")
-MOVABLE = {"out", "data_dir", "loader", "resume", "checkpoint_every", "on_nan"}
+MOVABLE = {"init", "out", "data_dir", "loader", "resume", "checkpoint_every", "on_nan"}
 """Settings that a resume may change, because they do not change the weights."""
 
 
 def default_out(config: TrainConfig) -> Path:
     """Return the directory of a run without --out: runs/DATASET-ARCH-ADV-MIX-sSEED."""
     images = Path(config.dataset).stem
-    return Path("runs") / f"{images}-{config.arch}-{config.adv}-{config.mix}-s{config.seed}"
+    # "nets/mine.py:make_net" becomes "mine-make_net", "torchvision:resnet50" "resnet50".
+    module, _, name = config.arch.rpartition(":")
+    arch = f"{Path(module).stem}-{name}" if is_own_arch(config.arch) else name
+    return Path("runs") / f"{images}-{arch}-{config.adv}-{config.mix}-s{config.seed}"
 
 
 class Run:
@@ -276,6 +288,8 @@ class Run:
 def _text(config: TrainConfig) -> bytes:
     """Return the content of config.json: the settings, with absolute paths to the data."""
     kept = asdict(config) | {"out": None, "resume": False}
+    if config.init is not None:
+        kept["init"] = os.path.abspath(config.init)
     if config.data_dir is not None:
         kept["data_dir"] = os.path.abspath(config.data_dir)
     if is_beton(config.dataset):
@@ -317,33 +331,71 @@ def check_free(path: Path) -> None:
     check_writable(path)
 
 
-def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
+def load(
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    *,
+    model: nn.Module | None = None,
+) -> nn.Module:
     """Return the trained network of a run directory or a model.safetensors, in eval mode.
 
     The network takes pixels in [0, 1], (B, C, H, W), and returns logits, (B, num_classes), as
-    attack libraries expect. Raises `InputError` if the file is missing or damaged, or if its
-    weights do not fit its card.
+    attack libraries expect. A network of your own needs `model`, the network that the weights are
+    loaded into: a file never names code to import. Raises `InputError` if the file is missing or
+    damaged, or if its weights do not fit its card.
     """
-    return load_with_card(path, device)[0]
+    own = None if model is None else lambda card: card.behind_normalisation(model)
+    return load_with_card(path, device, own=own)[0]
 
 
 @own_defaults()
 def load_with_card(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu"
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    *,
+    arch: str | None = None,
+    own: OwnNetwork | None = None,
 ) -> tuple[nn.Module, ModelCard]:
-    """Return the network, as `load` does, and its card: architecture, image size, class names."""
+    """Return the network, as `load` does, and its card: architecture, image size, class names.
+
+    arch: function of the user's own network, MODULE:FUNCTION; or `own` returns that network.
+    """
+    file = model_file(path)
+    if arch is not None:
+        own = lambda card: card.own(arch)  # noqa: E731
+    try:
+        model, card = read_model(file, own)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return model, card
+
+
+def load_initial(model: nn.Module, path: str) -> list[str]:
+    """Copy the weights at `path`, a run or a .safetensors file, into `model`.
+
+    A file of the network itself, without fastiat's normalisation, fits too. Returns the names of
+    the classifier's tensors if they are left as they are, see `sources.load_weights`.
+    """
+    file = model_file(path)
+    try:
+        weights, _ = read_weights(file)
+        if isinstance(model, Normalised) and not any(n.startswith("network.") for n in weights):
+            model = model.network
+        return load_weights(model, weights)
+    except InputError as error:
+        raise InputError(f"--init {file}: {error}") from None
+
+
+def model_file(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a run's weights or of a file of weights; raise `InputError` for others."""
     path = Path(expanded(path))
     file = path / MODEL if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{path}: {_why_no_model(path)}")
     if other := kind_of(file):
         raise InputError(f"{file} is {other}, not a model of fastiat: {EXPECTED}")
-    try:
-        model, card = read_model(file)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return model, card
+    return file
 
 
 def _why_no_model(path: Path) -> str:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import safetensors.torch
 import torch
@@ -26,23 +26,25 @@ from torch import Tensor, nn
 from fastiat import __version__
 from fastiat.models import ModelCard
 from fastiat.system.errors import Damaged, InputError, printable
-from fastiat.system.settings import validated
+from fastiat.system.settings import is_own_arch, validated
 from fastiat.system.untrusted import LARGEST_JSON, finite_json, is_endless
 
 EXPECTED = "name a run directory, or the model.safetensors in one"
 T = TypeVar("T")
+P = ParamSpec("P")
+OwnNetwork = Callable[[ModelCard], nn.Module]
 
 
-def _explains_damage(reader: Callable[[Path], T]) -> Callable[[Path], T]:
+def _explains_damage(reader: Callable[P, T]) -> Callable[P, T]:
     """Decorate `reader` to raise `Damaged` instead of the errors that a damaged file causes.
 
     `InputError` is raised unchanged, and so is `OSError`, which is a fault of the disk.
     """
 
     @functools.wraps(reader)
-    def read(file: Path) -> T:
+    def read(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return reader(file)
+            return reader(*args, **kwargs)
         except (InputError, OSError):
             raise
         # Damaged files cause too many errors to list, in safetensors and in our own code.
@@ -54,28 +56,46 @@ def _explains_damage(reader: Callable[[Path], T]) -> Callable[[Path], T]:
 
 
 @_explains_damage
-def read_model(file: Path) -> tuple[nn.Module, ModelCard]:
-    """Return the network of a model.safetensors, on the CPU, and its card.
-
-    Raises `InputError` for a file that is damaged or whose weights do not fit its card.
-    """
+def read_weights(file: Path) -> tuple[dict[str, Tensor], ModelCard | None]:
+    """Return the tensors of a safetensors file, on the CPU, and its card if it has one."""
     metadata, tensors = _unpack(file)
     if "card" not in metadata:
-        what = "the training state of a run" if "state" in metadata else "a safetensors file"
-        raise InputError(
-            f"it is {what}, not a model of fastiat: it does not say which network; {EXPECTED}"
-        )
+        return tensors, None
     card: ModelCard = validated(_parsed(metadata["card"]), ModelCard)
-    # On the meta device a network takes no memory, even if a damaged card has a huge width.
-    with torch.device("meta"):
-        model = card.build()
-    if not alike(tensors, model.state_dict()):
-        raise InputError(f"it does not hold the weights of {card.arch} of width {card.width}")
     if len(card.classes) != card.num_classes:
         raise InputError(
             f"its card names {len(card.classes)} classes instead of {card.num_classes}"
         )
-    model.load_state_dict(tensors, assign=True)
+    return tensors, card
+
+
+@_explains_damage
+def read_model(file: Path, own: OwnNetwork | None = None) -> tuple[nn.Module, ModelCard]:
+    """Return the network of a model.safetensors, on the CPU, and its card.
+
+    own: returns the network of the user for a card whose network no file can build.
+
+    Raises `InputError` for a file that is damaged or whose weights do not fit its card.
+    """
+    tensors, card = read_weights(file)
+    if card is None:
+        with safe_open(file, "pt") as opened:
+            state = "state" in (opened.metadata() or {})
+        what = "the training state of a run" if state else "a safetensors file"
+        raise InputError(
+            f"it is {what}, not a model of fastiat: it does not say which network; {EXPECTED}"
+        )
+    if is_own_arch(card.arch) and own is not None:
+        model = own(card)
+        card.check(model)
+    else:
+        # On the meta device a network takes no memory, even if a damaged card has a huge width.
+        with torch.device("meta"):
+            model = card.build()
+    if not alike(tensors, model.state_dict()):
+        width = "" if card.width is None else f" of width {card.width}"
+        raise InputError(f"it does not hold the weights of {card.arch}{width}")
+    model.load_state_dict(tensors, assign=not is_own_arch(card.arch))
     return model, card
 
 

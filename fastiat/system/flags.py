@@ -14,7 +14,10 @@ from fastiat.system.settings import Settings, flag_of, hints_of, number
 
 HEADINGS: dict[str, tuple[str, ...]] = {
     "measurement": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
-    "method": ("preset", "arch", "width", "variant", "normalise", "mix", "adv"),
+    "method": (
+        *("preset", "arch", "pretrained", "init", "width", "variant", "normalise"),
+        *("mix", "adv"),
+    ),
     "data": (
         *("dataset", "data_dir", "train_limit", "class_limit", "loader", "pad", "flip"),
         *("batch_size", "format", "quality", "max_side", "force"),
@@ -43,6 +46,8 @@ METAVARS = {
     "runs": "RUN",
     "run": "RUN",
     "partner": "RUN",
+    "arch": "ARCH",
+    "init": "FILE",
     "dir": "DIR",
     "dataset": "DATASET",
     "out": "PATH",

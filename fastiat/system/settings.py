@@ -22,13 +22,16 @@ from fastiat.system.errors import InputError
 Arch = Literal["preact18", "wrn28_10", "wrn34_10", "mlp6"]
 DatasetName = Literal["cifar10", "svhn", "fashion-mnist", "digits", "folder"]
 DATASETS: tuple[str, ...] = get_args(DatasetName)
+ARCHS: tuple[str, ...] = get_args(Arch)
+LIBRARIES = ("torchvision", "timm")
+"""Libraries whose networks `--arch LIBRARY:NAME` names."""
 LARGEST = 2**32
 """The largest number in a setting or a result: larger ones could overflow in later sums."""
 SMALLEST_SIDE = 8
 """Side, in pixels, of the smallest images that the networks accept."""
 MOST_STEPS = 999_999
 """The largest number of steps of an attack."""
-PATHS = {"out", "data_dir", "dataset", "runs", "run", "partner", "dir"}
+PATHS = {"init", "out", "data_dir", "dataset", "runs", "run", "partner", "dir"}
 """Settings that are, or may be, paths."""
 
 
@@ -210,6 +213,24 @@ def check_dataset(name: str | None) -> None:
         names = ", ".join(map(repr, DATASETS))
         close = did_you_mean(name, DATASETS)
         raise InputError(f"--dataset {name!r}: choose from {names}, or name a .beton file{close}")
+
+
+def is_own_arch(arch: str) -> bool:
+    """Whether `arch` names a network of the user's own, MODULE:FUNCTION."""
+    return ":" in arch and arch.partition(":")[0] not in LIBRARIES
+
+
+def check_arch(arch: str | None) -> None:
+    """Raise `InputError` unless a network is one of `ARCHS`, LIBRARY:NAME or MODULE:FUNCTION."""
+    if arch is None or arch in ARCHS:
+        return
+    module, _, name = arch.rpartition(":")
+    if module and all(part.isidentifier() for part in name.split(".")):
+        return
+    raise InputError(
+        f"--arch {arch[:50]!r}: choose from {', '.join(ARCHS)}, torchvision:NAME, timm:NAME, "
+        f"MODULE:FUNCTION and FILE.py:FUNCTION{did_you_mean(arch, ARCHS)}"
+    )
 
 
 def check_once(runs: tuple[str, ...]) -> None:

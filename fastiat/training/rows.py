@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fastiat import data, models
 from fastiat.config import TrainConfig
-from fastiat.runs.directory import ModelCard
+from fastiat.mix import MixPoints
+from fastiat.models import ModelCard
 from fastiat.system.progress import duration
 from fastiat.system.ranks import Ranks
 from fastiat.training.update import Update
@@ -30,6 +31,7 @@ class Training(Protocol):
     loader: data.Loader
     card: ModelCard
     model: nn.Module
+    points: MixPoints
     fingerprint: str
     step: int
     validated_epochs: int
@@ -84,11 +86,25 @@ def headline(trainer: Training) -> str:
         "fgsm": f"FGSM, eps {config.eps:.4g}",
         "pgd": f"PGD-{config.steps}, eps {config.eps:.4g}, alpha {config.alpha:.4g}",
     }[config.adv]
+    if config.norm == "l2" and config.adv != "none":
+        attack = f"L2 {attack}"
     return (
         f"{config.arch} ({models.count_parameters(trainer.model) / 1e6:.2f} M parameters), "
-        f"mix {config.mix}, {attack}; {config.dataset}, {len(loader)} steps of "
+        f"{_mixing(trainer)}, {attack}; {config.dataset}, {len(loader)} steps of "
         f"{config.batch_size} an epoch; {trainer.device}, {trainer.engine}, {trainer.arithmetic}"
     )
+
+
+def _mixing(trainer: Training) -> str:
+    """Return where the batches are mixed, as text."""
+    kind, names = trainer.config.mix, trainer.points.names
+    own = getattr(trainer.model, "mix_points", ("input",))
+    usual = own if kind == "manifold" else ("input",)
+    if kind == "none" or (names == usual and len(own) > 1):
+        return f"mix {kind}"
+    if kind == "manifold" and names == ("input",):
+        return "mix manifold at the input alone (--mix-at names modules to mix at too)"
+    return f"mix {kind} at {', '.join(names)}"
 
 
 def beside_progress(config: TrainConfig, row: dict[str, Any]) -> dict[str, str]:

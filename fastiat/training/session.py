@@ -18,7 +18,7 @@ from fastiat.runs.directory import METRICS, MODEL, PREVIOUS, STATE, Run
 from fastiat.system.errors import InputError, explain_os, one_line, out_of_memory
 from fastiat.system.progress import Events, Progress
 from fastiat.system.ranks import ranks
-from fastiat.system.settings import flag_of
+from fastiat.system.settings import flag_of, is_own_arch
 from fastiat.system.signals import SignalInterrupt, Signals, TrainingInterrupt
 from fastiat.training import rows
 from fastiat.training.rows import Training
@@ -134,12 +134,12 @@ class Session:
         raise TrainingInterrupt(
             self.signals.received,
             f"stopped at step {self.trainer.step}, checkpoint written; "
-            f"go on with: {resume_command(self.run.path)}",
+            f"go on with: {resume_command(self.run)}",
         )
 
     def position(self) -> str:
         """Return the end of an error message: the step, and the command that resumes."""
-        return f" at step {self.trainer.step}; go on with: {resume_command(self.run.path)}"
+        return f" at step {self.trainer.step}; go on with: {resume_command(self.run)}"
 
     def check_finite(self) -> dict[str, Any]:
         """Return the trainer's state; raise `InputError` if one of its tensors is not finite."""
@@ -155,7 +155,7 @@ class Session:
         """Raise the `InputError` for a loss or weights that are not finite."""
         self._diverged(
             f"its loss or weights are not finite at step {self.trainer.step}",
-            f"skip such updates with {resume_command(self.run.path)} --on-nan skip, or ",
+            f"skip such updates with {resume_command(self.run)} --on-nan skip, or ",
         )
 
     def check_skipped(self, progress: Progress) -> None:
@@ -219,9 +219,10 @@ def remedy(config: TrainConfig) -> str:
     return ", or ".join(lower)
 
 
-def resume_command(path: Path) -> str:
-    """Return the command line that resumes the run at `path`."""
-    return f"{ranks().launcher} train --resume --out {shlex.quote(str(path))}"
+def resume_command(run: Run) -> str:
+    """Return the command line that resumes `run`."""
+    arch = f" --arch {shlex.quote(run.config.arch)}" if is_own_arch(run.config.arch) else ""
+    return f"{ranks().launcher} train --resume --out {shlex.quote(str(run.path))}{arch}"
 
 
 @contextmanager
@@ -241,7 +242,7 @@ def explaining_failures(run: Run) -> Iterator[None]:
             wrong = explain_os(error)
         else:
             raise
-        raise InputError(f"{wrong}; then go on with: {resume_command(run.path)}") from None
+        raise InputError(f"{wrong}; then go on with: {resume_command(run)}") from None
 
 
 @contextmanager
@@ -259,5 +260,6 @@ def stoppable_measuring(path: Path) -> Iterator[None]:
             yield
     except SignalInterrupt:
         raise TrainingInterrupt(
-            signals.received, f"{path} is trained; measure it with: {resume_command(path)}"
+            signals.received,
+            f"{path} is trained; measure it with: {resume_command(Run.open(path))}",
         ) from None

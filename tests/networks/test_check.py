@@ -97,5 +97,5 @@ def test_a_network_that_cannot_be_used_is_refused_in_one_line(model, points, wor
 
 
 def test_modules_to_choose_from_exclude_those_that_cannot_be_mixed():
-    with pytest.raises(InputError, match="choose input or a module such as out$"):
+    with pytest.raises(InputError, match=r"choose input or a module such as out$"):
         check_network(Twice(), SHAPE, CLASSES, ("shared",))
