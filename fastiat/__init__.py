@@ -8,17 +8,25 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "evaluate_model", "fit", "load"]
 
 if TYPE_CHECKING:
+    from fastiat.api import evaluate_model, fit
     from fastiat.runs.directory import load
+
+_NAMES = {
+    "evaluate_model": "fastiat.api",
+    "fit": "fastiat.api",
+    "load": "fastiat.runs.directory",
+}
+"""The module that defines each public function."""
 
 _SUBMODULES = {module.name for module in pkgutil.iter_modules(__path__)} - {"__main__"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        return importlib.import_module("fastiat.runs.directory").load
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"fastiat.{name}")
     raise AttributeError(f"module 'fastiat' has no attribute {name!r}")

@@ -34,10 +34,11 @@ from fastiat.images.ffcv_batches import FFCVBatches
 from fastiat.kernels import crop_flip
 from fastiat.system.errors import Damaged, InputError, one_line
 from fastiat.system.ranks import ranks
-from fastiat.system.settings import DATASETS, expanded, is_beton
+from fastiat.system.settings import DATASETS, IN_PYTHON, expanded, is_beton
 from fastiat.system.untrusted import read_npz
 
 __all__ = [
+    "IN_PYTHON",
     "Dataset",
     "Loader",
     "Loaders",
@@ -101,6 +102,11 @@ def load(
     data_dir = None if data_dir is None else expanded(data_dir)
     if is_beton(name):
         return stored(name if data_dir is None else _moved(name, data_dir))
+    if name == IN_PYTHON:
+        raise InputError(
+            "the run's images were given to fastiat.fit: name the images with --dataset and "
+            "--data-dir, or measure in Python with fastiat.evaluate_model"
+        )
     if name not in DATASETS:
         raise InputError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     if data_dir is not None and is_beton(data_dir) and not os.path.isdir(data_dir):

@@ -500,7 +500,7 @@ def train(
     """
     config.check()
     path = Path(config.out) if config.out else default_out(config)
-    run, job = None, ranks()
+    run, trainer, job = None, None, ranks()
     if config.resume:
         run = Run.open(path, writes=job.first)
         run.check_same(config)
@@ -527,6 +527,8 @@ def train(
             # running until the first rank has written its files.
             session.stop_or_save()
     finally:
+        if trainer is not None:
+            trainer.points.remove()
         if run is not None:
             run.unlock()
     return path

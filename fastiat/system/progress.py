@@ -30,7 +30,8 @@ class Progress:
         self._start = self._last = time.monotonic()
         self._bar = None
         self._shown = ranks().first
-        if self._shown and sys.stderr.isatty():
+        # A notebook shows the bar below the cell, though its stderr is no terminal.
+        if self._shown and (sys.stderr.isatty() or "ipykernel" in sys.modules):
             self._bar = tqdm(
                 total=total,
                 initial=done,

@@ -23,6 +23,8 @@ Arch = Literal["preact18", "wrn28_10", "wrn34_10", "mlp6"]
 DatasetName = Literal["cifar10", "svhn", "fashion-mnist", "digits", "folder"]
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 ARCHS: tuple[str, ...] = get_args(Arch)
+IN_PYTHON = "python"
+"""Data set of a run whose images were given to `fastiat.fit`: only its Python program has them."""
 LIBRARIES = ("torchvision", "timm")
 """Libraries whose networks `--arch LIBRARY:NAME` names."""
 LARGEST = 2**32
@@ -205,7 +207,7 @@ def is_beton(path: object) -> bool:
 
 def check_dataset(name: str | None) -> None:
     """Raise `InputError` unless a data set is one of `DATASETS`, a path to a .beton, or None."""
-    if name is not None and name not in DATASETS and not is_beton(name):
+    if name is not None and name not in (*DATASETS, IN_PYTHON) and not is_beton(name):
         if os.path.isdir(name):
             raise InputError(
                 f"--dataset {name} is a folder: give --dataset folder --data-dir {name}"
