@@ -218,7 +218,7 @@ def test_unknown_settings_and_things_that_are_no_network_are_refused():
         fastiat.fit(_net(), (IMAGES, LABELS), TEST, epoch=1)
     with pytest.raises(TypeError, match="no setting restart, did you mean restarts"):
         fastiat.evaluate_model(_net(), TEST, restart=1)
-    with pytest.raises(InputError, match="model is a function: give an nn.Module"):
+    with pytest.raises(InputError, match=r"model is a function: give an nn\.Module"):
         fastiat.fit(lambda x: x, (IMAGES, LABELS), TEST)
     with pytest.raises(InputError, match="unknown attack 'pgd'"):
         fastiat.evaluate_model(_net(), TEST, ["pgd"])

@@ -42,7 +42,9 @@ class Shortcut(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and self.in_channels < onednn.CHANNELS:
+        # torch.fx traces with proxies, which have no known device.
+        known = isinstance(x, Tensor)
+        if known and x.device.type == "cpu" and self.in_channels < onednn.CHANNELS:
             rows, columns = self.stride
             # `clone` keeps the memory format of `x`; vmap supports no other memory format.
             return F.conv2d(x[..., ::rows, ::columns].clone(), self.weight, self.bias)

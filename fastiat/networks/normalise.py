@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from fastiat import kernels
-from fastiat.kernels.standardize import standardize_reference
 from fastiat.system.errors import InputError
 
 IMAGENET = (0.485, 0.456, 0.406, 0.229, 0.224, 0.225)
@@ -18,10 +17,20 @@ class StandardizeImage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x`, (B, C, H, W), with mean 0 and standard deviation 1 in every image."""
-        # An exported or traced program must run where fastiat's operators are not installed.
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            return standardize_reference(x, x.dtype)
+        # A traced or exported program must run where fastiat's operators are not installed, so it
+        # gets PyTorch's own. torch.fx traces with proxies, which are no tensors.
+        if not isinstance(x, Tensor) or torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return _standardize(x)
         return kernels.standardize(x)
+
+
+def _standardize(x: Tensor) -> Tensor:
+    """Return what `kernels.standardize` returns, by operators of PyTorch, which compute in fp32."""
+    rows = x.flatten(1).float()
+    rows = rows - rows.mean(1, keepdim=True)
+    variance = rows.square().mean(1, keepdim=True)
+    floor = 1 / (255.0**2 * rows.shape[1])
+    return (rows * torch.rsqrt(variance.clamp_min(floor))).reshape(x.shape).to(x.dtype)
 
 
 class NormalizeChannels(nn.Module):

@@ -64,3 +64,11 @@ def test_a_network_of_the_user_is_put_behind_its_normalisation():
     torch.testing.assert_close(
         Normalised(network, StandardizeImage())(X), network(kernels.standardize(X))
     )
+
+
+def test_traced_programs_standardise_as_the_kernel_does():
+    flat = torch.full((1, 3, 8, 8), 0.3, dtype=torch.float64)
+    layer = StandardizeImage()
+    for x in (X, flat, X.float(), X.bfloat16()):
+        traced = torch.fx.symbolic_trace(layer)
+        torch.testing.assert_close(traced(x), kernels.standardize(x), rtol=1e-4, atol=1e-4)
