@@ -137,15 +137,16 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
         runs=(config.run, config.partner) if config.partner else (config.run,),
         limit=config.limit, seed=config.seed, dataset=config.dataset, data_dir=config.data_dir,
         batch_size=config.batch_size, device=config.device, autoattack=config.autoattack,
-        arch=config.arch,
+        arch=config.arch, norm=config.norm, eps=config.eps,
     )  # fmt: skip
     job, *partners = open_jobs(measured, same_data=True)
+    norm = job.norm
     images = job.splits["test"]
     eps, alpha = _radius_and_step(job, config)
     size = min(each.batch_size for each in (job, *partners))
     with within_memory("diagnose", [job.name], size):
         findings = examine(
-            job.model, images, eps=eps, alpha=alpha, norm=config.norm, seed=config.seed,
+            job.model, images, eps=eps, alpha=alpha, norm=norm, seed=config.seed,
             batch_size=size, partner=partners[0].model if partners else None,
             autoattack=config.autoattack,
         )  # fmt: skip
@@ -160,7 +161,7 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
             n=len(images),
             eps=eps,
             alpha=alpha,
-            norm=config.norm,
+            norm=norm,
             partner=partners[0].fingerprint if partners else None,
             seed=config.seed,
             batch_size=size,
@@ -169,7 +170,7 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
         )
     job.log_line(
         f"{job.name}: masking checks on {len(images)} test images of {job.dataset.name}, "
-        f"{config.norm} eps {eps:.4g}, alpha {alpha:.4g}\n{_page(findings)}"
+        f"{norm} eps {eps:.4g}, alpha {alpha:.4g}\n{_page(findings)}"
     )
     return findings
 
@@ -180,12 +181,12 @@ def _radius_and_step(job: Job, config: DiagnoseConfig) -> tuple[float, float]:
     The run's alpha is raised so that the usual attack can cross the ball. Raises `InputError` for
     eps 0, or if the configuration's alpha is too small to reach eps.
     """
-    eps = job.settings.eps if config.eps is None else config.eps
+    eps = job.eps
     if not eps:
         raise InputError(f"{job.name} was trained with eps 0: give the eps to check with --eps")
     least = CROSSING * eps / USUAL_STEPS
     if config.alpha is None:
-        return eps, max(job.settings.alpha, least)
+        return eps, max(job.alpha, least)
     if USUAL_STEPS * config.alpha < eps:
         raise InputError(
             f"--alpha is {config.alpha:g}: {USUAL_STEPS} such steps do not reach eps {eps:g}, "

@@ -156,8 +156,7 @@ def evaluate_model(
         and weights stay as they are.
     test: images and labels, as for `fit`; for a name or a path, its test images.
     attacks: names such as "none", "fgsm", "pgd-20" and "autoattack"; "none" is always measured.
-    eps, alpha: radius and step size for pixels in [0, 1]; by default 0.03 and 0.0075, and for
-        norm="l2" 0.5 and an eighth of it.
+    eps, alpha: radius and step size for pixels in [0, 1]; the defaults are those of `fit`.
     settings: norm, attack_loss, restarts, random_start, limit, batch_size, precision and seed, as
         for `fastiat evaluate`.
 
@@ -174,11 +173,9 @@ def evaluate_model(
     own: dict[str, Any] = {"attacks": names, "eps": eps, "alpha": alpha, "device": device}
     config = EvaluateConfig(**own | settings)
     config.check()
-    usual = TrainConfig(norm=config.norm or "linf")
-    radius = usual.eps if config.eps is None else config.eps
-    step = config.alpha
-    if step is None:
-        step = radius / 8 if config.norm == "l2" else usual.alpha
+    config = config.filled(None)
+    radius, step = config.eps, config.alpha
+    assert radius is not None and step is not None
     split = data.load(**_load_options(test)).test if _is_name(test) else as_split(test)
     count = _logits(model, split) or int(split.labels.max()) + 1
     check_network(model, split.shape, count)

@@ -80,6 +80,14 @@ def gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return grad
 
 
+def target_gradient(model: Model, x: Tensor, target: Tensor, loss: Loss = "ce") -> Tensor:
+    """Return the gradient of minus the attack loss of the classes `target`, shaped like `x`.
+
+    A step along it makes the prediction of the target class more likely.
+    """
+    return -input_gradient(model, x, target, loss)
+
+
 def run_steps(
     x_adv: Tensor,
     x: Tensor,
@@ -115,6 +123,7 @@ class PGDLoop:
     weights: returns the network's weights, as `graphs.detached_weights` does.
     compiled: compile the network. captured: capture the whole loop as a CUDA graph.
     pool: memory pool that the graph shares with other graphs, or None.
+    targeted: `y` holds target classes, whose loss the steps lower.
     """
 
     def __init__(
@@ -129,6 +138,7 @@ class PGDLoop:
         compiled: bool,
         captured: bool,
         pool: Any = None,
+        targeted: bool = False,
     ) -> None:
         self.model, self.x, self.y, self.dtype, self.settings = model, x, y, dtype, settings
         self.weights = weights
@@ -139,7 +149,8 @@ class PGDLoop:
 
         def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             logits = graphs.forward(model, weights, dtype, x)
-            return attack_loss(logits, y, settings["loss"]).sum()
+            total = attack_loss(logits, y, settings["loss"]).sum()
+            return -total if targeted else total
 
         self._loss = graphs.compile_once(loss) if compiled else loss
         self._run: Callable[[], None] = self._run_steps
@@ -192,6 +203,7 @@ def fgsm(
     norm: Norm = "linf",
     loss: Loss = "ce",
     bn: BatchNormMode = "eval",
+    target: Tensor | None = None,
 ) -> Tensor:
     """Return adversarial examples of the fast gradient sign method: one step of length `eps`.
 
@@ -200,7 +212,7 @@ def fgsm(
     """
     return pgd(
         model, x, y, eps=eps, alpha=eps, steps=1, random_start=False, norm=norm, loss=loss, bn=bn,
-        clip=clip,
+        clip=clip, target=target,
     )  # fmt: skip
 
 
@@ -219,8 +231,9 @@ def pgd(
     bn: BatchNormMode = "eval",
     generator: torch.Generator | Starts | None = None,
     clip: tuple[float, float] = (0.0, 1.0),
+    target: Tensor | None = None,
 ) -> Tensor:
-    """Return untargeted adversarial examples of `x` by projected gradient descent.
+    """Return adversarial examples of `x` by projected gradient descent.
 
     The attack is that of Madry et al. 2018. Section 4.1 of the IAT paper gives the defaults of
     `eps`, `alpha` and `steps`: 0.03, 0.0075 and 7.
@@ -244,6 +257,9 @@ def pgd(
     generator: source of the random starts, on the device of `x`. None uses PyTorch's global
         generator. Use `Starts` for a set of images that is attacked in batches.
     clip: lowest and highest value of a pixel.
+    target: class that each image shall be classified as, (B,) int64. The attack lowers the loss of
+        these classes instead of raising that of the true ones; among the examples of several
+        restarts, one that is classified as its target is the worst. None: untargeted.
 
     A pixel whose gradient is NaN does not move. Settings outside these ranges raise `InputError` (a
     `ValueError`), and tensors of the wrong dtype raise `TypeError`. Labels outside 0..K-1 raise
@@ -256,18 +272,23 @@ def pgd(
     )  # fmt: skip
     check_settings(settings)
     check_batch(x, y)
+    if target is not None:
+        check_batch(x, target)
     x = x.detach()
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # the forward pass of the wrapper would wait for the other ranks
     if eps == 0:
         return x.clone()
 
+    labels = y if target is None else target
+    ascent = input_gradient if target is None else target_gradient
+
     def attack() -> Tensor:
         x_adv = start_in_ball(x, eps, norm, clip, generator) if random_start else x
-        return run_steps(x_adv, x, lambda x_adv: input_gradient(model, x_adv, y, loss), settings)
+        return run_steps(x_adv, x, lambda x_adv: ascent(model, x_adv, labels, loss), settings)
 
     with attack_mode(model, bn):
-        return _worst(restarts, attack, model, y, loss)
+        return _worst(restarts, attack, model, labels, loss, targeted=target is not None)
 
 
 class PGD:
@@ -297,7 +318,7 @@ class PGD:
         precision: Literal["bf16", "fp32"] | None = None,
         **settings: Any,
     ) -> None:
-        defaults: dict[str, Any] = pgd.__kwdefaults__ or {}
+        defaults = attack_defaults()
         unknown = settings.keys() - defaults.keys()
         if unknown:
             raise TypeError(
@@ -322,26 +343,33 @@ class PGD:
         check_mode(self.model, self.settings["bn"])
         self._loops: dict[Hashable, _Ready] = {}
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the adversarial examples of pixels `x`, (B, ...), with true labels `y`, (B,)."""
+    def __call__(self, x: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the adversarial examples of pixels `x`, (B, ...), with true labels `y`, (B,).
+
+        `target`, (B,), makes the attack a targeted one, see `pgd`.
+        """
         engine = self._engine(x.device)
         if engine == "eager" or self.settings["eps"] == 0:
             with autocast(x.device, self.precision) if self.precision else nullcontext():
-                return pgd(self.model, x, y, **self.settings)
+                return pgd(self.model, x, y, target=target, **self.settings)
         assert isinstance(self.model, nn.Module)
         check_batch(x, y)
+        targeted = target is not None
+        labels = y if target is None else target
+        check_batch(x, labels)
         settings, captured = self.settings, engine == "graph"
         # Buffers created in inference mode could not be written to outside inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            ready = self._ready(self.model, x, y, captured)
-            check_labels(y, len(y), ready.classes)  # compiled code cannot raise for wrong labels
+            ready = self._ready(self.model, x, y, captured, targeted)
+            # Compiled code cannot raise for wrong labels.
+            check_labels(labels, len(y), ready.classes)
             loop = ready.loop
             loop.x.copy_(x)
-            loop.y.copy_(y)
+            loop.y.copy_(labels)
             with attack_mode(self.model, settings["bn"]):
                 found = _worst(
                     settings["restarts"], lambda: loop().clone(), loop.logits, loop.y,
-                    settings["loss"],
+                    settings["loss"], targeted=targeted,
                 )  # fmt: skip
             if ready.structure is None:
                 # Read after the first call, which runs the network's Python code: that code may
@@ -358,12 +386,14 @@ class PGD:
             return "graph"
         return "compile" if graphs.has_compiler(device) else "eager"
 
-    def _ready(self, model: nn.Module, x: Tensor, y: Tensor, captured: bool) -> "_Ready":
+    def _ready(
+        self, model: nn.Module, x: Tensor, y: Tensor, captured: bool, targeted: bool
+    ) -> "_Ready":
         """Return the loop for batches like `x`; build it if it is missing or the model changed."""
         dtype = torch.bfloat16 if self.precision == "bf16" else None
         if self.precision is None and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        key = (x.shape, x.stride(), x.dtype, x.device, dtype)
+        key = (x.shape, x.stride(), x.dtype, x.device, dtype, targeted)
         ready = self._loops.pop(key, None)
         if ready is None or ready.structure != ready.read_structure():
             ready = None  # frees the memory of the old graph before the new graph is captured
@@ -373,7 +403,7 @@ class PGD:
             weights = partial(graphs.detached_weights, model, dtype, castable.names)
             loop = PGDLoop(
                 model, torch.zeros_like(x), torch.zeros_like(y), dtype, self.settings,
-                weights=weights, compiled=True, captured=captured,
+                weights=weights, compiled=True, captured=captured, targeted=targeted,
             )  # fmt: skip
             # A graph holds constants and addresses. Which weights can be cast may depend on
             # constants too; what else is compiled is guarded by Dynamo.
@@ -423,18 +453,33 @@ def count_errors(
     return int(wrong)
 
 
+def attack_defaults() -> dict[str, Any]:
+    """Return the keyword arguments of `pgd` that are settings, with their defaults."""
+    return {k: v for k, v in (pgd.__kwdefaults__ or {}).items() if k != "target"}
+
+
 def _worst(
-    restarts: int, attack: Callable[[], Tensor], logits: Model, y: Tensor, loss: Loss
+    restarts: int,
+    attack: Callable[[], Tensor],
+    logits: Model,
+    labels: Tensor,
+    loss: Loss,
+    *,
+    targeted: bool,
 ) -> Tensor:
-    """Call `attack` `restarts` times and return the worst example of each image, see `pgd`."""
+    """Call `attack` `restarts` times and return the worst example of each image, see `pgd`.
+
+    `labels` are the true classes, or the target classes of a `targeted` attack.
+    """
     best = attack()
     if restarts == 1:
         return best
 
     def outcome(x_adv: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which images are misclassified, (B,) bool, and the loss of each, (B,)."""
+        """Return for which images the attack succeeds, (B,) bool, and its height, (B,)."""
         given = logits(x_adv)
-        return ~correct(given, y), attack_loss(given, y, loss)
+        hits, value = correct(given, labels), attack_loss(given, labels, loss)
+        return (hits, -value) if targeted else (~hits, value)
 
     with torch.no_grad():
         wrong, value = outcome(best)

@@ -113,8 +113,9 @@ class WithOwnNetwork(Checked):
 class AttackOfRun(OnDevice, WithOwnNetwork):
     """The settings that all commands that attack trained runs share."""
 
-    norm: Literal["linf", "l2"] = "linf"
-    """Norm of the eps ball."""
+    norm: Literal["linf", "l2"] | None = None
+    """Norm of the eps ball (default: that of the run). With another norm than that of the run, the
+    defaults of --eps and --alpha are those of `fastiat train` for this norm."""
     alpha: float | None = None
     """PGD step size, for pixels in [0, 1] (default: that of the run)."""
     dataset: str | None = None
@@ -132,6 +133,34 @@ class AttackOfRun(OnDevice, WithOwnNetwork):
         check_dataset(self.dataset)
         if self.norm == "linf":
             check_unit(self)
+
+    @property
+    def ball(self) -> Literal["linf", "l2"]:
+        """Norm of the eps ball; "linf" where none is given or filled in."""
+        return self.norm or "linf"
+
+    def usual(self, run: "TrainConfig | None") -> "TrainConfig":
+        """Return the training whose norm, eps and alpha are the defaults, see `filled`."""
+        norm = self.norm or (run.norm if run else "linf")
+        return run if run is not None and run.norm == norm else TrainConfig(norm=norm)
+
+    def filled(self, run: "TrainConfig | None") -> Any:
+        """Return these settings with norm, eps and alpha of a run's training where none is given.
+
+        run: settings of the training; None (a model without its run) uses the defaults of the norm.
+        """
+        usual = self.usual(run)
+        norm = usual.norm
+        given: dict[str, Any] = {
+            "alpha": usual.alpha if self.alpha is None else self.alpha,
+            "norm": norm,
+        }
+        if getattr(self, "eps", 0.0) is None:
+            given["eps"] = usual.eps
+        full = replace(self, **given)
+        if norm == "linf":
+            check_unit(full)
+        return full
 
 
 # The settings of `fastiat train`.
@@ -431,7 +460,8 @@ class EvaluateConfig(MeasureConfig):
     """
 
     attacks: tuple[str, ...] = ("none", "fgsm", "pgd-7", "pgd-20")
-    """Attacks to measure: none, fgsm, pgd-K with K steps."""
+    """Attacks to measure: none, fgsm, pgd-K with K steps, and pgd-K-targeted, which lowers the loss
+    of the wrong class that has the highest logit; any wrong prediction counts as an error."""
     worst: bool = False
     """Only the worst case: an image counts as an error if it is misclassified without attack or
     under any attack or restart. Such an image is not attacked again, which is faster."""
@@ -453,19 +483,29 @@ class EvaluateConfig(MeasureConfig):
 class SweepConfig(MeasureConfig):
     """Print the PGD error of trained runs over --eps, over --steps, or over both.
 
-    --eps without values takes the radii of the paper's Table 6, and --steps without values the
-    numbers of steps of Table 7.
+    --eps without values takes the radii of the paper's Table 6, for --norm l2 0.1 to 3, and --steps
+    without values the numbers of steps of Table 7.
     """
+
+    L2_RADII: ClassVar[tuple[float, ...]] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
     bare: ClassVar[dict[str, Any]] = {
         "eps": (0.005, 0.01, 0.04, 0.05, 0.06, 0.08, 0.1, 0.2),
         "steps": (5, 10, 20, 50, 100, 1000),
     }
 
-    eps: tuple[float, ...] = (0.02,)
-    """Radii of the eps ball, for pixels in [0, 1]; --eps alone: 0.005 to 0.2 as in Table 6."""
+    eps: tuple[float, ...] | None = None
+    """Radii of the eps ball, for pixels in [0, 1] (default: 0.02; l2: 0.5); --eps alone: 0.005 to
+    0.2 as in Table 6; l2: 0.1 to 3."""
     steps: tuple[int, ...] = (20,)
     """Numbers of PGD steps; --steps alone: 5 to 1000 as in Table 7."""
+
+    def radii(self, norm: str) -> tuple[float, ...]:
+        """Return the radii to measure at in the ball of `norm`, each once."""
+        if self.eps is None:
+            return (0.02,) if norm == "linf" else (0.5,)
+        bare = norm == "l2" and self.eps == self.bare["eps"]
+        return tuple(dict.fromkeys(self.L2_RADII if bare else self.eps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,8 +515,9 @@ class TransferConfig(MeasureConfig):
     Rows are the attacked runs; columns are the runs that the examples are made on.
     """
 
-    eps: tuple[float, ...] = (0.01, 0.02, 0.04)
-    """Radii of the eps ball, for pixels in [0, 1]; each gives one matrix."""
+    eps: tuple[float, ...] | None = None
+    """Radii of the eps ball, for pixels in [0, 1]; each gives one matrix (default: 0.01 0.02 0.04;
+    l2: 0.25 0.5 1)."""
     steps: int = 20
     """Number of PGD steps."""
 

@@ -6,6 +6,7 @@ with `Job.record`.
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastiat.attack import Starts, attack_mode, pgd
+from fastiat.attacks.starts import Norm
 from fastiat.config import EvaluateConfig, MeasureConfig, SweepConfig, TransferConfig
 from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
 from fastiat.measuring.autoattack import ATTACKS, autoattack
@@ -67,12 +69,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
 
 def _evaluate(job: Job, config: EvaluateConfig) -> dict[str, Rate]:
     """Measure one run, print its table and return {"split/attack": rate}."""
-    eps = job.settings.eps if config.eps is None else config.eps
-    rates = {}
+    eps, rates = job.eps, {}
     for split in job.splits:
         with within_memory("evaluate", [job.name], job.batch_size):
             rates[split] = _evaluate_split(job, split, eps, config)
-    settings = f"{config.norm} eps {eps:.4g}, alpha {job.alpha:.4g}{_unusual(config)}"
+    settings = f"{job.norm} eps {eps:.4g}, alpha {job.alpha:.4g}{_unusual(config)}"
     columns = [*map(title, next(iter(rates.values()))), "images"]
     rows = {
         split: [*map(str, found.values()), str(len(job.splits[split]))]
@@ -119,10 +120,13 @@ def sweep(config: SweepConfig) -> dict[str, dict[Key, Rate]]:
     other.
     """
     config.check()
-    radii, steps = tuple(dict.fromkeys(config.eps)), tuple(dict.fromkeys(config.steps))
+    jobs = open_jobs(config)
+    norm = _one_norm(jobs)
+    radii, steps = config.radii(norm), tuple(dict.fromkeys(config.steps))
     attacks = [f"pgd-{count}" for count in steps]
     rates: dict[str, dict[Key, Rate]] = {}
-    for job in open_jobs(config):
+    config = replace(config, norm=norm)
+    for job in jobs:
         rates[job.name] = {}
         for split, eps in product(job.splits, radii):
             started = time.monotonic()
@@ -184,9 +188,12 @@ def transfer(config: TransferConfig) -> dict[tuple[str, float], Matrix]:
     for job in jobs:
         _check_finished(job)
         _check_same_images(jobs[0], job)
+    norm = _one_norm(jobs)
+    config = replace(config, norm=norm)
+    radii = config.eps or ((0.01, 0.02, 0.04) if norm == "linf" else (0.25, 0.5, 1.0))
     matrices = {}
     for split in config.splits:
-        for eps in dict.fromkeys(config.eps):
+        for eps in dict.fromkeys(radii):
             matrix: Matrix = {job.name: {} for job in jobs}
             for source in jobs:
                 for target, rate in _attack(source, jobs, split, eps, config):
@@ -206,7 +213,7 @@ def _attack(
     size = min(job.batch_size for job in targets)
     starts = Starts(config.seed, device)
     attack = partial(
-        pgd, source.model, eps=eps, alpha=source.alpha, steps=config.steps, norm=config.norm,
+        pgd, source.model, eps=eps, alpha=source.alpha, steps=config.steps, norm=source.norm,
         loss=config.attack_loss, restarts=config.restarts, random_start=config.random_start,
         generator=starts,
     )  # fmt: skip
@@ -231,6 +238,17 @@ def _attack(
         found, name = torch.cat(wrong[target.name]), f"pgd-{config.steps}"
         rate = target.record("transfer", split, name, found, eps=eps, started=started, **fields)
         yield target.name, rate
+
+
+def _one_norm(jobs: list[Job]) -> Norm:
+    """Return the norm of the eps ball of all runs; raise `InputError` if they differ."""
+    for job in jobs:
+        if job.norm != jobs[0].norm:
+            raise InputError(
+                f"{job.name} was trained in the {job.norm} ball, but {jobs[0].name} in the "
+                f"{jobs[0].norm} ball: give the norm to measure in with --norm"
+            )
+    return jobs[0].norm
 
 
 def _check_finished(job: Job) -> None:

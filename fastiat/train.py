@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastiat import data, models
 from fastiat import mix as mixing
-from fastiat.attack import PGD, BatchNormMode, count_errors, pgd
+from fastiat.attack import PGD, BatchNormMode, attack_defaults, count_errors, pgd
 from fastiat.attacks.starts import draw_seed
 from fastiat.config import TrainConfig
 from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
@@ -358,7 +358,7 @@ class Trainer:
         if config.adv == "none":
             return None
         fgsm = config.adv == "fgsm"  # one step of length eps from x itself
-        return (pgd.__kwdefaults__ or {}) | {
+        return attack_defaults() | {
             "eps": config.eps,
             "alpha": config.eps if fgsm else config.alpha,
             "steps": 1 if fgsm else config.steps,

@@ -364,3 +364,60 @@ def test_a_splits_pixels_are_what_attack_libraries_take(model, name):
     options = {"n_queries": 5} if name == "Square" else {"steps": 2}
     x_adv = getattr(torchattacks, name)(network, **options)(x, y)
     assert x_adv.shape == x.shape and (name == "Square" or not torch.equal(x_adv, x))
+
+
+def test_targeted_pgd_gives_the_examples_of_torchattacks(model):
+    x, y = _digits(32)
+    target = (y + 3) % 10
+    theirs = torchattacks.PGD(model, eps=EPS, alpha=ALPHA, steps=5, random_start=False)
+    theirs.set_mode_targeted_by_label(quiet=True)
+    ours = pgd(model, x, y, eps=EPS, alpha=ALPHA, steps=5, random_start=False, target=target)
+    _assert_same(ours, theirs(x, target), model, x, target)
+    step = fgsm(model, x, y, eps=EPS, target=target)
+    grad = input_gradient(model, x, target)
+    _assert_same(step, (x - EPS * grad.sign()).clamp(0, 1), model, x, target)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_targeted_pgd_makes_the_target_likely_and_restarts_make_it_likelier(model, norm):
+    x, y = _digits(64)
+    target = (y + 1) % 10
+    settings = {"eps": 0.3 if norm == "linf" else 2.0, "alpha": 0.05 if norm == "linf" else 0.4}
+    settings |= {"norm": norm, "steps": 6, "target": target}
+
+    def hits(restarts):
+        generator = torch.Generator().manual_seed(0)
+        x_adv = pgd(model, x, y, restarts=restarts, generator=generator, **settings)
+        return model(x_adv).argmax(1) == target
+
+    clean, once, thrice = (model(x).argmax(1) == target).sum(), hits(1), hits(3)
+    assert once.sum() > clean + 10
+    assert (thrice | ~once).all()  # a success of the first start is kept
+
+
+def test_the_prepared_attack_takes_targets_too(model):
+    x, y = _digits(8)
+    target, attack = (y + 1) % 10, PGD(model, engine="eager", random_start=False, eps=EPS)
+    expected = pgd(model, x, y, random_start=False, eps=EPS, target=target)
+    assert torch.equal(attack(x, y, target), expected)
+    assert not torch.equal(attack(x, y), expected)
+    with pytest.raises(TypeError, match="PGD has no setting target"):
+        PGD(model, target=target)
+    with pytest.raises(InputError, match="x has shape"):
+        pgd(model, x, y, target=target[:3])
+    with pytest.raises(InputError, match="labels run from"):
+        pgd(model, x, y, target=y + 10)
+
+
+@pytest.mark.slow
+def test_the_compiled_attack_on_targets_is_the_plain_one(model):
+    x, y = _digits(8)
+    attack = PGD(model, engine="compile", random_start=False, eps=EPS, alpha=ALPHA, steps=3)
+    for target in ((y + 1) % 10, (y + 2) % 10):
+        plain = pgd(model, x, y, random_start=False, eps=EPS, alpha=ALPHA, steps=3, target=target)
+        torch.testing.assert_close(
+            F.cross_entropy(model(attack(x, y, target)), target),
+            F.cross_entropy(model(plain), target),
+            rtol=1e-3,
+            atol=1e-3,
+        )

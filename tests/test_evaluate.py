@@ -17,7 +17,7 @@ from fastiat.attack import pgd
 from fastiat.config import EvaluateConfig
 from fastiat.evaluate import evaluate
 from fastiat.runs.directory import MODEL, Run
-from fastiat.runs.results import Rate
+from fastiat.runs.results import Rate, read_results
 
 CPU = ("--device", "cpu", "--precision", "fp32")
 
@@ -188,3 +188,58 @@ def test_a_run_is_measured_with_as_many_images_as_an_update_has(run, monkeypatch
     for flags in ([], ["--batch-size", "7"]):
         assert cli.main(["evaluate", str(run), "--attacks", "none", *flags, *CPU]) == 0
     assert sizes == [64, 7]
+
+
+def test_a_targeted_error_is_that_of_the_best_wrong_class(good, test_set):
+    x, y = (part[:120] for part in test_set)
+    model = fastiat.load(good)
+    config = EvaluateConfig(
+        runs=(str(good),), attacks=("pgd-3-targeted", "pgd-5", "pgd-3"), device="cpu",
+        precision="fp32",
+    )  # fmt: skip
+    rates = evaluate(config)[str(good)]
+    alone = evaluate(
+        EvaluateConfig(runs=(str(good),), attacks="pgd-3-targeted", device="cpu", precision="fp32")
+    )[str(good)]
+    assert rates["test/pgd-3-targeted"] == alone["test/pgd-3-targeted"]
+    x, y = test_set
+    logits = model(x).detach().clone()
+    logits[torch.arange(len(y)), y] = -math.inf
+    generator = torch.Generator().manual_seed(0)
+    x_adv = pgd(model, x, y, steps=3, generator=generator, target=logits.argmax(1))
+    wrong = int((model(x_adv).argmax(1) != y).sum())
+    assert rates["test/pgd-3-targeted"] == Rate(wrong, 360)
+    (entry,) = [entry for entry in read_results(good) if entry["attack"] == "pgd-3-targeted"]
+    assert (entry["steps"], entry["errors"]) == (3, wrong)
+
+
+def test_a_run_in_the_l2_ball_is_measured_in_it(tmp_path, capsys):
+    arguments = ["train", "--dataset", "digits", "--arch", "mlp6", "--width", "16", "--norm", "l2"]
+    arguments += ["--epochs", "1", "--eval-limit", "40", "--out", str(tmp_path / "run"), *CPU]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "L2 PGD-7, eps 0.5, alpha 0.1786" in out and "l2 eps 0.5, alpha 0.1786" in out
+    entry = read_results(tmp_path / "run")[-1]
+    assert (entry["norm"], entry["eps"]) == ("l2", 0.5)
+    assert entry["alpha"] == pytest.approx(2.5 * 0.5 / 7)
+    for command, words in {
+        "evaluate --norm linf": "linf eps 0.03, alpha 0.0075",
+        "evaluate --eps 1.5": "l2 eps 1.5, alpha 0.1786",
+        "sweep --steps 2": "40 images, l2 PGD-2, eps across",
+        "sweep --steps 2 --eps": "0.75",
+        "sweep --norm linf --steps 2": "linf PGD-2",
+    }.items():
+        name, *flags = command.split()
+        more = ["--limit", "40", *CPU]
+        assert cli.main([name, str(tmp_path / "run"), *flags, *more]) == 0
+        assert words in capsys.readouterr().out, command
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--norm", "linf", "--eps", "2"]) == 2
+    assert "give, say, 2/255" in capsys.readouterr().err
+
+
+def test_runs_of_two_norms_are_not_mixed_in_one_table(good, tmp_path, capsys):
+    other = Path(shutil.copytree(good, tmp_path / "other"))
+    text = (other / "config.json").read_text()
+    (other / "config.json").write_text(text.replace('"norm": "linf"', '"norm": "l2"'))
+    assert cli.main(["sweep", str(good), str(other), "--steps", "1", "--limit", "20", *CPU]) == 2
+    assert "give the norm to measure in with --norm" in capsys.readouterr().err

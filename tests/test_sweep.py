@@ -83,7 +83,7 @@ def test_a_flag_alone_takes_the_papers_values():
         runs=("x",), eps=(0.005, 0.01, 0.04, 0.05, 0.06, 0.08, 0.1, 0.2), steps=(20,)
     )
     assert cli.parse(["sweep", "x", "--steps"])[1] == SweepConfig(
-        runs=("x",), eps=(0.02,), steps=(5, 10, 20, 50, 100, 1000)
+        runs=("x",), eps=None, steps=(5, 10, 20, 50, 100, 1000)
     )
     _, given = cli.parse(["sweep", "x", "y", "--eps", "8/255", "--alpha", "2/255"])
     assert (given.runs, given.eps, given.alpha) == (("x", "y"), (8 / 255,), 2 / 255)
@@ -239,7 +239,7 @@ def test_model_files_transfer_where_the_images_are_named(run, other, tmp_path, c
     [
         ("sweep", "RUN"),
         ("sweep no-such-run --eps", "no-such-run: no such run"),
-        ("sweep x --eps 8", "give, say, 8/255"),
+        ("sweep x --norm linf --eps 8", "give, say, 8/255"),
         ("sweep x --eps 0.1 nan", "--eps is nan"),
         ("sweep x --eps 0.1 -1", "--eps is -1"),
         ("sweep x --eps 0.1 a", "'a' is not a number such as 0.03 or 8/255"),
@@ -253,7 +253,7 @@ def test_model_files_transfer_where_the_images_are_named(run, other, tmp_path, c
         ("transfer x y --eps", "--eps"),
         ("transfer x y --steps 0", "--steps is 0"),
         ("transfer x y --steps 9999999", "--steps is 9999999"),
-        ("transfer x y --eps 2", "give, say, 2/255"),
+        ("transfer x y --norm linf --eps 2", "give, say, 2/255"),
     ],
 )
 def test_a_wrong_argument_gets_one_line(complaint, tmp_path, monkeypatch, argv, named):

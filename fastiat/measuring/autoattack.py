@@ -90,7 +90,7 @@ def autoattack(
     # The library calls `view`, which needs contiguous tensors.
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     model = model.eval().requires_grad_(False)
-    norm = {"linf": "Linf", "l2": "L2"}[config.norm]
+    norm = {"linf": "Linf", "l2": "L2"}[config.ball]
     group, size = ranks(), config.batch_size or default_batch(split.shape[-1])
 
     def pixels(index: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastiat import data
+from fastiat.attacks.starts import Norm
 from fastiat.config import EvaluateConfig, MeasureConfig, TrainConfig
 from fastiat.engine.device import pick_device, pick_precision
 from fastiat.images.downloads import DOWNLOADS
@@ -42,11 +43,19 @@ class Job:
     data: str
     """Fingerprint of the data set."""
     config: MeasureConfig
-    """The settings of the measurement, with `batch_size` and `alpha` filled in."""
+    """The settings of the measurement, with `batch_size`, `norm`, `alpha` and the eps of `evaluate`
+    filled in from the run."""
     batch_size: int
     """Images attacked at a time: the configuration's batch size, else `default_batch`."""
     alpha: float
     """PGD step size: the configuration's alpha, else the alpha of the run's training."""
+    eps: float
+    """Radius: the configuration's eps if it is one number, else that of the run's training."""
+
+    @property
+    def norm(self) -> Norm:
+        """Norm of the eps ball: that of the configuration, else that of the run's training."""
+        return self.config.ball
 
     @property
     def settings(self) -> TrainConfig:
@@ -157,7 +166,7 @@ def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
                 splits[split] = data.draw(images, config.limit, config.seed)
         own = run.config if run else None
         size = config.batch_size or default_batch(card.image_size, own.batch_size if own else None)
-        alpha = (own or TrainConfig()).alpha if config.alpha is None else config.alpha
+        filled = config.filled(own)
         jobs.append(
             Job(
                 name=name,
@@ -168,9 +177,10 @@ def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
                 dataset=dataset,
                 splits=splits,
                 data=fingerprint_of(dataset),
-                config=replace(config, batch_size=size, alpha=alpha),
+                config=replace(filled, batch_size=size),
                 batch_size=size,
-                alpha=alpha,
+                alpha=filled.alpha,
+                eps=filled.eps if isinstance(config, EvaluateConfig) else config.usual(own).eps,
             )
         )
     return jobs

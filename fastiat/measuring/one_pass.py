@@ -29,7 +29,8 @@ MOST_AT_A_TIME = 500
 
 def title(attack: str) -> str:
     """Return an attack's name as tables show it, such as "PGD-20"."""
-    return TITLES.get(attack, attack.upper())
+    name, targeted, _ = attack.partition("-targeted")
+    return TITLES.get(name, name.upper()) + " targeted" * bool(targeted)
 
 
 def default_batch(side: int, batch_size: int | None = None) -> int:
@@ -91,6 +92,14 @@ def batches(
         yield to_pixels(images), y
 
 
+@torch.no_grad()
+def best_wrong_class(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return the wrong class with the highest logit of each image, (B,) int64."""
+    logits = model(x)
+    own = torch.arange(logits.shape[1], device=y.device) == y[:, None]
+    return logits.masked_fill(own, -torch.inf).argmax(1)
+
+
 def fooled(
     model: nn.Module,
     split: data.Split,
@@ -149,10 +158,15 @@ class _Pass:
         self.starts = Starts(config.seed, self.device)
         self.precision = pick_precision(config.precision, self.device)
         self.rows = {name: row for row, name in enumerate(names)}
-        # (number of PGD steps, row of the result), in rising order of steps.
-        self.stops = sorted(
-            (steps_of(name), row) for name, row in self.rows.items() if name not in ("none", "fgsm")
-        )
+        # (number of PGD steps, row of the result), in rising order of steps; targeted attacks have
+        # iterates of their own.
+        self.stops: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+        for name, row in self.rows.items():
+            if name not in ("none", "fgsm"):
+                self.stops[name.endswith("-targeted")].append((steps_of(name), row))
+        self.stops = {targeted: sorted(stops) for targeted, stops in self.stops.items() if stops}
+        # PGD steps of a batch that no image drops out of.
+        self.steps = config.restarts * sum(stops[-1][0] for stops in self.stops.values())
         # Of the current batch: images that the progress shows, and PGD steps that are done.
         self.progress, self.shown, self.done = progress, 0, 0
 
@@ -167,47 +181,56 @@ class _Pass:
             left = index[~found.any(0)] if self.worst else index
             if len(left):
                 self._fgsm(found[self.rows["fgsm"]], x[left], y[left], left)
-        for restart in range(self.config.restarts if self.stops else 0):
-            self._pgd(found, x, y, index, restart)
+        for targeted in self.stops:
+            # Every kind of attack gets the same random starts, so that the result of one does not
+            # depend on the other.
+            self.starts.batch(self.starts.first)
+            for restart in range(self.config.restarts):
+                self._pgd(found, x, y, index, restart, targeted)
         self._show(len(y))
         return found
 
     def _fgsm(self, found: Tensor, x: Tensor, y: Tensor, index: Tensor) -> None:
-        norm, loss = self.config.norm, self.config.attack_loss
+        norm, loss = self.config.ball, self.config.attack_loss
         with autocast(x.device, self.precision):
             x_adv = fgsm(self.model, x, y, eps=self.eps, norm=norm, loss=loss)
         self._classify(found, x_adv, y, index)
 
-    def _pgd(self, found: Tensor, x: Tensor, y: Tensor, index: Tensor, restart: int) -> None:
+    def _pgd(
+        self, found: Tensor, x: Tensor, y: Tensor, index: Tensor, restart: int, targeted: bool
+    ) -> None:
         """Run PGD from one start, and classify the iterates after each number in `self.stops`."""
-        config, images, steps = self.config, len(y), 0
-        step = kernels.pgd_step if config.norm == "linf" else kernels.pgd_step_l2
-        all_steps = self.stops[-1][0] * config.restarts
+        config, images, steps, stops = self.config, len(y), 0, self.stops[targeted]
+        target = best_wrong_class(self.model, x, y) if targeted else y
+        step = kernels.pgd_step if config.ball == "linf" else kernels.pgd_step_l2
         x_adv = x
         if config.random_start:
             # Drawn for the whole batch, before images drop out: the start of an image must not
             # depend on which other images are still attacked.
-            x_adv = start_in_ball(x, self.eps, config.norm, (0.0, 1.0), self.starts)
-        for number, (stop, row) in enumerate(self.stops):
+            x_adv = start_in_ball(x, self.eps, config.ball, (0.0, 1.0), self.starts)
+        for number, (stop, row) in enumerate(stops):
             if self.worst or restart:
                 # An image drops out when the remaining steps cannot change its result: with `worst`
                 # after any success, else when earlier restarts have fooled it in all remaining
                 # rows.
-                to_come = [later for _, later in self.stops[number:]]
+                to_come = [later for _, later in stops[number:]]
                 decided = found.any(0) if self.worst else found[to_come].all(0)
                 left = ~decided[index]
                 x, x_adv, y, index = x[left], x_adv[left], y[left], index[left]
+                target = target[left]
             if not len(index):
                 return
             # One autocast context for all steps up to `stop`, which then share the bf16 copies of
             # the weights. Classification is outside the context, in fp32.
             with autocast(x.device, self.precision):
                 for _ in range(stop - steps if self.eps else 0):
-                    grad = input_gradient(self.model, x_adv, y, config.attack_loss)
+                    grad = input_gradient(self.model, x_adv, target, config.attack_loss)
+                    # A targeted attack goes down the loss of the target class.
+                    grad = -grad if targeted else grad
                     x_adv = step(x_adv, grad, x, self.eps, self.alpha, (0.0, 1.0))
                     self.done += 1
                     # `__call__` shows the last image when the batch is complete.
-                    self._show(min(images * self.done // all_steps, images - 1))
+                    self._show(min(images * self.done // self.steps, images - 1))
             self._classify(found[row], x_adv, y, index)
             steps = stop
 

@@ -145,7 +145,7 @@ class _Probe:
     @property
     def whole(self) -> float:
         """The radius of a ball that contains every image, for any centre in the pixel range."""
-        return 1.0 if self.config.norm == "linf" else math.prod(self.split.shape) ** 0.5
+        return 1.0 if self.config.ball == "linf" else math.prod(self.split.shape) ** 0.5
 
     def batches(self, title: str, starts: Starts) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels and labels, with the network in eval mode, and show the progress."""
@@ -170,7 +170,7 @@ class _Probe:
 
         The points are uniform in the ball of radius `eps`.
         """
-        starts, norm = self.starts(), self.config.norm
+        starts, norm = self.starts(), self.config.ball
         found = []
         for x, y in self.batches("Noise", starts):
             points = (start_in_ball(x, eps, norm, CLIP, starts) for _ in range(NOISES))
@@ -182,7 +182,7 @@ class _Probe:
         starts = self.starts()
         attack = partial(
             pgd, partner, eps=self.eps, alpha=self.alpha, steps=USUAL_STEPS,
-            norm=self.config.norm, generator=starts,
+            norm=self.config.ball, generator=starts,
         )  # fmt: skip
         images = self.batches("Transfer", starts)
         return torch.cat([self.wrong(attack(x, y), y) for x, y in images])
@@ -224,7 +224,7 @@ class _Probe:
         The step is zero if `direction` is zero. NaN in `direction` counts as zero.
         """
         direction = direction.nan_to_num()
-        if self.config.norm == "linf":
+        if self.config.ball == "linf":
             return direction.sign()
         length = torch.linalg.vector_norm(direction.flatten(1), dim=1).clamp_min(1e-30)
         return direction / per_image(length, direction)

@@ -66,7 +66,10 @@ def examples(run: Run, load: Callable[..., data.Dataset] = data.load) -> list[Ex
     some = split.take(torch.cat(found[:COUNT]))
     x, y = to_pixels(some.images.permute(0, 3, 1, 2)), some.labels
     generator = torch.Generator().manual_seed(0)
-    x_adv = pgd(model, x, y, eps=config.eps, alpha=config.alpha, steps=STEPS, generator=generator)
+    x_adv = pgd(
+        model, x, y, eps=config.eps, alpha=config.alpha, steps=STEPS, norm=config.norm,
+        generator=generator,
+    )  # fmt: skip
     with torch.no_grad():
         clean, attacked = model(x).argmax(1), model(x_adv).argmax(1)
     change = 0.5 + (x_adv - x) / (2 * config.eps)

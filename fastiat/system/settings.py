@@ -246,7 +246,7 @@ def check_once(runs: tuple[str, ...]) -> None:
 def check_unit(config: Any) -> None:
     """Raise `InputError` for an eps or alpha above 1, which is meant for pixels in [0, 255]."""
     for name in ("eps", "alpha"):
-        given = getattr(config, name)
+        given = getattr(config, name, None)
         for value in given if isinstance(given, tuple) else (given,):
             if value is not None and value > 1:
                 raise InputError(
@@ -255,17 +255,18 @@ def check_unit(config: Any) -> None:
 
 
 def steps_of(attack: str) -> int:
-    """Return the number of gradient steps of the attack `attack`: none 0, fgsm 1, pgd-K K.
+    """Return the number of gradient steps of an attack: none 0, fgsm 1, pgd-K and pgd-K-targeted K.
 
     Raises `InputError` for any other name.
     """
     if attack in ("none", "fgsm"):
         return ("none", "fgsm").index(attack)
-    if re.fullmatch("pgd-[1-9][0-9]{0,5}", attack):
-        return int(attack.removeprefix("pgd-"))
+    if found := re.fullmatch("pgd-([1-9][0-9]{0,5})(-targeted)?", attack):
+        return int(found[1])
     close = did_you_mean(attack, ("none", "fgsm"))
     raise InputError(
-        f"unknown attack {attack[:50]!r}: choose from none, fgsm, pgd-K such as pgd-20{close}"
+        f"unknown attack {attack[:50]!r}: choose from none, fgsm, pgd-K such as pgd-20, and "
+        f"pgd-K-targeted{close}"
     )
 
 

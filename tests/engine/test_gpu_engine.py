@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastiat import data, kernels, models
-from fastiat.attack import PGD, PGDLoop, pgd
+from fastiat.attack import PGD, PGDLoop, attack_defaults, pgd
 from fastiat.config import TrainConfig
 from fastiat.engine import graphs
 from fastiat.mix import Mix, MixPoints
@@ -24,7 +24,7 @@ from fastiat.runs.weights import pack_state, read_state
 from fastiat.train import Trainer, algorithm1
 from fastiat.training.step import Step
 
-DEFAULTS: dict[str, Any] = {**(pgd.__kwdefaults__ or {}), "eps": 8 / 255, "alpha": 2 / 255}
+DEFAULTS: dict[str, Any] = {**attack_defaults(), "eps": 8 / 255, "alpha": 2 / 255}
 BATCH = 6
 
 

@@ -196,7 +196,7 @@ def test_autoattacks_error_is_compared_and_its_version_kept(run, monkeypatch):
     monkeypatch.setattr("fastiat.measuring.probe.run_autoattack", stand_in)
     flags = ("--limit", "20", "--seed", "5", "--norm", "l2", "--device", "cpu", "--autoattack")
     assert cli.main(["diagnose", str(run), *flags]) == 0
-    assert asked == [(20, 0.03, "l2", 5, "fp32")]
+    assert asked == [(20, 0.5, "l2", 5, "fp32")]
     finding = read_diagnosis(run)[-1]
     assert (finding.check, finding.figures["autoattack_error_percent"]) == (AUTO, 95)
     *_, row = Run.open(run).rows()
