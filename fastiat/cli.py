@@ -27,9 +27,11 @@ from fastiat.config import (
     DiagnoseConfig,
     DoctorConfig,
     EvaluateConfig,
+    ExportConfig,
     NormsConfig,
     ReportConfig,
     ReproduceConfig,
+    RobustBenchConfig,
     SweepConfig,
     TrainConfig,
     TransferConfig,
@@ -55,6 +57,12 @@ COMMANDS: dict[str, tuple[type[Settings], str, str]] = {
     "diagnose": (DiagnoseConfig, "fastiat.analyse:diagnose", "check whether a run is robust"),
     "reproduce": (ReproduceConfig, "fastiat.reproduce:reproduce", "repeat a table of the paper"),
     "convert": (ConvertConfig, "fastiat.data:convert", "write images to a .beton file"),
+    "export": (ExportConfig, "fastiat.runs.export:export", "write a network as ONNX or .pt2"),
+    "robustbench": (
+        RobustBenchConfig,
+        "fastiat.runs.robustbench:robustbench",
+        "print an entry for RobustBench",
+    ),
     "report": (ReportConfig, "fastiat.report:report", "show runs on one HTML page"),
     "doctor": (DoctorConfig, "fastiat.cli:doctor", "show what this machine has"),
 }
@@ -72,6 +80,8 @@ EXAMPLES = {
     "fastiat reproduce table3 --epochs 10 --width 16 --limit 1000",
     "convert": "fastiat convert my-images my-images.beton --max-side 64\n"
     "fastiat train --dataset my-images.beton",
+    "export": "fastiat export runs/cifar10-preact18-pgd-manifold-s0 model.onnx",
+    "robustbench": "fastiat robustbench runs/cifar10-preact18-pgd-manifold-s0",
     "report": "fastiat report runs",
     "doctor": "fastiat doctor",
 }

@@ -674,3 +674,36 @@ class ConvertConfig(WithDataDir):
             raise InputError(f"--quality is {self.quality}: give at most 100")
         if self.max_side is not None and self.max_side < SMALLEST_SIDE:
             raise InputError(f"--max-side is {self.max_side}: give at least {SMALLEST_SIDE}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(WithOwnNetwork):
+    """Write the network of a run to a file that runs without fastiat.
+
+    OUT is model.onnx for ONNX runtimes or model.pt2 for `torch.export.load`. The program takes
+    pixels in [0, 1], for any batch size, and returns logits.
+    """
+
+    positional = ("run", "out")
+
+    run: str = ""
+    """A run directory, or a model.safetensors file."""
+    out: str = ""
+    """The file to write, NAME.onnx or NAME.pt2."""
+    force: bool = False
+    """Replace the file if it exists."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.out.endswith((".onnx", ".pt2")):
+            raise InputError(f"{self.out!r} is no name of an export: end it with .onnx or .pt2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustBenchConfig(WithOwnNetwork):
+    """Print what an entry in RobustBench needs: the code of the network, and its JSON metadata."""
+
+    positional = ("run",)
+
+    run: str = ""
+    """A run directory."""
