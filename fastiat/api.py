@@ -295,21 +295,32 @@ def _dataset(
     """Return the data set of a training; the network's logits say how many classes there are."""
     testing = None
     if test is not None:
-        testing = data.load(**_load_options(test)).test if _is_name(test) else as_split(test)
+        options = _load_options(test) | {"image_size": config.image_size} if _is_name(test) else {}
+        testing = data.load(**options).test if options else as_split(test)
+        testing = _resized(testing, config)
     if _is_name(train):
-        loaded = data.load(**_load_options(train), loader=config.loader)
+        loaded = data.load(
+            **_load_options(train),
+            loader=config.loader,
+            image_size=config.image_size,
+            context=config.augment == "resized-crop",
+        )
         names = tuple(map(str, classes or loaded.classes))
         if testing is None:
             return replace(loaded, classes=names)
         return replace(loaded, classes=names, test=testing, known_fingerprint="")
     if testing is None:
         raise InputError("test is None: give the images to measure on, in any form of train")
-    training = as_split(train)
+    training = _resized(as_split(train), config)
     names = tuple(map(str, classes or getattr(train, "classes", None) or ()))
     if not names:
         most = int(max(training.labels.max(), testing.labels.max())) + 1
         names = tuple(map(str, range(max(_logits(model, training) or most, most))))
     return data.Dataset(data.IN_PYTHON, names, training, testing, flip=True)
+
+
+def _resized(split: data.Split, config: TrainConfig) -> data.Split:
+    return split if config.image_size is None else data.resized(split, config.image_size)
 
 
 def _logits(model: nn.Module, split: data.Split) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from fastiat.system.errors import InputError
 from fastiat.system.settings import (
     ARCHS,
+    LARGEST_SIDE,
     MOST_STEPS,
     SMALLEST_SIDE,
     Arch,
@@ -35,7 +36,7 @@ T = TypeVar("T")
 Preset = Literal["paper", "authors", "modern"]
 POSITIVE = {
     *("epochs", "batch_size", "steps", "width", "mix_alpha", "restarts", "quality", "max_side"),
-    *("limit", "eval_limit", "train_limit", "class_limit"),
+    *("limit", "eval_limit", "train_limit", "class_limit", "image_size"),
 }
 """Settings that must be greater than 0; all other numeric settings may be 0."""
 
@@ -242,13 +243,22 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     adv: Literal["none", "fgsm", "pgd"] = "pgd"
     """Attack that makes the adversarial batch; "none" trains on the clean batch alone."""
     dataset: str = "cifar10"
-    """Images to train on: cifar10, svhn or fashion-mnist, which are downloaded once; digits, which
+    """Images to train on: cifar10, cifar100, svhn or fashion-mnist, downloaded once; digits, which
     is built in; folder, a tree of images train/CLASS/*, test/CLASS/* in --data-dir; or a file that
     `fastiat convert` has written, NAME.beton."""
     train_limit: int | None = None
     """Train on this many training images only, a stratified sample drawn with --seed."""
     class_limit: int | None = None
     """Train on at most this many images of each class, a random sample drawn with --seed."""
+    image_size: int | None = None
+    """Side of the images, in pixels, that the network gets. The images of a folder may then have
+    any sizes and shapes: the shorter side is resized to 8/7 of N, and the centre square of side N
+    is cut out, as in torchvision's recipe for ImageNet; other data sets are resized to N (default:
+    the images' own side)."""
+    augment: Literal["crop", "resized-crop", "none"] = "crop"
+    """Random changes of training images: "crop" shifts them by up to --pad pixels and flips;
+    "resized-crop" cuts out a part of 25 to 100 % of the area, resizes it to the size of the images
+    and flips; "none" changes nothing."""
     loader: Literal["auto", "resident", "ffcv"] = "auto"
     """How batches are made: "resident" keeps the whole data set as uint8 on the training device;
     "ffcv" reads a .beton file, and first converts any other data set to such a file (in
@@ -360,6 +370,12 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
         if self.norm == "linf":
             check_unit(self)
         check_dataset(self.dataset)
+        if self.image_size is not None and not SMALLEST_SIDE <= self.image_size <= LARGEST_SIDE:
+            raise InputError(
+                f"--image-size is {self.image_size}: give {SMALLEST_SIDE} to {LARGEST_SIDE}"
+            )
+        if self.augment == "none" and self.flip:
+            raise InputError("--augment none and --flip contradict each other: leave one out")
         for name in ("ema", "momentum"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{flag_of(name)} is {getattr(self, name)}: give less than 1")
@@ -652,7 +668,8 @@ class ConvertConfig(WithDataDir):
     positional = ("dataset", "out")
 
     dataset: str = ""
-    """cifar10, svhn, fashion-mnist, digits, a .beton file, or the folder of an image tree."""
+    """cifar10, cifar100, svhn, fashion-mnist, digits, a .beton file, or the folder of an image
+    tree."""
     out: str = ""
     """The file to write, NAME.beton."""
     format: Literal["raw", "jpeg"] = "raw"

@@ -1,5 +1,6 @@
 """The data stage: load a data set, make batches of its images, convert a data set to a .beton."""
 
+import hashlib
 import importlib.resources
 import logging
 import os
@@ -7,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -17,16 +19,24 @@ from torch import Tensor
 
 from fastiat.config import ConvertConfig, TrainConfig
 from fastiat.engine.device import free_memory, own_defaults
-from fastiat.images import beton, downloads, tree
-from fastiat.images.convert import cached, dataset_source, decoded, tree_source, write_beton
+from fastiat.images import beton, downloads, resized_crop, tree
+from fastiat.images.convert import (
+    cached,
+    dataset_source,
+    decoded,
+    tree_source,
+    write_beton,
+)
 from fastiat.images.dataset import (
     Dataset,
     Split,
     StoredSplit,
+    centred,
     draw,
     holdout,
     in_memory,
     limited,
+    resized,
     stored,
 )
 from fastiat.images.ffcv import installed, obstacle
@@ -53,6 +63,7 @@ __all__ = [
     "load",
     "make_loader",
     "open_loaders",
+    "resized",
     "stored",
 ]
 
@@ -73,6 +84,8 @@ def load(
     progress: bool = True,
     loader: str = "resident",
     fetch: bool = True,
+    image_size: int | None = None,
+    context: bool = False,
 ) -> Dataset:
     """Return the data set `name`: one of `DATASETS`, or the path of a .beton.
 
@@ -92,6 +105,10 @@ def load(
     installed and the images take more than half of the free memory. Otherwise they are read into
     memory.
 
+    With `image_size`, all images are squares of that side in pixels: the images of a tree may then
+    have any sizes and shapes (see `fastiat train --help`), those of other data sets are resized.
+    With `context`, the training images of a tree are not cut to that side but keep 8/7 of it.
+
     Without `fetch`, nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
     config.json of a run from an untrusted source, must not choose where files are written.
 
@@ -101,7 +118,8 @@ def load(
     name = expanded(name)
     data_dir = None if data_dir is None else expanded(data_dir)
     if is_beton(name):
-        return stored(name if data_dir is None else _moved(name, data_dir))
+        path = name if data_dir is None else _moved(name, data_dir)
+        return _sized(stored(path), image_size)
     if name == IN_PYTHON:
         raise InputError(
             "the run's images were given to fastiat.fit: name the images with --dataset and "
@@ -110,43 +128,81 @@ def load(
     if name not in DATASETS:
         raise InputError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     if data_dir is not None and is_beton(data_dir) and not os.path.isdir(data_dir):
-        return _stored_as(name, data_dir)
+        return _sized(_stored_as(name, data_dir), image_size)
     if data_dir is not None:
         check_folder(name, data_dir)
     if name == "digits":
-        return _digits()
+        return _sized(_digits(), image_size)
     # One rank of each machine downloads or decodes; the others then find its files.
     with ranks().local_rank_first():
-        return _load(name, data_dir, loader, progress, fetch)
+        if name == "folder":
+            return _load_folder(data_dir, loader, progress, image_size, context)
+        return _sized(_load(name, data_dir, progress, fetch), image_size)
+
+
+def _sized(dataset: Dataset, image_size: int | None) -> Dataset:
+    """Return a data set that is no image tree with its images resized to `image_size`."""
+    if image_size is None or dataset.test.shape[1:] == (image_size, image_size):
+        return dataset
+    if dataset.stored:
+        raise InputError(
+            f"--image-size {image_size}: the images of {dataset.name} are stored with "
+            f"{dataset.test.shape[1]} pixels; convert them again with --max-side {image_size}, or "
+            f"name the folder that they were converted from"
+        )
+    train, test = (resized(split, image_size) for split in (dataset.train, dataset.test))
+    return replace(dataset, train=train, test=test, known_fingerprint="")
+
+
+def _load_folder(
+    data_dir: str | os.PathLike[str] | None,
+    loader: str,
+    progress: bool,
+    image_size: int | None,
+    context: bool,
+) -> Dataset:
+    root = tree.root_of(data_dir)
+    if downloads.held(root) and not os.path.isdir(root / "train"):
+        raise InputError(f"{root} is not an image tree: it {downloads.looks_like(root)}")
+    if image_size is None:
+        return _load_tree(root, loader, progress)
+    dataset = _load_tree(root, loader, progress, image_size)
+    # The same for images in memory and in the file, and another for every side.
+    digest = hashlib.sha256(f"{dataset.fingerprint()} {image_size} {context}".encode())
+    return replace(
+        dataset,
+        train=dataset.train if context else centred(dataset.train, image_size),
+        test=centred(dataset.test, image_size),
+        known_fingerprint=digest.hexdigest()[:16],
+        context=context,
+    )
 
 
 def _load(
-    name: str, data_dir: str | os.PathLike[str] | None, loader: str, progress: bool, fetch: bool
+    name: str, data_dir: str | os.PathLike[str] | None, progress: bool, fetch: bool
 ) -> Dataset:
-    root = tree.root_of(data_dir) if name == "folder" or data_dir is not None else default_dir()
-    if name == "folder":
-        if downloads.held(root) and not os.path.isdir(root / "train"):
-            raise InputError(f"{root} is not an image tree: it {downloads.looks_like(root)}")
-        return _load_tree(root, loader, progress)
+    root = default_dir() if data_dir is None else tree.root_of(data_dir)
     bars = progress and sys.stderr.isatty()
     return downloads.read(name, root, progress=bars, fetch=fetch)
 
 
-def _load_tree(root: Path, loader: str, progress: bool) -> Dataset:
+def _load_tree(root: Path, loader: str, progress: bool, photo: int | None = None) -> Dataset:
     """Return the image tree at `root`, which is decoded once into a .beton in the cache.
+
+    photo: as for `fastiat.images.convert.write_beton`.
 
     The images stay in that file for the `loader` "ffcv", and for "auto" if FFCV is installed and
     the images take more than half of the free memory.
     """
     source = tree_source(root)
-    options = {"resize": loader == "ffcv", "progress": progress}
+    write = partial(cached, source, resize=loader == "ffcv", progress=progress, photo=photo)
     try:
-        dataset = cached(source, **options)
+        dataset = write()
     except (tree.NoFolder, OSError) as error:  # `OSError`: for example, the disk is full
         if loader == "ffcv":
             raise
         log.warning("no cache of the images (%s): the next run decodes them again", error)
-        return decoded(source)
+        return decoded(source, photo)
     too_large = not fits(dataset.nbytes, torch.device("cpu"))
     if loader == "ffcv" or (loader == "auto" and too_large and installed()):
         return dataset
@@ -157,7 +213,7 @@ def _load_tree(root: Path, loader: str, progress: bool) -> Dataset:
         assert isinstance(dataset.train, StoredSplit)
         with suppress(OSError):  # a shared cache may be read-only
             dataset.train.file.path.unlink()
-        return in_memory(cached(source, **options))
+        return in_memory(write())
 
 
 def _moved(name: str, data_dir: str) -> str:
@@ -308,6 +364,9 @@ class Loader:
     single process would yield. Without `train`, the loader yields every `ranks`-th batch, from
     number `rank` on.
 
+    With a `crop` in pixels, a training image is a part of 25 to 100 % of the area of the image in
+    the split, resized to that side (`fastiat.images.resized_crop`), instead of a shifted image.
+
     `kind` says where the images are: "resident" copies the split to the device (154 MB for
     CIFAR-10); "ffcv" reads a `StoredSplit` from its .beton during the training.
 
@@ -325,6 +384,7 @@ class Loader:
         train: bool,
         pad: int = 2,
         flip: bool = False,
+        crop: int | None = None,
         order: torch.Generator | None = None,
         augment: torch.Generator | None = None,
         shard: Shard = WHOLE,
@@ -346,7 +406,7 @@ class Loader:
         self.labels = split.labels.to(device)
         self.device = self.labels.device
         self.batch_size, self.train, self.pad, self.flip = batch_size, train, pad, flip
-        self.order, self.augment, self.shard = order, augment, shard
+        self.crop, self.order, self.augment, self.shard = crop, order, augment, shard
         self.kind = kind
         source = FFCVBatches if kind == "ffcv" else ResidentBatches
         self.source: FFCVBatches | ResidentBatches = source(split, self.device)
@@ -394,6 +454,12 @@ class Loader:
         none = torch.zeros(batches.shape[1], dtype=torch.bool, device=self.device)
         rows = self.labels[batches.to(self.device)]
         for labels, (store, index) in zip(rows, self.source.picked(batches), strict=True):
+            if self.crop is not None:
+                _, height, width, _ = store.shape
+                boxes = resized_crop.draw_boxes(size, height, width, self.augment, self.device)
+                flip = self._draw(2, (size,)).bool() if self.flip else none.new_zeros(size)
+                yield resized_crop.crop(store, index, boxes[own], flip[own], self.crop), labels
+                continue
             dy, dx = self._draw(2 * self.pad + 1, (2, size))[:, own]
             flip = self._draw(2, (size,))[own].bool() if self.flip else none
             yield crop_flip(store, index, dy, dx, flip, self.pad), labels
@@ -500,6 +566,7 @@ def open_loaders(
     for a batch size that is larger than the training set or not a multiple of the number of ranks.
     """
     dataset, kind, _ = convert_if_needed(dataset, config.loader, device)
+    side = dataset.test.shape[1]
     train = limited(dataset.train, config.train_limit, config.class_limit, config.seed)
     test, held_out = dataset.test, None
     kept_out = min(1000, len(train) // 10) if config.holdout is None else config.holdout
@@ -509,12 +576,13 @@ def open_loaders(
         )
     if kept_out:
         train, held_out = holdout(train, kept_out, config.seed)
+        held_out = centred(held_out, side)
     if config.eval_limit is not None and config.eval_limit < len(test):
         test = draw(test, config.eval_limit, config.seed)
-    if config.pad >= min(train.shape[1:]):
+    shifts = config.augment == "crop"
+    if shifts and config.pad >= side:
         raise InputError(
-            f"--pad {config.pad} can shift all pixels out of an image of side {train.shape[1]}: "
-            f"give less"
+            f"--pad {config.pad} can shift all pixels out of an image of side {side}: give less"
         )
     if config.batch_size > len(train):
         raise InputError(
@@ -527,6 +595,9 @@ def open_loaders(
             f"--batch-size {config.batch_size} cannot be shared equally by {shard.ranks} "
             f"processes: give a multiple of {shard.ranks}, or start another number of them"
         )
+    flip = config.flip
+    if flip is None:
+        flip = dataset.flip and config.augment != "none"
     # An update needs the memory for a rank's part anyway, so a validation batch of that size fits.
     at_a_time = max(min(EVAL_BATCH, config.batch_size // shard.ranks), 1)
     open_loader = partial(make_loader, kind=kind, device=device, shard=shard)
@@ -535,8 +606,11 @@ def open_loaders(
             train,
             config.batch_size,
             train=True,
-            pad=config.pad,
-            flip=dataset.flip if config.flip is None else config.flip,
+            pad=config.pad if shifts else 0,
+            flip=(dataset.flip and config.augment != "none")
+            if config.flip is None
+            else config.flip,
+            crop=side if config.augment == "resized-crop" else None,
             order=order,
             augment=augment,
         ),

@@ -124,7 +124,7 @@ class Trainer:
             order=self.random["order"],
             augment=self.random["augment"],
         )
-        self.batch_shape = (config.batch_size // self.ranks.count, *dataset.train.shape)
+        self.batch_shape = (config.batch_size // self.ranks.count, *dataset.test.shape)
         """Shape (B, C, H, W) of this rank's part of a batch."""
         self._make_network(dataset, network)
         self.lr_tensor = torch.tensor(config.lr, device=self.device)
@@ -160,7 +160,7 @@ class Trainer:
 
     def _make_network(self, dataset: data.Dataset, network: nn.Module | None) -> None:
         config = self.config
-        self.card = card = models.card_of(config, dataset.classes, dataset.train.shape)
+        self.card = card = models.card_of(config, dataset.classes, dataset.test.shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             if network is not None:
@@ -172,7 +172,7 @@ class Trainer:
         self.model: nn.Module = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         names = mixing.point_names(self.model, config.mix, config.mix_at)
         if config.arch not in models.ARCHS or config.mix_at:
-            check_network(self.model, dataset.train.shape, len(dataset.classes), names)
+            check_network(self.model, dataset.test.shape, len(dataset.classes), names)
         if config.init and not config.resume:
             left = load_initial(self.model, config.init)
             if left and self.ranks.first:
@@ -514,7 +514,14 @@ def train(
         known = None if run is None else run.config.data_dir
         fetch = config.data_dir is None or config.data_dir != known
         if dataset is None:
-            dataset = data.load(config.dataset, config.data_dir, loader=config.loader, fetch=fetch)
+            dataset = data.load(
+                config.dataset,
+                config.data_dir,
+                loader=config.loader,
+                fetch=fetch,
+                image_size=config.image_size,
+                context=config.augment == "resized-crop",
+            )
         trainer = Trainer(config, dataset, network)
         if run is None:
             run = Run.create(path, config) if job.first else Run(path, config, writes=False)

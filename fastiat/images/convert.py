@@ -71,6 +71,9 @@ class Encoder:
     """Height and width of the stored image, in pixels."""
     quality: int | None
     """JPEG quality, 0 to 100; None for raw pixels."""
+    photo: int | None = None
+    """Side of the centre squares that are cut out of the stored images later, see `centre_square`;
+    None for images that are no photos."""
 
     def __call__(self, pixels: NDArray[np.uint8]) -> bytes:
         """Resize the centre square of an image, (H, W), (H, W, 1) or (H, W, 3), and encode it.
@@ -83,7 +86,11 @@ class Encoder:
             pixels = pixels[..., 0]
         if pixels.shape[:2] != size:
             image = Image.fromarray(pixels)
-            pixels = np.asarray(ImageOps.fit(image, size, Image.Resampling.LANCZOS))
+            pixels = np.asarray(
+                centre_square(image, self.photo)
+                if self.photo
+                else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+            )
         if pixels.ndim == 2:
             pixels = np.repeat(pixels[..., None], 3, 2)
         if self.quality is None:
@@ -91,6 +98,27 @@ class Encoder:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=self.quality)
         return buffer.getvalue()
+
+
+def with_context(side: int) -> int:
+    """Return the side of the stored square for images of `side` pixels: 8/7 of it, 256 for 224."""
+    return side + 2 * round(side / 14)
+
+
+def centre_square(image: Image.Image, side: int) -> Image.Image:
+    """Return the square of side `with_context(side)` around the centre of a photo.
+
+    The shorter side of the photo is first resized to that side. The centre square of `side` pixels
+    in the result is torchvision's `CenterCrop(side)` of its `Resize(with_context(side))`, which is
+    the evaluation recipe for ImageNet.
+    """
+    width, height = image.size
+    short, stored_side = min(width, height), with_context(side)
+    size = int(stored_side * width / short), int(stored_side * height / short)
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    margin = (stored_side - side) // 2
+    left, top = (round((length - side) / 2) - margin for length in size)
+    return image.crop((left, top, left + stored_side, top + stored_side))
 
 
 @dataclass(frozen=True)
@@ -168,38 +196,50 @@ def dataset_source(dataset: Dataset) -> Source:
 @stoppable()
 def write_beton(
     out: Path, source: Source, form: beton.Format, quality: int, max_side: int | None,
-    *, resize: bool = True, progress: bool = True,
+    *, resize: bool = True, progress: bool = True, photo: int | None = None,
 ) -> beton.Card:  # fmt: skip
     """Write a source to the .beton `out` and return its card.
+
+    photo: side of the images that are cut out of photos, see `Encoder.photo`.
 
     Raises `InputError` for an image that cannot be read, for images that are too large and,
     without `resize`, for images that are not all squares of one size.
     """
     sizes = source.sizes()
-    side = _side(sizes, max_side, resize)
+    side = with_context(photo) if photo else _side(sizes, max_side, resize)
     name = source.name
     # The name separates results on resized or JPEG images from results on the original images.
     if name != "folder":
         name += f"-{side}" * (side != sizes.widest) + "-jpeg" * (form == "jpeg")
-    with source.blobs(Encoder(side, quality if form == "jpeg" else None)) as blobs:
+    encoder = Encoder(side, quality if form == "jpeg" else None, photo)
+    with source.blobs(encoder) as blobs:
         return beton_writer.write(
             out, source.labels, blobs, progress=progress,
             name=name, classes=source.classes, flip=source.flip, channels=1 if sizes.grey else 3,
             side=side, n_train=source.n_train, format=form, quality=quality,
-            source=source.digest + RESIZED * bool(sizes.mixed), fastiat=__version__,
+            source=_origin(source, photo) if photo else
+            source.digest + RESIZED * bool(sizes.mixed), fastiat=__version__,
         )  # fmt: skip
 
 
-def decoded(source: Source) -> Dataset:
+def _origin(source: Source, photo: int) -> str:
+    """Return the text that identifies the photos of a source, for images of side `photo`."""
+    return f"{source.digest}-photo-{photo}"
+
+
+def decoded(source: Source, photo: int | None = None) -> Dataset:
     """Decode all images of a source into memory, without writing a file.
+
+    photo: as for `write_beton`.
 
     Raises `InputError` for an image that cannot be read, and for images that are not all squares
     of one size.
     """
     sizes = source.sizes()
-    side, channels = _side(sizes, None, resize=False), 1 if sizes.grey else 3
+    side = with_context(photo) if photo else _side(sizes, None, resize=False)
+    channels = 1 if sizes.grey else 3
     images = np.empty((len(source.labels), side, side, channels), np.uint8)
-    with source.blobs(Encoder(side, None)) as blobs:
+    with source.blobs(Encoder(side, None, photo)) as blobs:
         for image, blob in zip(images, blobs, strict=True):
             image[:] = np.frombuffer(blob, np.uint8).reshape(side, side, 3)[..., :channels]
     labels, n = torch.from_numpy(source.labels), source.n_train
@@ -222,19 +262,26 @@ def _side(sizes: Sizes, max_side: int | None, resize: bool) -> int:
     return side
 
 
-def cached(source: Source, *, resize: bool = True, progress: bool = True) -> Dataset:
+def cached(
+    source: Source, *, resize: bool = True, progress: bool = True, photo: int | None = None
+) -> Dataset:
     """Return a source as a raw .beton in the cache, which is written if missing, old or damaged.
+
+    photo: as for `write_beton`; every side has a file of its own.
 
     If several processes call this function at once, only one of them writes the file. Raises
     `tree.NoFolder` if the cache folder cannot be written to, and the errors of `write_beton`.
     """
     folder = tree.cache_folder("betons", "FASTIAT_CACHE", "converted images with FASTIAT_CACHE")
-    file = folder / f"{source.cache_name}.beton"
+    file = folder / f"{source.cache_name}{f'-{photo}' if photo else ''}.beton"
+    origins = {source.digest} | ({source.digest + RESIZED} if resize else set())
+    if photo:
+        origins = {_origin(source, photo)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115
     except OSError as error:
-        if _holds(file, source, resize):  # a shared cache may be read-only
+        if _holds(file, origins):  # a shared cache may be read-only
             return stored(file)
         raise tree.NoFolder(
             f"{folder} cannot be written to ({error.strerror}): "
@@ -243,13 +290,16 @@ def cached(source: Source, *, resize: bool = True, progress: bool = True) -> Dat
     with lock:
         # The check comes after the lock: another process may just have written the file.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _holds(file, source, resize):
-            write_beton(file, source, "raw", 0, None, resize=resize, progress=progress)
+        if not _holds(file, origins):
+            write_beton(
+                file, source, "raw", 0, None, resize=resize, progress=progress,
+                photo=photo,
+            )  # fmt: skip
     return stored(file)
 
 
-def _holds(file: Path, source: Source, resize: bool) -> bool:
-    """Whether a file of the cache is undamaged and was made from the images of `source`."""
+def _holds(file: Path, origins: set[str]) -> bool:
+    """Whether a file of the cache is undamaged and was made from one of these sources."""
     if not file.exists():
         return False
     try:
@@ -258,7 +308,7 @@ def _holds(file: Path, source: Source, resize: bool) -> bool:
         reason, _, _ = str(error).rpartition(": ")  # without the advice to convert it again
         log.warning("the cache %s: it is written again", reason)
         return False
-    return made_from == source.digest or (resize and made_from == source.digest + RESIZED)
+    return made_from in origins
 
 
 def _images_per_task(side: int) -> int:
@@ -279,10 +329,11 @@ def _sizes_of(paths: list[str], first: str, size: tuple[int, int]) -> Sizes:
             if min(width, height) < SMALLEST_SIDE:
                 raise InputError(f"{is_size}: {SMALLEST_SIDE}x{SMALLEST_SIDE} is the smallest size")
             if width != height:
-                mixed = mixed or f"{is_size}: make every image square"
+                mixed = mixed or f"{is_size}: make every image square, or give --image-size"
             elif image.size != size:
                 mixed = mixed or (
-                    f"{is_size} but {first} is {size[0]}x{size[1]}: bring all images to one size"
+                    f"{is_size} but {first} is {size[0]}x{size[1]}: bring all images to one size, "
+                    f"or give --image-size"
                 )
             widest = max(widest, min(width, height))
             grey &= pixels.is_grey(image)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastiat.images import beton
 from fastiat.system.errors import Damaged, InputError
@@ -78,26 +79,62 @@ class StoredSplit(Split):
 
     file: beton.Beton
     positions: Tensor
+    margin: int
+    """Pixels that are cut off at each side of every stored image."""
 
-    def __init__(self, file: beton.Beton, positions: Tensor) -> None:
+    def __init__(self, file: beton.Beton, positions: Tensor, margin: int = 0) -> None:
         labels = torch.from_numpy(file.labels)[positions]
         # Not `super().__init__`: it would read the images, and the dataclass is frozen.
-        self.__dict__.update(file=file, positions=positions, labels=labels)
+        self.__dict__.update(file=file, positions=positions, labels=labels, margin=margin)
 
     @property
     def images(self) -> Tensor:
         """The images, (N, H, W, C) uint8, read into memory."""
-        return torch.from_numpy(self.file.read(self.positions.numpy()))
+        read = torch.from_numpy(self.file.read(self.positions.numpy()))
+        return without_margin(read, self.margin).contiguous()
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of one image."""
-        card = self.file.card
-        return card.channels, card.side, card.side
+        card, side = self.file.card, self.file.card.side - 2 * self.margin
+        return card.channels, side, side
 
     def take(self, index: Tensor) -> "StoredSplit":
         """Return the split of the images at `index`, in its order; no image is read."""
-        return StoredSplit(self.file, self.positions[index])
+        return StoredSplit(self.file, self.positions[index], self.margin)
+
+
+def without_margin(images: Tensor, margin: int) -> Tensor:
+    """Return a view of images (N, H, W, C) without `margin` pixels at each side."""
+    _, height, width, _ = images.shape
+    return images[:, margin : height - margin, margin : width - margin]
+
+
+def centred(split: Split, side: int) -> Split:
+    """Return the split of the centre squares of `side` pixels of its images."""
+    margin = (split.shape[1] - side) // 2
+    if not margin:
+        return split
+    if isinstance(split, StoredSplit):
+        return StoredSplit(split.file, split.positions, split.margin + margin)
+    return Split(without_margin(split.images, margin).contiguous(), split.labels)
+
+
+def resized(split: Split, side: int) -> Split:
+    """Return the split of all images resized to `side`, bilinearly and without aliasing."""
+    if split.shape[1:] == (side, side):
+        return split
+    parts = [
+        F.interpolate(
+            images.permute(0, 3, 1, 2).float(), (side, side), mode="bilinear", antialias=True
+        )
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        for images in split.images.split(1024)
+    ]
+    return Split(torch.cat(parts).contiguous(), split.labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +143,8 @@ class Dataset:
 
     `classes[label]` is the name of a class. `flip` says whether training mirrors images at random
     (the paper flips CIFAR-10, not SVHN). Raises `InputError` for a split without images, for a
-    label outside `classes`, and for splits whose images differ in shape.
+    label outside `classes`, and for splits whose images differ in shape. Only the training images
+    may be larger squares, of which `--augment resized-crop` cuts out parts.
     """
 
     name: str
@@ -116,6 +154,8 @@ class Dataset:
     flip: bool
     known_fingerprint: str = ""
     """The fingerprint, if known without reading the images, else ""."""
+    context: bool = False
+    """Whether training images may be larger than those that the network gets."""
 
     def __post_init__(self) -> None:
         for split in (self.train, self.test):
@@ -126,7 +166,8 @@ class Dataset:
                 raise InputError(
                     f"{self.name} has labels from {low} to {high} for {len(self.classes)} classes"
                 )
-        if self.train.shape != self.test.shape:
+        larger = self.context and self.train.shape[1] >= self.test.shape[1]
+        if self.train.shape != self.test.shape and not larger:
             raise InputError(
                 f"{self.name} has training images of shape {self.train.shape} and "
                 f"test images of shape {self.test.shape}"

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,33 +50,36 @@ class Download:
     classes: int = 10
 
 
-def _parse_cifar10(root: Path, train: bool, fetch: bool) -> Parsed:
-    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
+def _parse_cifar(kind: str, root: Path, train: bool, fetch: bool) -> Parsed:
+    from torchvision import datasets  # type: ignore[import-untyped]
     from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
 
-    class WholeCIFAR10(CIFAR10):
+    cifar = getattr(datasets, kind)
+
+    class Whole(cifar):  # type: ignore[misc, valid-type]
         # torchvision's method does not check the file of class names, so torchvision would never
         # replace a damaged file of class names.
         def _check_integrity(self) -> bool:
-            names = os.path.join(self.root, self.base_folder, CIFAR10.meta["filename"])
-            return super()._check_integrity() and check_integrity(names, CIFAR10.meta["md5"])
+            names = os.path.join(self.root, self.base_folder, cifar.meta["filename"])
+            return super()._check_integrity() and check_integrity(names, cifar.meta["md5"])
 
     # torchvision compares the checksum of every batch before it unpickles the batch.
-    source = WholeCIFAR10(root, train, download=train and fetch)
+    source = Whole(root, train, download=train and fetch)
     return source.data, source.targets, source.classes
 
 
-def _files_of_cifar10() -> tuple[dict[str, str], dict[str, str]]:
-    from torchvision.datasets import CIFAR10
+def _files_of_cifar(kind: str) -> tuple[dict[str, str], dict[str, str]]:
+    from torchvision import datasets
 
-    meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
-    batches = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
-    unpacked = {f"{CIFAR10.base_folder}/{file}": md5 for file, md5 in batches}
-    return {CIFAR10.filename: CIFAR10.tgz_md5}, unpacked
+    cifar = getattr(datasets, kind)
+    meta = cifar.meta["filename"], cifar.meta["md5"]
+    batches = [*cifar.train_list, *cifar.test_list, meta]
+    unpacked = {f"{cifar.base_folder}/{file}": md5 for file, md5 in batches}
+    return {cifar.filename: cifar.tgz_md5}, unpacked
 
 
 def _parse_svhn(root: Path, train: bool, fetch: bool) -> Parsed:
-    from torchvision.datasets import SVHN
+    from torchvision.datasets import SVHN  # type: ignore[import-untyped]
 
     source = SVHN(root, "train" if train else "test", download=fetch)
     return source.data.transpose(0, 2, 3, 1), source.labels, "0123456789"
@@ -106,7 +110,14 @@ DOWNLOADS = {
         50_000, 10_000, 32, 3, True,
         marks=("cifar-10-python.tar.gz", "cifar-10-batches-py"),
         test_file="cifar-10-batches-py/test_batch",
-        parse=_parse_cifar10, files=_files_of_cifar10,
+        parse=partial(_parse_cifar, "CIFAR10"), files=partial(_files_of_cifar, "CIFAR10"),
+    ),
+    "cifar100": Download(
+        50_000, 10_000, 32, 3, True,
+        marks=("cifar-100-python.tar.gz", "cifar-100-python"),
+        test_file="cifar-100-python/test",
+        parse=partial(_parse_cifar, "CIFAR100"), files=partial(_files_of_cifar, "CIFAR100"),
+        classes=100,
     ),
     "svhn": Download(
         73_257, 26_032, 32, 3, False,

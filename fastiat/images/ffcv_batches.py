@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastiat.images.beton import Beton
-from fastiat.images.dataset import Split, StoredSplit
+from fastiat.images.dataset import Split, StoredSplit, without_margin
 from fastiat.images.ffcv import import_ffcv
 from fastiat.system.errors import InputError
 
@@ -39,6 +39,7 @@ class FFCVBatches:
         if not isinstance(split, StoredSplit):
             raise InputError("FFCV reads images out of a .beton: convert them first")
         self.file, self.positions = split.file, split.positions.numpy().astype(np.uint64)
+        self.margin = split.margin
         self.device = device
         self.engine = _engine(split.file, _threads(device))
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -81,7 +82,8 @@ class FFCVBatches:
                         f"{self.file.path} cannot be used, its image {image} is damaged: "
                         f"write it again with fastiat convert"
                     )
-                yield self._placed(torch.from_numpy(pixels))[..., :channels].contiguous()
+                images = without_margin(self._placed(torch.from_numpy(pixels)), self.margin)
+                yield images[..., :channels].contiguous()
         finally:
             decoded.close()
 

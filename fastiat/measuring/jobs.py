@@ -219,7 +219,13 @@ def _load_data(
         data_dir = own.data_dir
     # An untrusted config.json must not choose the folder that files are downloaded to.
     fetch = data_dir is None or config.data_dir is not None
-    dataset = load(dataset_name, data_dir, loader=own.loader if own else "auto", fetch=fetch)
+    dataset = load(
+        dataset_name,
+        data_dir,
+        loader=own.loader if own else "auto",
+        fetch=fetch,
+        image_size=own.image_size if own else None,
+    )
     dataset, *_ = data.convert_if_needed(dataset, "auto", pick_device(config.device))
     return dataset
 

@@ -56,7 +56,13 @@ def examples(run: Run, load: Callable[..., data.Dataset] = data.load) -> list[Ex
         return []
     model, card = load_with_card(run.path)
     try:
-        dataset = load(config.dataset, config.data_dir, loader=config.loader, fetch=False)
+        dataset = load(
+            config.dataset,
+            config.data_dir,
+            loader=config.loader,
+            fetch=False,
+            image_size=config.image_size,
+        )
     except InputError:
         return []
     split = dataset.test

@@ -10,6 +10,7 @@ import torch
 from fastiat import data
 from fastiat.attack import pgd
 from fastiat.config import TrainConfig
+from fastiat.images.downloads import DOWNLOADS
 from fastiat.models import to_pixels
 from fastiat.system.settings import steps_of
 from fastiat.train import Trainer
@@ -20,6 +21,7 @@ LONG_ENOUGH = 0.5
 # (training images, test images, size, channels), so that a dry run downloads nothing.
 _KNOWN = {
     "cifar10": (50_000, 10_000, 32, 3),
+    "cifar100": (50_000, 10_000, 32, 3),
     "svhn": (73_257, 26_032, 32, 3),
     "fashion-mnist": (60_000, 10_000, 28, 1),
 }
@@ -55,7 +57,7 @@ def images_of(name: str, data_dir: str | None) -> Images:
     Raises `InputError` as `fastiat.data.load` does.
     """
     if name in _KNOWN:
-        return Images(*_KNOWN[name], classes=10)
+        return Images(*_KNOWN[name], classes=DOWNLOADS[name].classes)
     dataset = data.load(name, data_dir)
     channels, size, _ = dataset.train.shape
     return Images(len(dataset.train), len(dataset.test), size, channels, len(dataset.classes))

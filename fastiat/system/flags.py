@@ -19,7 +19,8 @@ HEADINGS: dict[str, tuple[str, ...]] = {
         *("mix", "adv"),
     ),
     "data": (
-        *("dataset", "data_dir", "train_limit", "class_limit", "loader", "pad", "flip"),
+        *("dataset", "data_dir", "train_limit", "class_limit", "image_size", "augment", "loader"),
+        *("pad", "flip"),
         *("batch_size", "format", "quality", "max_side", "force"),
     ),
     "optimisation": (

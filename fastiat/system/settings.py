@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from fastiat.system.errors import InputError
 
 Arch = Literal["preact18", "wrn28_10", "wrn34_10", "mlp6"]
-DatasetName = Literal["cifar10", "svhn", "fashion-mnist", "digits", "folder"]
+DatasetName = Literal["cifar10", "cifar100", "svhn", "fashion-mnist", "digits", "folder"]
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 ARCHS: tuple[str, ...] = get_args(Arch)
 IN_PYTHON = "python"
@@ -31,6 +31,8 @@ LARGEST = 2**32
 """The largest number in a setting or a result: larger ones could overflow in later sums."""
 SMALLEST_SIDE = 8
 """Side, in pixels, of the smallest images that the networks accept."""
+LARGEST_SIDE = 2048
+"""Side, in pixels, of the largest images that `--image-size` gives."""
 MOST_STEPS = 999_999
 """The largest number of steps of an attack."""
 PATHS = {"init", "out", "data_dir", "dataset", "runs", "run", "partner", "dir"}
