@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from archives import NAMES, pack
-from torchvision.datasets import CIFAR10, SVHN
+from archives import NAMES, md5, pack
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
 from fastiat import data
 from fastiat.images import downloads
@@ -219,6 +219,7 @@ def test_server_that_never_answers_is_given_up(svhn: Path, monkeypatch: pytest.M
     ("name", "put"),
     [
         ("cifar10", "put cifar-10-python.tar.gz into {root}"),
+        ("cifar100", "put cifar-100-python.tar.gz into {root}"),
         ("svhn", "put train_32x32.mat, test_32x32.mat into {root}"),
         (
             "fashion-mnist",
@@ -331,11 +332,13 @@ def test_every_name_of_a_data_set_has_its_facts_or_is_local() -> None:
 
 
 def test_unknown_data_set_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"unknown data set 'mnist'.*cifar10, svhn, fashion-mnist"):
+    with pytest.raises(
+        InputError, match=r"unknown data set 'mnist'.*cifar10, cifar100, svhn, fashion-mnist"
+    ):
         data.load("mnist")
 
 
-@pytest.mark.parametrize("name", ["cifar10", "svhn", "fashion-mnist", "folder"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion-mnist", "folder"])
 def test_wrong_data_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -371,3 +374,28 @@ def test_a_splits_pixels_are_contiguous_floats_in_0_to_1():
     for count in (0, -1, 6):
         with pytest.raises(InputError, match="give 1 to 5"):
             split.pixels(count)
+
+
+@pytest.mark.usefixtures("offline")
+def test_cifar100_has_fine_classes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 6), ("test", 4)):
+        rows = rng.integers(0, 256, (n, 3072), np.uint8)
+        rows[1, 1024 + 3 * 32 + 5] = 77  # green, row 3, column 5 of image 1
+        entry = {"data": rows, "fine_labels": [99, 0, 5, 7, 1, 2][:n], "coarse_labels": [0] * n}
+        (folder / split).write_bytes(pickle.dumps(entry, protocol=2))
+    names = [f"class {number}" for number in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}, protocol=2))
+    for split in ("train", "test"):
+        monkeypatch.setattr(CIFAR100, f"{split}_list", [[split, md5(folder / split)]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5(folder / "meta")})
+    dataset = data.load("cifar100", tmp_path)
+    assert dataset.classes == tuple(names) and dataset.flip
+    assert dataset.train.shape == (3, 32, 32) and len(dataset.test) == 4
+    assert dataset.train.labels.tolist() == [99, 0, 5, 7, 1, 2]
+    assert int(dataset.train.images[1, 3, 5, 1]) == 77
+    (folder / "test").write_bytes(b"torn")
+    with pytest.raises(InputError, match="wrong checksum"):
+        data.load("cifar100", tmp_path)

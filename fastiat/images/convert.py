@@ -252,7 +252,7 @@ def decoded(source: Source, photo: int | None = None) -> Dataset:
 def _side(sizes: Sizes, max_side: int | None, resize: bool) -> int:
     """Return the side of all converted images, in pixels; `write_beton` says which errors."""
     if sizes.mixed and not resize:
-        raise InputError(f"{sizes.mixed}, or let fastiat convert resize them")
+        raise InputError(f"{sizes.mixed}, or resize them with --image-size or fastiat convert")
     side = min(max_side or (USUAL_SIDE if sizes.mixed else sizes.widest), sizes.widest)
     if side > beton.LARGEST_SIDE:
         raise InputError(
@@ -329,11 +329,10 @@ def _sizes_of(paths: list[str], first: str, size: tuple[int, int]) -> Sizes:
             if min(width, height) < SMALLEST_SIDE:
                 raise InputError(f"{is_size}: {SMALLEST_SIDE}x{SMALLEST_SIDE} is the smallest size")
             if width != height:
-                mixed = mixed or f"{is_size}: make every image square, or give --image-size"
+                mixed = mixed or f"{is_size}: make every image square"
             elif image.size != size:
                 mixed = mixed or (
-                    f"{is_size} but {first} is {size[0]}x{size[1]}: bring all images to one size, "
-                    f"or give --image-size"
+                    f"{is_size} but {first} is {size[0]}x{size[1]}: bring all images to one size"
                 )
             widest = max(widest, min(width, height))
             grey &= pixels.is_grey(image)

@@ -87,7 +87,9 @@ def photos(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_photos_has_one_size_when_asked(photos):
-    with pytest.raises(InputError, match="make every image square, or give --image-size"):
+    with pytest.raises(
+        InputError, match="make every image square, or resize them with --image-size"
+    ):
         data.load("folder", photos)
     dataset = data.load("folder", photos, image_size=28)
     assert dataset.train.shape == dataset.test.shape == (3, 28, 28)
