@@ -42,7 +42,7 @@ def make(
         mix_at=MIX_AT,
         **{**METHODS[method], **settings},
     )
-    trainer = Trainer(config, _random_images(16 * batch))
+    trainer = Trainer(config, random_images(16 * batch))
     updates = _forever(trainer)
     for _ in range(3 if engine == "graph" else 1):
         next(updates)
@@ -59,7 +59,7 @@ def _forever(trainer: Trainer) -> Iterator[object]:
         yield from trainer.epoch_updates()
 
 
-def _random_images(n: int) -> data.Dataset:
+def random_images(n: int) -> data.Dataset:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
     split = data.Split(images, torch.randint(10, (n,), generator=generator))

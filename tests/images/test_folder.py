@@ -350,7 +350,8 @@ def test_an_image_that_is_not_square_is_named(tree: Path) -> None:
     Image.new("RGB", (8, 9)).save(tree / "train/dog/1.png")
     image = tree / "train/dog/1.png"
     assert refusal(tree) == (
-        f"{image} is 8x9 pixels: make every image square, or resize them with --image-size or fastiat convert"
+        f"{image} is 8x9 pixels: make every image square, or resize them with --image-size or "
+        "fastiat convert"
     )
 
 

@@ -21,7 +21,7 @@ def _blocks(language):
 
 
 def test_python_runs_on_a_trained_run(trained):
-    code, _, _ = _blocks("python")
+    code, _, _, _ = _blocks("python")
     code = re.sub('"runs/[^"]*"', repr(str(trained)), code).replace('"cifar10"', '"digits"')
     names = {}
     exec(code.replace("steps=20", "steps=2"), names)
@@ -31,7 +31,7 @@ def test_python_runs_on_a_trained_run(trained):
 
 def test_an_attack_made_once_gives_what_pgd_gives(monkeypatch):
     monkeypatch.setattr(graphs, "BACKEND", "aot_eager")
-    _, code, _ = _blocks("python")
+    _, code, _, _ = _blocks("python")
     names = {}
     torch.manual_seed(0)
     exec(code, names)
@@ -43,7 +43,7 @@ def test_an_attack_made_once_gives_what_pgd_gives(monkeypatch):
 
 
 def test_kernels_alone_do_what_their_comments_say():
-    _, _, code = _blocks("python")
+    _, _, code, _ = _blocks("python")
     names = {}
     exec(code, names)
     x, grad, x_adv, perm = (names[name] for name in ("x", "grad", "x_adv", "perm"))
@@ -52,13 +52,22 @@ def test_kernels_alone_do_what_their_comments_say():
     torch.testing.assert_close(names["mixed"], 0.3 * x_adv + 0.7 * x_adv[perm])
 
 
+def test_a_network_of_the_reader_is_trained_measured_and_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *_, code = _blocks("python")
+    names = {}
+    exec(code.replace("epochs=1", 'epochs=1, steps=1, device="cpu"'), names)
+    assert names["run"].errors["none"].n == 16
+    assert not names["model"].training
+
+
 def test_every_command_line_parses():
     lines = "\n".join(_blocks("console")).splitlines()
     commands = [line.removeprefix("$ ").split("#")[0].split() for line in lines]
     commands = [words[1:] for words in commands if words and words[0] == "fastiat"]
     assert {words[0] for words in commands} == {
         *("train", "evaluate", "sweep", "transfer", "diagnose", "norms"),
-        *("reproduce", "report", "convert"),
+        *("reproduce", "report", "convert", "export", "robustbench"),
     }
     for words in commands:
         if "--resume" in words:
