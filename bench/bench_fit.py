@@ -101,6 +101,5 @@ def test_fit(record: Any, benchmark: Any, request: pytest.FixtureRequest) -> Non
     middle = statistics.median(rounds["by hand"])
     ratio = statistics.median(rounds["fastiat.fit"]) / middle
     record("fastiat.fit", rounds["fastiat.fit"], BATCH, **{"over by hand": ratio})
-    print(
-        f"\nby hand {middle:.4f} s, fastiat.fit over by hand {ratio:.4f}, n {len(rounds['by hand'])}"
-    )
+    n = len(rounds["by hand"])
+    print(f"\nby hand {middle:.4f} s, fastiat.fit over by hand {ratio:.4f}, n {n}")

@@ -77,7 +77,7 @@ def report(config: ReportConfig) -> Path:
         ("Robustness", "robustness", pictures),
         ("Norms of the weights", "norms", norms),
         ("Diagnosis", "diagnosis", diagnosis(runs, labels)),
-        ("Examples", "examples", list(drawn_examples(runs, load, labels))),
+        ("Examples", "examples", list(drawn_examples(runs, load, labels, config.arch))),
         ("Runs", "runs", [shown_run(run, labels[run.path]) for run in runs]),
         ("Environment", "environment", environment(measured)),
     ]
@@ -194,14 +194,19 @@ TEMPLATES.filters["figure"] = figure
 
 
 def drawn_examples(
-    runs: Sequence[Run], load: Callable[..., data.Dataset], labels: Labels
+    runs: Sequence[Run],
+    load: Callable[..., data.Dataset],
+    labels: Labels,
+    arch: str | None = None,
 ) -> Iterator[tuple[Label, str, str, list[Any]]]:
     """Yield label, attack, enlargement and examples of every run, and write RUN/examples.png, .svg.
 
-    A run is left out if it has no model or no eps, or if its images are not on this machine.
+    arch: function of the user's own network. A run is left out if it has no model or no eps, if it
+    trained a network of the user's own and `arch` is not given, or if its images are not on this
+    machine.
     """
     for run in runs:
-        found, eps = examples(run, load), run.config.eps
+        found, eps = examples(run, load, arch), run.config.eps
         if found:
             attack, factor = f"PGD-{STEPS}, eps {eps:.4g}", f"{0.5 / eps:.3g}"
             if os.access(run.path, os.W_OK):

@@ -15,6 +15,7 @@ from fastiat import data
 from fastiat.attacks.starts import Norm
 from fastiat.config import EvaluateConfig, MeasureConfig, TrainConfig
 from fastiat.engine.device import pick_device, pick_precision
+from fastiat.engine.graphs import prepare
 from fastiat.images.downloads import DOWNLOADS
 from fastiat.measuring.autoattack import check_classes, library_version
 from fastiat.measuring.one_pass import default_batch
@@ -145,6 +146,8 @@ def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
     """
     check_runs(config.runs)
     device = pick_device(config.device)
+    # Also here, because TF32 would change the figures that the training measured without it.
+    prepare(device, deterministic=False)
     with_autoattack = isinstance(config, EvaluateConfig) and config.autoattack
     if with_autoattack:
         library_version()

@@ -59,19 +59,25 @@ def _without_seed(run: Run) -> str:
     return repr(replace(run.config, seed=0, out=None, data_dir=None, resume=False))
 
 
-def _is_plain(row: dict[str, Any]) -> bool:
-    """Whether a row is of the attack that figures show: white-box, L-infinity, on test images."""
+def _ball(runs: Sequence[Run]) -> str:
+    """Return the norm that figures show: "l2" if all runs were trained in it, else "linf"."""
+    return "l2" if all(run.config.norm == "l2" for run in runs) else "linf"
+
+
+def _is_plain(row: dict[str, Any], norm: str) -> bool:
+    """Whether a row is of the attack that figures show: white-box, untargeted, on test images."""
     return (
         row["split"] == "test"
         and row.get("source") is None
-        and row["norm"] in ("linf", None)
+        and row["norm"] in (norm, None)
+        and not row["attack"].endswith("-targeted")
         and row["loss"] in ("ce", None)
         and row["restarts"] in (1, None)
     )
 
 
-def _is_pgd(row: dict[str, Any]) -> bool:
-    return _is_plain(row) and row["attack"].startswith("pgd-") and bool(row["eps"])
+def _is_pgd(row: dict[str, Any], norm: str) -> bool:
+    return _is_plain(row, norm) and row["attack"].startswith("pgd-") and bool(row["eps"])
 
 
 def _same_images(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -93,11 +99,12 @@ def tradeoff(
     comparisons: Sequence[Comparison],
 ) -> list[Picture]:
     """Draw clean against robust error, under the strongest attack that most runs share."""
+    norm = _ball(runs)
     # One point for each measurement: a newer result replaces only the same measurement's.
     points: dict[tuple[Path, Measurement], tuple[dict[str, Any], dict[str, Any]]] = {}
     for run in runs:
-        plain = list(filter(_is_plain, measured[run.path]))
-        for robust in filter(_is_pgd, plain):
+        plain = [row for row in measured[run.path] if _is_plain(row, norm)]
+        for robust in (row for row in plain if _is_pgd(row, norm)):
             same = [of for of in plain if of["attack"] == "none" and _same_images(of, robust)]
             if same:
                 points[run.path, measurement(robust)] = same[-1], robust
@@ -154,7 +161,8 @@ def sweeps(
                 title, colour = f"paper: {ROWS[key].title}", TRAINED.index(key)
                 series.append(Series(title, curve(name, key), colour, paper=True))
         if along == "eps":
-            what, xlabel = f"{at}, by eps", "eps (L-infinity, pixels of 0 to 1)"
+            ball = "L2" if _ball(runs) == "l2" else "L-infinity"
+            what, xlabel = f"{at}, by eps", f"eps ({ball}, pixels of 0 to 1)"
         else:
             what, xlabel = f"eps {at:.4g}, by PGD steps", "PGD steps"
         title = f"Error under attack: {what}"
@@ -172,8 +180,9 @@ def _best_curves(
     """
     fixed, varying = ("attack", ["eps"]) if along == "eps" else ("eps", ["attack", "steps"])
     curves: dict[Any, dict[tuple[Path, Measurement], dict[float, dict[str, Any]]]] = {}
+    norm = _ball(runs)
     for run in runs:
-        for row in filter(_is_pgd, measured[run.path]):
+        for row in (row for row in measured[run.path] if _is_pgd(row, norm)):
             x = row["eps"] if along == "eps" else float(steps_of(row["attack"]))
             key = run.path, measurement(row | dict.fromkeys(varying))
             curves.setdefault(row[fixed], {}).setdefault(key, {})[x] = row

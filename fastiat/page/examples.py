@@ -17,6 +17,7 @@ from fastiat.models import to_pixels
 from fastiat.page import figures
 from fastiat.runs.directory import MODEL, Run, load_with_card
 from fastiat.system.errors import InputError
+from fastiat.system.settings import is_own_arch
 
 COUNT = 8
 STEPS = 20
@@ -45,16 +46,23 @@ class Example:
         return list(zip(TITLES, map(_data_uri, self.pictures), strict=True))
 
 
-def examples(run: Run, load: Callable[..., data.Dataset] = data.load) -> list[Example]:
+def examples(
+    run: Run, load: Callable[..., data.Dataset] = data.load, arch: str | None = None
+) -> list[Example]:
     """Attack one test image of each of a run's first 8 classes with PGD-20 at the run's eps.
 
-    Returns [] if there is no model yet, or if its images are not on this machine. Nothing is
-    downloaded, because a config.json that somebody else wrote must not choose a download.
+    arch: function of the user's own network, for runs that trained one.
+
+    Returns [] if there is no model yet, if it is a network of the user's own and no `arch` is
+    given, or if its images are not on this machine. Nothing is downloaded, because a config.json
+    that somebody else wrote must not choose a download.
     """
     config = run.config
     if not (run.path / MODEL).exists() or not config.eps:
         return []
-    model, card = load_with_card(run.path)
+    if is_own_arch(config.arch) and arch is None:
+        return []
+    model, card = load_with_card(run.path, arch=arch)
     try:
         dataset = load(
             config.dataset,

@@ -105,7 +105,8 @@ def converted(value: Any, hint: Any) -> Any:
         items = value if isinstance(value, list | tuple | range) else (value,)
         item_type = get_args(several)[0]
         turned = tuple(converted(item, item_type) for item in items)
-        if item_type is str:  # numbers may be written among words, such as mix points
+        # Numbers may be written among words, such as mix points.
+        if item_type is str and isinstance(value, list | tuple):
             turned = tuple(str(i) if type(i) in (int, float) else i for i in turned)
         return turned if fits(turned, several) else value
     if float in options:

@@ -283,6 +283,11 @@ def test_a_network_of_the_user_trains_and_is_named_again_to_go_on(nets, capsys):
         assert cli.main(command.split()) == 2
         assert "it holds a network of your own, some_nets:make_net" in capsys.readouterr().err
         assert cli.main([*command.split(), "--arch", "some_nets.py:make_net"]) == 0
+    for more in ([], ["--arch", "some_nets:make_net"]):
+        assert cli.main(["report", "run", *more]) == 0
+        assert ("<h2>Examples" in (nets / "run" / "report.html").read_text()) == bool(more)
+    assert cli.main(["diagnose", "run", "--limit", "6", "--arch", "some_nets:make_net"]) == 0
+    assert cli.main(["export", "run", "m.pt2", "--arch", "some_nets:make_net"]) == 0
     with pytest.raises(InputError, match="a run knows its network"):
         EvaluateConfig(runs=("run",), arch="preact18").check()
     NormsConfig(runs=("run",), arch="some_nets:make_net").check()

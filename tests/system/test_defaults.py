@@ -92,6 +92,14 @@ def calls(model: nn.Module) -> dict[str, tuple[Callable[..., object], tuple]]:
     start, flip, half = torch.zeros_like(Y), Y > 1, logits.bfloat16()
     seed = torch.full((), 3, device="cpu", dtype=torch.int64)
 
+    def mixed_forward(x: Tensor, one: mix.Mix) -> Tensor:
+        points = mix.MixPoints(model)
+        try:
+            with points.applied(one):
+                return model(x)
+        finally:
+            points.remove()
+
     def with_generator(function: Callable[..., Tensor], **more: object) -> Callable[..., Tensor]:
         return lambda *args: function(
             *args, generator=torch.Generator().manual_seed(0), eps=0.1, **more
@@ -116,7 +124,7 @@ def calls(model: nn.Module) -> dict[str, tuple[Callable[..., object], tuple]]:
         "to_pixels": (models.to_pixels, (255 * X,)),
         "to_pixels uint8": (models.to_pixels, ((255 * X).to(torch.uint8),)),
         "forward": (model, (X,)),
-        "mixed forward": (model, (X, one)),
+        "mixed forward": (mixed_forward, (X, one)),
         "fgsm": (lambda x, y: attack.fgsm(model, x, y), (X, Y)),
         "pgd": (with_generator(lambda *a, **k: attack.pgd(model, *a, **k)), (X, Y)),
         "pgd without a start": (lambda x, y: attack.pgd(model, x, y, random_start=False), (X, Y)),
