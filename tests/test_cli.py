@@ -146,7 +146,7 @@ def test_python_m_fastiat_works_outside_the_checkout(tmp_path):
         ("train stray", "stray"),
         (
             "train --arch resnet50",
-            "choose from preact18, wrn28_10, wrn34_10, mlp6, torchvision:NAME",
+            "choose from preact18, wrn28_10, wrn34_10, mlp6, torch",
         ),
         ("train --dataset imagenet", "'cifar10', 'cifar100', 'svhn'"),
         ("evaluate x --dataset imagenet", "'cifar10', 'cifar100', 'svhn'"),
