@@ -1,14 +1,8 @@
 """The data stage: load a data set, make batches of its images, convert a data set to a .beton."""
 
-import hashlib
-import importlib.resources
-import logging
 import os
 import shlex
-import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -18,15 +12,9 @@ import torch
 from torch import Tensor
 
 from fastiat.config import ConvertConfig, TrainConfig
-from fastiat.engine.device import free_memory, own_defaults
-from fastiat.images import beton, downloads, resized_crop, tree
-from fastiat.images.convert import (
-    cached,
-    dataset_source,
-    decoded,
-    tree_source,
-    write_beton,
-)
+from fastiat.engine.device import own_defaults
+from fastiat.images import beton, resized_crop, tree
+from fastiat.images.convert import cached, dataset_source, tree_source, write_beton
 from fastiat.images.dataset import (
     Dataset,
     Split,
@@ -34,18 +22,17 @@ from fastiat.images.dataset import (
     centred,
     draw,
     holdout,
-    in_memory,
     limited,
     resized,
     stored,
 )
 from fastiat.images.ffcv import installed, obstacle
 from fastiat.images.ffcv_batches import FFCVBatches
+from fastiat.images.load import check_folder, default_dir, fits, load
 from fastiat.kernels import crop_flip
-from fastiat.system.errors import Damaged, InputError, one_line
+from fastiat.system.errors import InputError
 from fastiat.system.ranks import ranks
-from fastiat.system.settings import DATASETS, IN_PYTHON, expanded, is_beton
-from fastiat.system.untrusted import read_npz
+from fastiat.system.settings import DATASETS, IN_PYTHON, is_beton
 
 __all__ = [
     "IN_PYTHON",
@@ -55,9 +42,12 @@ __all__ = [
     "Shard",
     "Split",
     "StoredSplit",
+    "check_folder",
     "choose_loader",
     "convert",
+    "default_dir",
     "draw",
+    "fits",
     "holdout",
     "limited",
     "load",
@@ -66,212 +56,6 @@ __all__ = [
     "resized",
     "stored",
 ]
-
-
-log = logging.getLogger(__name__)
-
-
-def default_dir() -> Path:
-    """Return the folder that data sets are read from and downloaded to if no folder is given."""
-    return tree.cache_folder("data", "FASTIAT_DATA", "data sets with --data-dir or FASTIAT_DATA")
-
-
-@own_defaults()
-def load(
-    name: str,
-    data_dir: str | os.PathLike | None = None,
-    *,
-    progress: bool = True,
-    loader: str = "resident",
-    fetch: bool = True,
-    image_size: int | None = None,
-    context: bool = False,
-) -> Dataset:
-    """Return the data set `name`: one of `DATASETS`, or the path of a .beton.
-
-    torchvision downloads `cifar10`, `svhn` (73,257 training images, without the extra images) and
-    `fashion-mnist`, and compares checksums. The files are in `data_dir`, else `$FASTIAT_DATA`, else
-    `$XDG_CACHE_HOME/fastiat/data`, else `~/.cache/fastiat/data`. `folder` is the image tree at
-    `data_dir`; `fastiat.images.tree` documents the rules for it. `digits` ships with the package:
-    scikit-learn's 1,797 scans of 8x8 pixels, with values 0..16 scaled to 0..255; 1,437 of them are
-    training images. Progress bars are shown if `progress` is set and stderr is a terminal.
-
-    `data_dir` may also be a .beton that was made from the data set. For a .beton that was moved,
-    `data_dir` is the folder that now holds the file, or the file itself. The images of a .beton
-    stay in the file.
-
-    An image tree is decoded into a .beton in the cache. With the `loader` "ffcv", the images of the
-    tree may have any sizes, and stay in that file. With "auto", they stay in the file if FFCV is
-    installed and the images take more than half of the free memory. Otherwise they are read into
-    memory.
-
-    With `image_size`, all images are squares of that side in pixels: the images of a tree may then
-    have any sizes and shapes (see `fastiat train --help`), those of other data sets are resized.
-    With `context`, the training images of a tree are not cut to that side but keep 8/7 of it.
-
-    Without `fetch`, nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
-    config.json of a run from an untrusted source, must not choose where files are written.
-
-    Raises `InputError`, in one line, for an unknown name, a folder that does not exist, files that
-    can neither be found nor downloaded (the message says where to put them) and a damaged file.
-    """
-    name = expanded(name)
-    data_dir = None if data_dir is None else expanded(data_dir)
-    if is_beton(name):
-        path = name if data_dir is None else _moved(name, data_dir)
-        return _sized(stored(path), image_size)
-    if name == IN_PYTHON:
-        raise InputError(
-            "the run's images were given to fastiat.fit: name the images with --dataset and "
-            "--data-dir, or measure in Python with fastiat.evaluate_model"
-        )
-    if name not in DATASETS:
-        raise InputError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    if data_dir is not None and is_beton(data_dir) and not os.path.isdir(data_dir):
-        return _sized(_stored_as(name, data_dir), image_size)
-    if data_dir is not None:
-        check_folder(name, data_dir)
-    if name == "digits":
-        return _sized(_digits(), image_size)
-    # One rank of each machine downloads or decodes; the others then find its files.
-    with ranks().local_rank_first():
-        if name == "folder":
-            return _load_folder(data_dir, loader, progress, image_size, context)
-        return _sized(_load(name, data_dir, progress, fetch), image_size)
-
-
-def _sized(dataset: Dataset, image_size: int | None) -> Dataset:
-    """Return a data set that is no image tree with its images resized to `image_size`."""
-    if image_size is None or dataset.test.shape[1:] == (image_size, image_size):
-        return dataset
-    if dataset.stored:
-        raise InputError(
-            f"--image-size {image_size}: the images of {dataset.name} are stored with "
-            f"{dataset.test.shape[1]} pixels; convert them again with --max-side {image_size}, or "
-            f"name the folder that they were converted from"
-        )
-    train, test = (resized(split, image_size) for split in (dataset.train, dataset.test))
-    return replace(dataset, train=train, test=test, known_fingerprint="")
-
-
-def _load_folder(
-    data_dir: str | os.PathLike[str] | None,
-    loader: str,
-    progress: bool,
-    image_size: int | None,
-    context: bool,
-) -> Dataset:
-    root = tree.root_of(data_dir)
-    if downloads.held(root) and not os.path.isdir(root / "train"):
-        raise InputError(f"{root} is not an image tree: it {downloads.looks_like(root)}")
-    if image_size is None:
-        return _load_tree(root, loader, progress)
-    dataset = _load_tree(root, loader, progress, image_size)
-    # The same for images in memory and in the file, and another for every side.
-    digest = hashlib.sha256(f"{dataset.fingerprint()} {image_size} {context}".encode())
-    return replace(
-        dataset,
-        train=dataset.train if context else centred(dataset.train, image_size),
-        test=centred(dataset.test, image_size),
-        known_fingerprint=digest.hexdigest()[:16],
-        context=context,
-    )
-
-
-def _load(
-    name: str, data_dir: str | os.PathLike[str] | None, progress: bool, fetch: bool
-) -> Dataset:
-    root = default_dir() if data_dir is None else tree.root_of(data_dir)
-    bars = progress and sys.stderr.isatty()
-    return downloads.read(name, root, progress=bars, fetch=fetch)
-
-
-def _load_tree(root: Path, loader: str, progress: bool, photo: int | None = None) -> Dataset:
-    """Return the image tree at `root`, which is decoded once into a .beton in the cache.
-
-    photo: as for `fastiat.images.convert.write_beton`.
-
-    The images stay in that file for the `loader` "ffcv", and for "auto" if FFCV is installed and
-    the images take more than half of the free memory.
-    """
-    source = tree_source(root)
-    write = partial(cached, source, resize=loader == "ffcv", progress=progress, photo=photo)
-    try:
-        dataset = write()
-    except (tree.NoFolder, OSError) as error:  # `OSError`: for example, the disk is full
-        if loader == "ffcv":
-            raise
-        log.warning("no cache of the images (%s): the next run decodes them again", error)
-        return decoded(source, photo)
-    too_large = not fits(dataset.nbytes, torch.device("cpu"))
-    if loader == "ffcv" or (loader == "auto" and too_large and installed()):
-        return dataset
-    try:
-        return in_memory(dataset)
-    except Damaged as error:
-        log.warning("the cache %s: it is written again", error)
-        assert isinstance(dataset.train, StoredSplit)
-        with suppress(OSError):  # a shared cache may be read-only
-            dataset.train.file.path.unlink()
-        return in_memory(write())
-
-
-def _moved(name: str, data_dir: str) -> str:
-    """Return the present path of the .beton `name`: in the folder `data_dir`, or `data_dir`."""
-    if not os.path.isdir(data_dir):
-        return data_dir if is_beton(data_dir) else str(tree.root_of(data_dir) / Path(name).name)
-    place = os.path.join(data_dir, Path(name).name)
-    if not os.path.exists(place):
-        raise InputError(
-            f"{data_dir} holds no {Path(name).name}: name the folder that holds it, or leave "
-            f"--data-dir out if it is at {name}"
-        )
-    return place
-
-
-def _stored_as(name: str, path: str) -> Dataset:
-    """Return the data set in the .beton at `path`; raise `InputError` if it is not `name`."""
-    dataset = stored(path)
-    if name != "folder" and name != dataset.name and not dataset.name.startswith(f"{name}-"):
-        raise InputError(
-            f"{path} holds {dataset.name}, not {name}: name it with --dataset {path} alone"
-        )
-    return dataset
-
-
-def check_folder(name: str, data_dir: str | os.PathLike[str], *, chosen: bool = True) -> None:
-    """Raise `InputError` if a data folder holds other images than those of the data set `name`.
-
-    If the user has `chosen` the data set, only an image tree is an error, because several data sets
-    may be downloaded to one folder. If `name` is the default, any other images are an error: the
-    default data set is not downloaded beside them.
-    """
-    root = Path(expanded(data_dir))
-    if not os.path.isdir(root) or name in downloads.held(root) or name == "folder":
-        return
-    is_tree = all(os.path.isdir(root / split) for split in tree.SPLITS)
-    looks = downloads.looks_like(root) if is_tree or not chosen else ""
-    if looks:
-        raise InputError(f"--data-dir {root} {looks} (the requested data set is {name})")
-
-
-def _digits() -> Dataset:
-    source = importlib.resources.files("fastiat.images").joinpath("digits.npz")
-    try:
-        with source.open("rb") as file:
-            arrays = read_npz(file, largest=2**20)
-        images = torch.from_numpy(arrays["images"])[..., None]
-        labels = torch.from_numpy(arrays["labels"]).long()
-        in_test = torch.zeros(len(labels), dtype=torch.bool)
-        in_test[torch.from_numpy(arrays["test"])] = True
-        everything = Split(images, labels)
-        train, test = everything.take(~in_test), everything.take(in_test)
-        return Dataset("digits", tuple("0123456789"), train, test, flip=False)
-    # zipfile, NumPy and torch raise errors of any type for a damaged file.
-    except Exception as error:
-        raise InputError(
-            f"{source} is damaged ({one_line(error)[:100]}): install fastiat again"
-        ) from error
 
 
 @own_defaults()
@@ -508,16 +292,6 @@ def convert_if_needed(
         with ranks().local_rank_first():
             dataset = cached(dataset_source(dataset))
     return dataset, kind, reason
-
-
-def fits(nbytes: int, device: torch.device, *, in_memory: bool = False) -> bool:
-    """Whether images of `nbytes` bytes take at most half of the device's free memory.
-
-    Images that are `in_memory` already always fit on the CPU.
-    """
-    if in_memory and device.type == "cpu":
-        return True
-    return nbytes <= free_memory(device) // 2
 
 
 def make_loader(

@@ -215,11 +215,11 @@ def test_the_choice_and_its_reason(digits: Path, monkeypatch, without_ffcv) -> N
     with pytest.raises(InputError, match=r"--loader ffcv: FFCV is not installed: .*pip install"):
         choose_loader("ffcv", DIGITS, CPU)
     monkeypatch.setattr(data, "installed", lambda: True)
-    monkeypatch.setattr(data, "free_memory", lambda _: 2 * DIGITS.nbytes)
+    monkeypatch.setattr("fastiat.images.load.free_memory", lambda _: 2 * DIGITS.nbytes)
     assert choose_loader("auto", DIGITS, cuda) == ("resident", "the images fit into memory")
     assert choose_loader("auto", stored, cuda) == ("ffcv", "it is a .beton")
     assert choose_loader("resident", stored, cuda)[0] == "resident"
-    monkeypatch.setattr(data, "free_memory", lambda _: 2 * DIGITS.nbytes - 1)
+    monkeypatch.setattr("fastiat.images.load.free_memory", lambda _: 2 * DIGITS.nbytes - 1)
     assert choose_loader("auto", DIGITS, cuda)[0] == "ffcv"
     assert choose_loader("auto", DIGITS, CPU)[0] == "resident"  # it is there already
 
@@ -232,7 +232,7 @@ def test_free_memory_is_some_of_what_there_is() -> None:
 def test_commands_that_measure_read_small_files_into_memory(digits: Path, monkeypatch) -> None:
     split = data.load(str(digits)).test
     assert make_loader(split, 9, train=False).kind == "resident"
-    monkeypatch.setattr(data, "free_memory", lambda _: 100)
+    monkeypatch.setattr("fastiat.images.load.free_memory", lambda _: 100)
     assert same(make_loader(split, 90, train=False), make_loader(DIGITS.test, 90, train=False)) == 4
     assert make_loader(split, 9, train=False).kind == "ffcv"
 
@@ -340,7 +340,7 @@ def test_what_does_not_fit_is_converted_by_itself(tmp_path, monkeypatch, trained
         (tree / name).mkdir(parents=True)
         Image.new("RGB", (9, 9)).save(tree / name / "0.png")
     assert not data.load("folder", tree, loader="auto").stored
-    monkeypatch.setattr(data, "free_memory", lambda _: 2 * 4 * 9 * 9 * 3 - 1)
+    monkeypatch.setattr("fastiat.images.load.free_memory", lambda _: 2 * 4 * 9 * 9 * 3 - 1)
     assert data.load("folder", tree, loader="auto").stored
     assert not data.load("folder", tree, loader="resident").stored
     # As if digits were too large for the device.
