@@ -4,6 +4,7 @@ The gpu marker, poisoned memory for the kernels' tests, a small training run onc
 complaints. Under CI nothing may be skipped: what a test relies on must be there.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import torch
 from disks import can_mount
 
 from fastiat import cli
+from fastiat.system import progress
 from fastiat.train import Trainer
 
 # No test may fail because the machine is busy.
@@ -145,8 +147,13 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     def call(*argv: object) -> str:
         capsys.readouterr()
-        with warnings.catch_warnings(record=True) as warned:
+        with (
+            warnings.catch_warnings(record=True) as warned,
+            # A slow machine would write progress lines above the complaint.
+            pytest.MonkeyPatch.context() as patch,
+        ):
             warnings.simplefilter("always")
+            patch.setattr(progress, "PLAIN_EVERY", math.inf)
             try:
                 status = cli.main([str(part) for part in argv])
             except SystemExit as exit_:
