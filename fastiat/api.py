@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fastiat import data
 from fastiat.config import EvaluateConfig, TrainConfig
-from fastiat.engine.device import own_defaults
-from fastiat.engine.graphs import prepare
+from fastiat.engine.device import own_defaults, pick_device
+from fastiat.engine.graphs import prepared
 from fastiat.engine.modes import attack_mode
+from fastiat.images.pixels import pixels_of
 from fastiat.measuring.autoattack import autoattack, check_classes, library_version
+from fastiat.measuring.jobs import class_names
 from fastiat.measuring.one_pass import default_batch, fooled, title
 from fastiat.networks.check import check_network
 from fastiat.runs.directory import Run, load
@@ -57,8 +60,14 @@ class Measured:
 
     @property
     def robust_error(self) -> float:
-        """Error under the attack that fools the most images, in percent."""
-        return max(rate.percent for attack, rate in self.errors.items() if attack != "none")
+        """Error under the attack that fools the most images, in percent.
+
+        Raises `InputError` if no attack was measured.
+        """
+        rates = [rate.percent for attack, rate in self.errors.items() if attack != "none"]
+        if not rates:
+            raise InputError("no attack was measured: name one in attacks, such as pgd-20")
+        return max(rates)
 
     def __repr__(self) -> str:
         rates = ", ".join(f"{title(attack)} {rate} %" for attack, rate in self.errors.items())
@@ -124,7 +133,8 @@ def fit(
         config = replace(config, **_dataset_of(train))
     config.check()
     dataset = _dataset(model, train, test, classes, config)
-    path = train_run(config, model, dataset)
+    with prepared(pick_device(config.device)):
+        path = train_run(config, model, dataset)
     trained = load(path, _device_of(model), model=model)
     measured = evaluate_model(
         trained,
@@ -178,24 +188,24 @@ def evaluate_model(
     assert radius is not None and step is not None
     split = data.load(**_load_options(test)).test if _is_name(test) else as_split(test)
     count = _logits(model, split) or int(split.labels.max()) + 1
-    check_network(model, split.shape, count)
-    if int(split.labels.max()) >= count:
+    check_network(model, split.shape, count, trained=False)
+    low, high = int(split.labels.min()), int(split.labels.max())
+    if low < 0 or high >= count:
         raise InputError(
-            f"labels run to {int(split.labels.max())}, but the network has {count} classes: number "
-            f"the classes from 0"
+            f"labels run from {low} to {high}, but the network has {count} classes: number the "
+            f"classes from 0"
         )
     if config.limit is not None and config.limit < len(split):
         split = data.draw(split, config.limit, config.seed)
     config = replace(config, batch_size=config.batch_size or default_batch(split.shape[-1]))
-    prepare(_device_of(model), deterministic=False)
-    found = fooled(model, split, names, eps=radius, alpha=step, config=config)
+    with prepared(_device_of(model)):
+        found = fooled(model, split, names, eps=radius, alpha=step, config=config)
+        if "autoattack" in given or config.autoattack:
+            library_version()
+            check_classes(type(model).__name__, count)
+            with attack_mode(model, "eval"):
+                found["autoattack"] = autoattack(model, split, eps=radius, config=config).fooled
     errors = {name: Rate(int(wrong.sum()), len(wrong)) for name, wrong in found.items()}
-    if "autoattack" in given or config.autoattack:
-        library_version()
-        check_classes(type(model).__name__, count)
-        with attack_mode(model, "eval"):
-            wrong = autoattack(model, split, eps=radius, config=config).fooled
-        errors["autoattack"] = Rate(int(wrong.sum()), len(wrong))
     return Measured(errors, radius, config.norm or "linf")
 
 
@@ -205,8 +215,11 @@ def as_split(images: Images) -> data.Split:
     Raises `InputError` for other things, and for images and labels that do not fit each other.
     """
     if isinstance(images, data.Split):
+        _check_square(*images.shape[1:])
         return images
-    if isinstance(images, tuple | list) and len(images) == 2:
+    # A list of two tuples is a data set of two items.
+    items = isinstance(images, list) and all(isinstance(item, tuple) for item in images)
+    if isinstance(images, tuple | list) and len(images) == 2 and not items:
         return data.Split(_pixels(images[0]), _labels(images[1]))
     if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
         return _split_of_items(images)
@@ -224,6 +237,8 @@ def _split_of_items(items: Any) -> data.Split:
         if not isinstance(item, tuple | list) or len(item) < 2:
             raise InputError(f"item {index} of the data set is no (image, label): {FORMS}")
         picture, label = item[0], item[1]
+        if isinstance(picture, Image.Image):
+            picture = pixels_of(picture, f"image {index}")
         picture = picture if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture))
         if pictures and picture.shape != pictures[0].shape:
             raise InputError(
@@ -254,10 +269,7 @@ def _pixels(images: Any) -> Tensor:
     if first:
         pixels = pixels.permute(0, 2, 3, 1)
     _, height, width, _ = pixels.shape
-    if height != width:
-        raise InputError(
-            f"images of {height}x{width} pixels are not square: crop or resize them to a square"
-        )
+    _check_square(height, width)
     low, high = float(pixels.min()), float(pixels.max())
     if pixels.is_floating_point():
         if not (low >= 0 and high <= 1):
@@ -272,6 +284,13 @@ def _pixels(images: Any) -> Tensor:
             f"[0, 1]"
         )
     return pixels.to(torch.uint8).contiguous()
+
+
+def _check_square(height: int, width: int) -> None:
+    if height != width:
+        raise InputError(
+            f"images of {height}x{width} pixels are not square: crop or resize them to a square"
+        )
 
 
 def _labels(labels: Any) -> Tensor:
@@ -293,11 +312,11 @@ def _dataset(
     config: TrainConfig,
 ) -> data.Dataset:
     """Return the data set of a training; the network's logits say how many classes there are."""
-    testing = None
+    testing = tested = None
     if test is not None:
         options = _load_options(test) | {"image_size": config.image_size} if _is_name(test) else {}
-        testing = data.load(**options).test if options else as_split(test)
-        testing = _resized(testing, config)
+        tested = data.load(**options) if options else None
+        testing = _resized(tested.test if tested else as_split(test), config)
     if _is_name(train):
         loaded = data.load(
             **_load_options(train),
@@ -308,6 +327,11 @@ def _dataset(
         names = tuple(map(str, classes or loaded.classes))
         if testing is None:
             return replace(loaded, classes=names)
+        if tested is not None and tested.classes != loaded.classes:
+            raise InputError(
+                f"train has {class_names(loaded.classes)}, but test has "
+                f"{class_names(tested.classes)}: give images of the same classes"
+            )
         return replace(loaded, classes=names, test=testing, known_fingerprint="")
     if testing is None:
         raise InputError("test is None: give the images to measure on, in any form of train")

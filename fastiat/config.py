@@ -118,7 +118,8 @@ class AttackOfRun(OnDevice, WithOwnNetwork):
     """Norm of the eps ball (default: that of the run). With another norm than that of the run, the
     defaults of --eps and --alpha are those of `fastiat train` for this norm."""
     alpha: float | None = None
-    """PGD step size, for pixels in [0, 1] (default: that of the run)."""
+    """PGD step size, for pixels in [0, 1] (default: that of the run; in the L2 ball, in proportion
+    to the eps of `evaluate` and `diagnose`)."""
     dataset: str | None = None
     """Data set, by its name or as a .beton file (default: that of the run)."""
     data_dir: str | None = None
@@ -152,12 +153,14 @@ class AttackOfRun(OnDevice, WithOwnNetwork):
         """
         usual = self.usual(run)
         norm = usual.norm
-        given: dict[str, Any] = {
-            "alpha": usual.alpha if self.alpha is None else self.alpha,
-            "norm": norm,
-        }
-        if getattr(self, "eps", 0.0) is None:
+        given: dict[str, Any] = {"alpha": self.alpha, "norm": norm}
+        eps: Any = getattr(self, "eps", ())
+        if eps is None:
             given["eps"] = usual.eps
+        if self.alpha is None:
+            # Otherwise few steps could not cross a ball that is larger than that of the training.
+            wider = norm == "l2" and isinstance(eps, float) and eps and usual.eps
+            given["alpha"] = usual.alpha * (eps / usual.eps if wider else 1)
         full = replace(self, **given)
         if norm == "linf":
             check_unit(full)

@@ -70,15 +70,14 @@ class MixPoints:
         self.names = tuple(default_points(model) if names is None else names)
         self.mix: Mix | None = None
         known = named_points(model)
+        for name in self.names:
+            if name != "input" and name not in known:
+                raise InputError(f"the network has no module {name}: {choose_module(name, known)}")
         first = model.normalise if isinstance(model, Network | Normalised) and not pixels else None
         self._hooks = []
         for layer, name in enumerate(self.names):
             mix_output = partial(self._mix_output, layer)
             if name != "input":
-                if name not in known:
-                    raise InputError(
-                        f"the network has no module {name}: {choose_module(name, known)}"
-                    )
                 hook = known[name].register_forward_hook(mix_output)
             elif isinstance(first, nn.Module):
                 hook = first.register_forward_hook(mix_output)
@@ -121,7 +120,11 @@ class MixPoints:
 
 def default_points(model: nn.Module) -> tuple[str, ...]:
     """Return the names of a network's own mix points; "input" alone for a network without any."""
-    return tuple(getattr(model, "mix_points", ("input",)))
+    points = getattr(model, "mix_points", None)
+    # A network of the user's own may have an attribute of this name for something else.
+    if isinstance(points, tuple | list) and all(isinstance(name, str) for name in points):
+        return tuple(points)
+    return ("input",)
 
 
 def point_names(model: nn.Module, kind: Kind, given: Sequence[str] | None) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ __all__ = [
     "correct",
     "count_parameters",
     "normalisation_layers",
+    "running_statistics",
     "to_pixels",
 ]
 
@@ -112,6 +113,13 @@ class ModelCard:
     normalise: tuple[str, ...] = ("image",)
     """First layer of the network, see `fastiat.networks.normalise.make_normalise`."""
 
+    @property
+    def wraps(self) -> bool:
+        """Whether the network is a `Normalised`, whose tensors have the prefix "network."."""
+        if self.arch in ARCHS:
+            return False
+        return not is_own_arch(self.arch) or self.normalise != ("none",)
+
     def build(self, *, pretrained: bool = False) -> nn.Module:
         """Return a freshly initialised network; `pretrained` loads a library's own weights.
 
@@ -146,7 +154,7 @@ class ModelCard:
 
     def behind_normalisation(self, network: nn.Module) -> nn.Module:
         """Return the user's `network` behind this card's normalisation, if there is any."""
-        if self.normalise == ("none",):
+        if not self.wraps:
             return network
         return Normalised(network, make_normalise(self.normalise, self.in_channels))
 
@@ -184,6 +192,16 @@ def normalisation_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNo
     """Return the BatchNorm layers of `model`, of any dimension, in the order of its modules."""
     batch_norm = nn.modules.batchnorm._BatchNorm
     return [module for module in model.modules() if isinstance(module, batch_norm)]
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Return BatchNorm's running means and variances, which every training pass changes."""
+    return [
+        buffer
+        for layer in normalisation_layers(model)
+        for buffer in layer.buffers(recurse=False)
+        if buffer.is_floating_point()
+    ]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -18,12 +18,12 @@ from fastiat import mix as mixing
 from fastiat.attack import PGD, BatchNormMode, attack_defaults, count_errors, pgd
 from fastiat.attacks.starts import draw_seed
 from fastiat.config import TrainConfig
-from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
+from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision, to_device
 from fastiat.engine.graphs import Engine, pick_engine, prepare
 from fastiat.mix import Mix, MixPoints
-from fastiat.networks.check import check_network
+from fastiat.networks.check import check_batch_of_one, check_network
+from fastiat.networks.sources import put_tensors
 from fastiat.runs.directory import Run, check_free, default_out, load_initial
-from fastiat.system.errors import InputError
 from fastiat.system.progress import Progress, duration
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import is_own_arch
@@ -32,7 +32,7 @@ from fastiat.training import rows
 from fastiat.training.checkpoint import Position, checked_position
 from fastiat.training.optimise import learning_rate, make_sgd, move_average
 from fastiat.training.session import Session, explaining_failures
-from fastiat.training.step import Step, running_statistics
+from fastiat.training.step import Step
 from fastiat.training.update import Update, mixed_pass
 
 Attack = Callable[[Tensor, Tensor], Tensor]
@@ -158,6 +158,10 @@ class Trainer:
         if not self.ranks.alone:
             self.rank_random = {name: torch.Generator(places[name]) for name in ("mix", "attack")}
 
+    def own_random_state(self) -> AbstractContextManager[None]:
+        """Return a context that restores the states of PyTorch's own generators at its end."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
     def _make_network(self, dataset: data.Dataset, network: nn.Module | None) -> None:
         config = self.config
         self.card = card = models.card_of(config, dataset.classes, dataset.test.shape)
@@ -169,10 +173,11 @@ class Trainer:
                 network = card.own(config.arch)
             else:
                 network = card.build(pretrained=config.pretrained and not config.resume)
-        self.model: nn.Module = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = to_device(network, self.device)
         names = mixing.point_names(self.model, config.mix, config.mix_at)
         if config.arch not in models.ARCHS or config.mix_at:
-            check_network(self.model, dataset.test.shape, len(dataset.classes), names)
+            shape, chosen = dataset.test.shape, config.mix_at is not None
+            check_network(self.model, shape, len(dataset.classes), names, chosen=chosen)
         if config.init and not config.resume:
             left = load_initial(self.model, config.init)
             if left and self.ranks.first:
@@ -181,7 +186,7 @@ class Trainer:
                     f"for another number of classes"
                 )
         if self.batch_shape[0] == 1:
-            _check_batch_of_one(self.model, self.batch_shape, config.batch_size)
+            check_batch_of_one(self.model, self.batch_shape, config.batch_size)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         # After the copy, whose passes are never mixed.
         self.points = MixPoints(self.model, names, pixels=config.mix_space == "pixel")
@@ -229,6 +234,7 @@ class Trainer:
         """
         config = self.config
         self.lr_tensor.fill_(learning_rate(config, self.step, len(self.loader)))
+        self._seed_network()
         self._seed_rank()
         # A pass changes the running statistics before the loss is known to be finite, so keep
         # copies, which a skipped update restores.
@@ -267,6 +273,18 @@ class Trainer:
         self.totals += torch.stack(update)
         return update
 
+    def _seed_network(self) -> None:
+        """Seed PyTorch's own generators, which layers such as dropout use, for one update.
+
+        So a checkpoint need not hold their states, and ranks drop different units.
+        """
+        words = (self.config.seed, self.step, self.ranks.rank)
+        seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] % 2**63)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(seed)
+
     def _seed_rank(self) -> None:
         """Seed this rank's generators for one update."""
         if self.ranks.alone:
@@ -296,7 +314,7 @@ class Trainer:
         """
         figures = torch.stack(update)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.ranks.all_reduce_mean_([*grads, *running_statistics(self.model), figures])
+        self.ranks.all_reduce_mean_([*grads, *models.running_statistics(self.model), figures])
         return Update.of_means(figures, self.ranks.count)
 
     def _accept(self, update: Update) -> bool:
@@ -447,9 +465,9 @@ class Trainer:
             steps_per_epoch=len(self.loader),
             generators=self.random,
         )
-        self.model.load_state_dict(state["model"])
+        put_tensors(self.model, state["model"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            put_tensors(self.average, state["average"])
         for name, buffer in own["momentum"].items():
             buffer.copy_(state["momentum"][name])
         for name, generator in self.random.items():
@@ -466,21 +484,6 @@ class Trainer:
         # `update` would take for a skip.
         in_a_row = position.skipped_in_a_row
         self.skipped_in_a_row = in_a_row if self.config.on_nan == "skip" else 0
-
-
-def _check_batch_of_one(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> None:
-    """Raise `InputError` if BatchNorm has only one value per channel in a batch of `shape`."""
-    probe = copy.deepcopy(model).to("meta").train()  # computes shapes only
-    try:
-        probe(torch.empty(shape, device="meta"))
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise InputError(
-            f"--batch-size {batch_size} is one image per process, and BatchNorm needs more than "
-            f"one value per channel, which images of {shape[-1]}x{shape[-1]} pixels do not give: "
-            "give each process two images or more, or larger images"
-        ) from None
 
 
 @own_defaults()
@@ -529,7 +532,8 @@ def train(
         with explaining_failures(run), session.signals:
             check_interrupts()
             if session.start():
-                _loop(trainer, session)
+                with trainer.own_random_state():
+                    _loop(trainer, session)
             # A signal may have arrived after the last check. The reduction also keeps every rank
             # running until the first rank has written its files.
             session.stop_or_save()

@@ -12,7 +12,7 @@ from torch import nn
 import fastiat
 from fastiat import data
 from fastiat.api import as_split
-from fastiat.config import EvaluateConfig
+from fastiat.config import EvaluateConfig, TrainConfig
 from fastiat.evaluate import evaluate
 from fastiat.system.errors import InputError
 
@@ -222,7 +222,7 @@ def test_unknown_settings_and_things_that_are_no_network_are_refused():
         fastiat.fit(lambda x: x, (IMAGES, LABELS), TEST)
     with pytest.raises(InputError, match="unknown attack 'pgd'"):
         fastiat.evaluate_model(_net(), TEST, ["pgd"])
-    with pytest.raises(InputError, match="labels run to 3, but the network has 2 classes"):
+    with pytest.raises(InputError, match="labels run from 0 to 3, but the network has 2 classes"):
         fastiat.evaluate_model(_net(num_classes=2), TEST)
 
 
@@ -234,3 +234,65 @@ def test_measuring_leaves_the_network_as_it_was():
     assert model.training and not model.layer1.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_process_wide_options_are_those_of_before(tmp_path):
+    inductor, deterministic = torch._inductor.config, torch.utils.deterministic
+    try:
+        deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(True)
+        inductor.deterministic = True
+        fastiat.evaluate_model(_net(), TEST, ["fgsm"])
+        fastiat.fit(_net(), (IMAGES, LABELS), TEST, out=tmp_path / "run", **FEW)
+        assert torch.are_deterministic_algorithms_enabled() and inductor.deterministic
+        assert deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        inductor.deterministic = False
+
+
+def test_pictures_with_a_palette_are_read_in_colour():
+    picture = Image.new("RGB", (8, 8), (200, 100, 50))
+    items = [(picture.convert("P", palette=Image.Palette.ADAPTIVE), 0), (picture, 1)]
+    assert torch.equal(
+        as_split(items).images, torch.tensor([200, 100, 50]).byte().expand(2, 8, 8, 3)
+    )
+
+
+def test_test_images_of_other_classes_are_refused(tmp_path):
+    for name, classes in (("one", ("cat", "dog")), ("two", ("ant", "cat"))):
+        for split in ("train", "test"):
+            for label in classes:
+                folder = tmp_path / name / split / label
+                folder.mkdir(parents=True)
+                Image.fromarray(IMAGES[0].numpy()).save(folder / "a.png")
+    with pytest.raises(InputError, match=r"train has 2 classes \(cat, dog\), but test has"):
+        fastiat.fit(_net(), tmp_path / "one", tmp_path / "two", out=tmp_path / "run", **FEW)
+
+
+def test_negative_labels_are_refused_where_a_network_is_measured():
+    with pytest.raises(InputError, match="labels run from -1 to 2"):
+        fastiat.evaluate_model(_net(), (IMAGES, LABELS - 1))
+
+
+def test_a_split_of_images_that_are_not_square_is_refused():
+    with pytest.raises(InputError, match="8x7 pixels are not square"):
+        as_split(data.Split(IMAGES[:, :, :7].contiguous(), LABELS))
+
+
+def test_without_an_attack_there_is_no_robust_error():
+    measured = fastiat.evaluate_model(_net(), TEST, ["none"])
+    with pytest.raises(InputError, match="no attack was measured"):
+        _ = measured.robust_error
+
+
+@pytest.mark.parametrize("eps", [0.25, 2.0, None])
+def test_the_step_size_in_the_l2_ball_follows_the_radius(eps):
+    filled = EvaluateConfig(norm="l2", eps=eps).filled(None)
+    expected = TrainConfig(norm="l2", **({} if eps is None else {"eps": eps}))
+    assert (filled.eps, filled.alpha) == pytest.approx((expected.eps, expected.alpha))
+    run = TrainConfig(norm="l2", eps=1.0, alpha=0.3)
+    filled = EvaluateConfig(eps=eps).filled(run)
+    assert filled.alpha == pytest.approx(0.3 * (eps or 1.0))
+    linf = EvaluateConfig(eps=0.1).filled(TrainConfig())
+    assert linf.alpha == 0.0075

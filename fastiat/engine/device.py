@@ -1,5 +1,6 @@
 """The device and the precision of a run."""
 
+import itertools
 import os
 import platform
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from fastiat.system.errors import InputError
 from fastiat.system.ranks import ranks
@@ -49,6 +51,20 @@ def pick_device(name: str) -> torch.device:
     if ranks().alone or device.index is not None:
         return device
     return torch.device(f"cuda:{ranks().local_rank}")
+
+
+def to_device(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move `model` to `device`, in place, with weights of four dimensions in channels-last.
+
+    `nn.Module.to(memory_format=torch.channels_last)` fails for weights of five dimensions.
+    """
+    model.to(device)
+    with torch.no_grad():
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if tensor.dim() == 4:
+                # Not `contiguous`, which leaves the strides of a 1x1 kernel as they are.
+                tensor.data = tensor.to(memory_format=torch.channels_last)
+    return model
 
 
 @contextmanager

@@ -7,7 +7,8 @@ tensors are fixed buffers as a CUDA graph.
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
 from typing import Any, Literal
@@ -73,6 +74,30 @@ def prepare(device: torch.device, deterministic: bool) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def prepared(device: torch.device, deterministic: bool | None = None) -> Iterator[None]:
+    """Call `prepare`, and restore the process-wide options at the end.
+
+    deterministic: None keeps the present mode.
+    """
+    present = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    places = [
+        (torch.utils.deterministic, "fill_uninitialized_memory"),
+        (inductor, "deterministic"),
+        (torch.backends.cudnn, "benchmark"),
+        (torch.backends.cudnn, "allow_tf32"),
+    ]
+    before = [getattr(*place) for place in places]
+    try:
+        prepare(device, present if deterministic is None else deterministic)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(present, warn_only=warn)
+        for (holder, name), value in zip(places, before, strict=True):
+            setattr(holder, name, value)
 
 
 def placed(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -213,22 +238,28 @@ class Weights:
     """The weights of the training passes, with copies in `dtype` of the weights named in `cast`.
 
     The copies are fixed buffers, which captured graphs read. Call `refresh` after every change of
-    the parameters: it copies them again.
+    the parameters: it copies them again. `trained` names the parameters that get gradients.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, cast: Collection[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None,
+        cast: Collection[str],
+        trained: Collection[str],
+    ) -> None:
         parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.masters = [parameter for name, parameter in parameters.items() if name in cast]
         copies = {
-            name: torch.empty_like(parameter, dtype=dtype).requires_grad_()
+            name: torch.empty_like(parameter, dtype=dtype).requires_grad_(name in trained)
             for name, parameter in parameters.items()
             if name in cast
         }
         self.made = list(copies.values())
         self.copies = placed(model, copies)
         leaves = parameters | copies
-        # A pass is differentiated with respect to these: one entry for each parameter, in order.
-        self.leaves = list(leaves.values())
+        # A pass is differentiated with respect to these: the trained parameters, in order.
+        self.leaves = [leaf for name, leaf in leaves.items() if name in trained]
         self.detached = placed(model, {name: leaf.detach() for name, leaf in leaves.items()})
         self.refresh()
 

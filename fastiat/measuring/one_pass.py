@@ -134,7 +134,9 @@ def fooled(
         found = torch.zeros(len(names), len(split), dtype=torch.uint8, device=device)
         for x, y in batches(split, size, device, starts, data.Shard(group.rank, group.count)):
             with attack_mode(model, "eval"):
-                found[:, starts.first : starts.first + len(y)] = one_pass(x, y)
+                wrong = one_pass(x, y)
+            # Outside of the context, which may undo every write to an older tensor.
+            found[:, starts.first : starts.first + len(y)] = wrong
     # Each rank has filled in its own batches and left 0 elsewhere, so the sum over the ranks is the
     # whole result.
     return dict(zip(names, group.all_reduce_sum_(found.cpu()).bool(), strict=True))

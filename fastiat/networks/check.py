@@ -1,5 +1,6 @@
 """Check, before a training or a measurement, that a network is one that fastiat can work with."""
 
+import copy
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -36,7 +37,13 @@ def choose_module(name: str, known: Iterable[str]) -> str:
 
 
 def check_network(
-    model: nn.Module, shape: tuple[int, int, int], num_classes: int, points: Sequence[str] = ()
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    points: Sequence[str] = (),
+    *,
+    chosen: bool = True,
+    trained: bool = True,
 ) -> None:
     """Raise `InputError` unless `model` maps pixels to logits and can be trained by fastiat.
 
@@ -45,13 +52,12 @@ def check_network(
     num_classes: number of logits that it must return.
     points: names of mix points. Each module must run once in a pass and return a tensor with a row
         for each image.
+    chosen: whether the user has named the mix points.
+    trained: False only asks for a network that can be measured.
     """
     parameters = dict(model.named_parameters())
-    if not any(p.requires_grad for p in parameters.values()):
-        raise InputError(
-            f"the network {type(model).__name__} has no parameter that requires a gradient: there "
-            f"is nothing to train"
-        )
+    if trained:
+        _check_trainable(model)
     for name, tensor in [*parameters.items(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise InputError(
@@ -64,25 +70,70 @@ def check_network(
                 f"model.float(); --precision bf16 makes it compute in bfloat16"
             )
     known = named_points(model)
+    asked = "--mix-at" if chosen else "the default mix point"
+    choose = "" if chosen else "with --mix-at, "
     for name in points:
         if name != "input" and name not in known:
             raise InputError(
-                f"--mix-at {name}: the network has no module of this name: "
+                f"{asked} {name}: the network has no module of this name: "
                 f"{choose_module(name, known)}"
             )
-    device = next(iter(parameters.values())).device
+    tensors = (*parameters.values(), *model.buffers())
+    device = tensors[0].device if tensors else "cpu"
     pixels = torch.rand(IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
-    for training in (True, False):
-        outputs = _trial(model, pixels, known, num_classes, training)
+    # Only modules that can be watched, and only if their outputs matter.
+    watched = {
+        name: module
+        for name, module in known.items()
+        if any(name != "input" for name in points)
+        and not isinstance(module, torch.jit.ScriptModule)
+    }
+    for training in (True, False) if trained else (False,):
+        outputs = _trial(model, pixels, watched, num_classes, training)
         for name in points:
             fault = None if name == "input" else _fault(outputs[name])
             if fault:
                 whole = [other for other, found in outputs.items() if not _fault(found)]
                 raise InputError(
-                    f"--mix-at {name}: this module {fault}, so its output cannot be mixed: "
-                    f"{choose_module(name, whole)}"
+                    f"{asked} {name}: this module {fault}, so its output cannot be mixed: "
+                    f"{choose}{choose_module(name, whole)}"
                 )
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """Raise `InputError` for a network that has nothing to train or cannot be saved."""
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"the network {name} is TorchScript: give the nn.Module it was made from")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            f"the network {name} has no parameter that requires a gradient: there is nothing to "
+            f"train"
+        )
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"the network {name} has {key} in its state_dict, a {type(value).__name__}: keep "
+                f"only tensors there, as a run saves only tensors"
+            )
+
+
+def check_batch_of_one(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> None:
+    """Raise `InputError` if BatchNorm has only one value per channel in a batch of `shape`."""
+    probe = copy.deepcopy(model).train()
+    device = next(probe.parameters()).device
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            probe(torch.zeros(shape, device=device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"--batch-size {batch_size} is one image per process, and BatchNorm needs more than "
+            f"one value per channel, which images of {shape[-1]}x{shape[-1]} pixels do not give: "
+            "give each process two images or more, or larger images"
+        ) from None
 
 
 def _fault(outputs: list[Any]) -> str:
@@ -116,7 +167,8 @@ def _trial(
     try:
         # `attack_mode` restores every flag, also those that `train` sets.
         with torch.random.fork_rng(devices), torch.no_grad(), attack_mode(model, "eval"):
-            model.train(training)
+            if training:
+                model.train()
             logits = model(x)
     except Exception as error:
         # The network is the user's code: it may raise anything.

@@ -9,6 +9,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,8 +55,8 @@ def _from_torchvision(name: str, num_classes: int, in_channels: int, pretrained:
             f"torchvision:{name} takes images of 3 channels, but these have {in_channels}: choose "
             f"a network of fastiat or timm, or convert the images to colour"
         )
-    options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    if name in ("googlenet", "inception_v3"):
+    options = torchvision_options(name)
+    if options:
         options["init_weights"] = True  # otherwise torchvision warns of a slow initialisation
     model: nn.Module = zoo.get_model(name, weights=None, num_classes=num_classes, **options)
     if pretrained:
@@ -69,6 +71,11 @@ def _from_torchvision(name: str, num_classes: int, in_channels: int, pretrained:
             ) from None
         load_weights(model, {k: v for k, v in state.items() if not k.startswith(("aux", "AuxLog"))})
     return model
+
+
+def torchvision_options(name: str) -> dict[str, bool]:
+    """Return the arguments with which a classifier of torchvision returns its logits alone."""
+    return {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
 
 
 def _timm() -> Any:
@@ -271,5 +278,16 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
                 f"{tuple(given.shape)} instead of {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
         left.append(name)
-    model.load_state_dict({n: t for n, t in weights.items() if n not in left}, strict=False)
+    put_tensors(model, {n: t for n, t in weights.items() if n not in left}, strict=False)
     return left
+
+
+def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], **options: bool) -> None:
+    """Call `model.load_state_dict` with tensors of this version of the model's classes.
+
+    A network such as torchvision's mnasnet reads the version of each module from `_metadata`, an
+    attribute of what `state_dict` returns, which a file of tensors does not have.
+    """
+    state = OrderedDict(tensors)
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state, **options)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastiat.config import TrainConfig
-from fastiat.engine.device import own_defaults
-from fastiat.models import ModelCard, Normalised
+from fastiat.engine.device import own_defaults, to_device
+from fastiat.models import ModelCard, Network, Normalised
 from fastiat.networks.sources import load_weights
 from fastiat.runs import metrics
 from fastiat.runs.lock import Lock, alone, check_unused
@@ -31,7 +31,7 @@ from fastiat.runs.weights import (
 from fastiat.system.errors import Damaged, InputError, one_line, printable_lines
 from fastiat.system.files import check_writable, no_link, write
 from fastiat.system.ranks import ranks
-from fastiat.system.settings import expanded, flag_of, is_beton, is_own_arch
+from fastiat.system.settings import ARCHS, expanded, flag_of, is_beton, is_own_arch
 from fastiat.system.untrusted import kind_of, read_as
 
 CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
@@ -367,22 +367,30 @@ def load_with_card(
         model, card = read_model(file, own)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return model, card
+    return to_device(model, device).eval(), card
 
 
 def load_initial(model: nn.Module, path: str) -> list[str]:
     """Copy the weights at `path`, a run or a .safetensors file, into `model`.
 
-    A file of the network itself, without fastiat's normalisation, fits too. Returns the names of
-    the classifier's tensors if they are left as they are, see `sources.load_weights`.
+    The normalisation of `model` stays as it is, and that of the file is not read. A file of the
+    network itself, without fastiat's normalisation, fits too. Returns the names of the classifier's
+    tensors if they are left as they are, see `sources.load_weights`.
     """
     file = model_file(path)
     try:
-        weights, _ = read_weights(file)
-        if isinstance(model, Normalised) and not any(n.startswith("network.") for n in weights):
-            model = model.network
-        return load_weights(model, weights)
+        weights, card = read_weights(file)
+        if card is not None and card.wraps:
+            prefix = "network."
+            weights = {
+                n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)
+            }
+        elif card is not None and card.arch in ARCHS:
+            weights = {n: t for n, t in weights.items() if not n.startswith("normalise.")}
+        model = model.network if isinstance(model, Normalised) else model
+        # A built-in network holds its normalisation, which may have buffers, as `normalise`.
+        kept = model.normalise.state_dict() if isinstance(model, Network) else {}
+        return load_weights(model, weights | {f"normalise.{n}": t for n, t in kept.items()})
     except InputError as error:
         raise InputError(f"--init {file}: {error}") from None
 

@@ -40,7 +40,7 @@ def export(config: ExportConfig) -> Path:
         raise InputError(f"{out} exists already: choose another name, or replace it with --force")
     if out.is_dir():
         raise InputError(f"{out} is a folder: name a file in it")
-    check_writable(out)
+    check_writable(out.parent)
     as_onnx = out.suffix == ".onnx"
     if as_onnx:
         for package in ("onnx", "onnxscript", "onnxruntime"):

@@ -11,6 +11,7 @@ from fastiat.config import RobustBenchConfig
 from fastiat.engine.device import own_defaults
 from fastiat.models import ARCHS, ModelCard
 from fastiat.networks import builtin, normalise
+from fastiat.networks.sources import torchvision_options
 from fastiat.runs.directory import MODEL, Run, load_with_card
 from fastiat.runs.results import read_results
 from fastiat.system.errors import InputError
@@ -22,6 +23,7 @@ THREATS = {"linf": "Linf", "l2": "L2"}
 
 HEAD = """\
 import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +31,10 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+"""
+METADATA = """\
+# Some networks read the version of their modules from it.
+weights._metadata = model.state_dict()._metadata
 """
 STANDARDIZE = """
 class StandardizeImage(nn.Module):
@@ -113,8 +119,10 @@ def definition(card: ModelCard) -> str:
     if card.arch not in ARCHS:
         parts.append(normalise.Normalised)
         library, _, name = card.arch.partition(":")
+        options = "".join(f", {k}={v}" for k, v in torchvision_options(name).items())
         network = (
-            f'torchvision.models.get_model("{name}", weights=None, num_classes={card.num_classes})'
+            f'torchvision.models.get_model("{name}", weights=None, '
+            f"num_classes={card.num_classes}{options})"
             if library == "torchvision"
             else f'timm.create_model("{name}", num_classes={card.num_classes}, '
             f"in_chans={card.in_channels})"
@@ -141,7 +149,8 @@ def definition(card: ModelCard) -> str:
             kind,
             f"\nmodel = {kind.__name__}({arguments})\nmodel.normalise = {_first(card)}\n",
         ]
-    parts.append(f'model.load_state_dict(load_file("{MODEL}"))\nmodel.eval()\n')
+    parts.append(f'weights = OrderedDict(load_file("{MODEL}"))\n{METADATA}')
+    parts.append("model.load_state_dict(weights)\nmodel.eval()\n")
     texts = [part if isinstance(part, str) else "\n" + inspect.getsource(part) for part in parts]
     return HEAD + textwrap.dedent("\n".join(texts))
 

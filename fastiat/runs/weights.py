@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from fastiat import __version__
 from fastiat.models import ModelCard
+from fastiat.networks.sources import put_tensors
 from fastiat.system.errors import Damaged, InputError, printable
-from fastiat.system.settings import is_own_arch, validated
+from fastiat.system.settings import ARCHS, is_own_arch, validated
 from fastiat.system.untrusted import LARGEST_JSON, finite_json, is_endless
 
 EXPECTED = "name a run directory, or the model.safetensors in one"
@@ -88,14 +89,19 @@ def read_model(file: Path, own: OwnNetwork | None = None) -> tuple[nn.Module, Mo
     if is_own_arch(card.arch) and own is not None:
         model = own(card)
         card.check(model)
-    else:
+    elif card.arch in ARCHS:
         # On the meta device a network takes no memory, even if a damaged card has a huge width.
         with torch.device("meta"):
+            model = card.build()
+    else:
+        # Networks of a library may compute values in their constructors, which the meta device
+        # does not hold. Their size is fixed by their names.
+        with torch.random.fork_rng(devices=[]):
             model = card.build()
     if not alike(tensors, model.state_dict()):
         width = "" if card.width is None else f" of width {card.width}"
         raise InputError(f"it does not hold the weights of {card.arch}{width}")
-    model.load_state_dict(tensors, assign=not is_own_arch(card.arch))
+    put_tensors(model, tensors, assign=card.arch in ARCHS)
     return model, card
 
 
@@ -172,9 +178,15 @@ def _pack(tensors: Mapping[str, Tensor], describe: Callable[[memoryview], dict[s
 
     safetensors writes metadata in an order that differs between calls, so they are sorted here.
     """
-    packed = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    )
+    apart: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory, such as tied weights.
+        address = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if address in storages else tensor
+        storages.add(address)
+    packed = safetensors.torch.save(apart)
     start = 8 + int.from_bytes(packed[:8], "little")
     header, data = json.loads(packed[8:start]), memoryview(packed)[start:]
     header = {"__metadata__": dict(sorted(describe(data).items()))} | header

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastiat.config import TrainConfig
+from fastiat.models import running_statistics
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -54,17 +55,18 @@ def make_sgd(model: nn.Module, config: TrainConfig, lr: Tensor) -> torch.optim.S
 
 @torch.no_grad()
 def move_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Update the exponential moving average of the weights and buffers, in place.
+    """Update the exponential moving average of weights and running statistics, in place.
 
         average = d average + (1 - d) model,  d = min(`decay`, (1 + step) / (10 + step))
 
-    `step` counts the updates from 1. Integer buffers are copied.
+    `step` counts the updates from 1. Other buffers, such as counters and masks, are copied.
     """
     # d is smaller at the start, so that the average soon forgets the initial weights.
     decay = min(decay, (1 + step) / (10 + step))
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
-    values = [pair for pair in pairs if pair[0].is_floating_point()]
-    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-    torch._foreach_lerp_([old for old, _ in values], [new for _, new in values], 1 - decay)
-    for old, new in counts:
-        old.copy_(new)
+    # `parameters` gives a weight that has several names once.
+    old, new = ([*net.parameters(), *running_statistics(net)] for net in (average, model))
+    torch._foreach_lerp_(old, new, 1 - decay)
+    averaged = {id(tensor) for tensor in old}
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        if id(kept) not in averaged:
+            kept.copy_(buffer)

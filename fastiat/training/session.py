@@ -41,6 +41,12 @@ class Session:
         self.signals = Signals(second_ends=trainer.ranks.alone)
         self.saved_at, self.saved_step = time.monotonic(), 0
         self.warned = False
+        # Constants such as an attention mask of -inf.
+        self.masks = {
+            name
+            for name, buffer in trainer.model.named_buffers(remove_duplicate=False)
+            if not buffer.isfinite().all()
+        }
 
     def start(self) -> bool:
         """Load the checkpoint, or write the first one; return whether training remains to be done.
@@ -144,8 +150,9 @@ class Session:
     def check_finite(self) -> dict[str, Any]:
         """Return the trainer's state; raise `InputError` if one of its tensors is not finite."""
         state = self.trainer.state_dict()
-        groups = [state["model"], state["average"] or {}, state["momentum"]]
-        tensors = [state["totals"], *(tensor for group in groups for tensor in group.values())]
+        tensors = [state["totals"]]
+        for group in (state["model"], state["average"] or {}, state["momentum"]):
+            tensors += [tensor for name, tensor in group.items() if name not in self.masks]
         # Stack the results, so that the CPU waits for the device once, not once per tensor.
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             self.diverged()

@@ -13,18 +13,28 @@ from fastiat.attack import PGDLoop
 from fastiat.engine import graphs
 from fastiat.engine.modes import attack_mode
 from fastiat.mix import Mix, MixPoints
-from fastiat.models import normalisation_layers
+from fastiat.models import running_statistics
 from fastiat.training.update import Update, mixed_pass
 
 
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """Return BatchNorm's running means and variances, which every training pass changes."""
-    return [
-        buffer
-        for layer in normalisation_layers(model)
-        for buffer in layer.buffers(recurse=False)
-        if buffer.is_floating_point()
-    ]
+def trained_parameters(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return the parameters, by name, that get a gradient from the logits for pixels `x`.
+
+    These are all but those that do not require a gradient and those that the pass does not use, to
+    which eager PyTorch gives no gradient either. Buffers and random states are restored.
+    """
+    asked: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    grads: list[Tensor | None] = []
+
+    def run() -> None:
+        with torch.enable_grad():
+            total = model(x).sum()
+        grads[:] = torch.autograd.grad(total, list(asked.values()), allow_unused=True)
+
+    devices = [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        graphs.with_state_restored(run, model.buffers(), 1)
+    return {n: p for (n, p), grad in zip(asked.items(), grads, strict=True) if grad is not None}
 
 
 class Step:
@@ -73,21 +83,22 @@ class Step:
         self.model, self.optimizer, self.dtype, self.accept = model, optimizer, dtype, accept
         self.compiled, self.loss, self.points = compiled, loss, points
         self.loss_weights = (clean_weight, 1 - clean_weight) if attack else (1.0, 0.0)
-        parameters = list(model.parameters())
-        device = parameters[0].device
+        device = next(model.parameters()).device
         # A CUDA graph reads and writes the addresses that it was captured with. Therefore the
         # inputs of an update, and every tensor that one piece writes and another reads, are
         # allocated once, here, and only filled in place afterwards.
-        self.grads = [torch.zeros_like(parameter) for parameter in parameters]
-        # The optimizer, and `accept`, read the gradients at `.grad`.
-        for parameter, grad in zip(parameters, self.grads, strict=True):
+        self.x = torch.zeros(batch, device=device).contiguous(memory_format=torch.channels_last)
+        self.y = torch.zeros(batch[0], dtype=torch.int64, device=device)
+        trained = trained_parameters(model, self.x[:2])
+        self.grads = [torch.zeros_like(parameter) for parameter in trained.values()]
+        # The optimizer, and `accept`, read the gradients at `.grad`. The optimizer leaves a
+        # parameter without gradient as it is.
+        for parameter, grad in zip(trained.values(), self.grads, strict=True):
             parameter.grad = grad
         # The adversarial pass writes its gradients to `adv_grads` and then adds these to `grads`.
         # The first copy turns a bf16 gradient into fp32, so that the sum is rounded once, in fp32.
         # The clean pass overwrites `grads`, so no `zero_grad` is needed.
         self.adv_grads = [torch.zeros_like(grad) for grad in self.grads] if attack else []
-        self.x = torch.zeros(batch, device=device).contiguous(memory_format=torch.channels_last)
-        self.y = torch.zeros(batch[0], dtype=torch.int64, device=device)
         # Two of each, for the clean and the adversarial pass, whose draws differ.
         self.perm = [torch.zeros_like(self.y) for _ in range(2)]
         lam = torch.zeros(batch[0] if per_sample else (), device=device)
@@ -98,7 +109,7 @@ class Step:
         self.all_reduce_mean_, self.ranks = all_reduce_mean_, ranks
         # Running statistics too: each rank's BatchNorm sees only this rank's part of the batch.
         self.reduced = [*self.grads, *running_statistics(model), self.figures]
-        self.weights = graphs.Weights(model, dtype, self._cast(attack))
+        self.weights = graphs.Weights(model, dtype, self._cast(attack), trained)
         # All graphs allocate their intermediate results in one memory pool. That is safe because
         # only one graph runs at a time and no piece reads intermediate results of another. With one
         # pool per graph, the memory of an update would be needed once for each mix layer.

@@ -36,7 +36,7 @@ def test_scalings_constants_and_reduction_are_right():
     import scaling
 
     from fastiat import models
-    from fastiat.training.step import running_statistics
+    from fastiat.models import running_statistics
 
     for name, network in scaling.NETWORKS.items():
         with torch.device("meta"):

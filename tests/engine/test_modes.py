@@ -312,7 +312,8 @@ def _castable(model: nn.Module, x: torch.Tensor) -> set[str]:
 def test_a_trainings_passes_in_bf16_have_autocasts_loss_and_gradients(name):
     torch.manual_seed(0)
     model, (x, y) = MODELS[name]().eval(), _tiny()
-    weights = graphs.Weights(model, torch.bfloat16, _castable(model, x))
+    names = [name for name, _ in model.named_parameters()]
+    weights = graphs.Weights(model, torch.bfloat16, _castable(model, x), names)
     logits = graphs.forward(model, weights.copies, torch.bfloat16, x)
     loss = F.cross_entropy(logits.float(), y)
     found = torch.autograd.grad(loss, weights.leaves)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastiat.networks.check import check_network
+from fastiat.mix import MixPoints
+from fastiat.networks.check import check_batch_of_one, check_network
 from fastiat.system.errors import InputError
 
 SHAPE, CLASSES = (3, 8, 8), 5
@@ -99,3 +100,34 @@ def test_a_network_that_cannot_be_used_is_refused_in_one_line(model, points, wor
 def test_modules_to_choose_from_exclude_those_that_cannot_be_mixed():
     with pytest.raises(InputError, match=r"choose input or a module such as out$"):
         check_network(Twice(), SHAPE, CLASSES, ("shared",))
+
+
+def test_refused_mix_points_leave_no_hook():
+    model = network()
+    with pytest.raises(InputError, match="the network has no module nope"):
+        MixPoints(model, ["input", "body.0", "nope"])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class OnItsDevice(nn.Module):
+    """Adds a tensor that is no buffer, and reads a value, which the meta device cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.ones(4, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.shift if float(x.mean()) < 10 else x
+
+
+def test_a_batch_of_one_image_is_tried_on_the_device_itself():
+    model = network(OnItsDevice())
+    random = torch.get_rng_state()
+    check_batch_of_one(model, (1, *SHAPE), 1)
+    assert (
+        torch.equal(torch.get_rng_state(), random)
+        and int(model.body[0][1].num_batches_tracked) == 0
+    )
+    small = nn.Sequential(nn.Conv2d(3, 4, 8), OnItsDevice(), nn.BatchNorm2d(4), nn.Flatten())
+    with pytest.raises(InputError, match="--batch-size 2 is one image per process"):
+        check_batch_of_one(small, (1, *SHAPE), 2)

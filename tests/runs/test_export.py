@@ -108,6 +108,14 @@ def test_the_code_for_robustbench_rebuilds_the_network_without_fastiat(name, tmp
         torch.testing.assert_close(torch.from_numpy(np.load(run / "logits.npy")), model(x))
 
 
+def test_force_replaces_a_file(run, tmp_path, complaint):
+    out = tmp_path / "m.pt2"
+    out.write_bytes(b"old")
+    assert "exists already" in complaint("export", run, out) and out.read_bytes() == b"old"
+    assert cli.main(["export", str(run), str(out), "--force"]) == 0
+    assert len(out.read_bytes()) > 1000
+
+
 def test_the_metadata_for_robustbench_has_the_measured_figures(run, capsys):
     assert cli.main(["evaluate", str(run), "--attacks", "none", "--device", "cpu"]) == 0
     capsys.readouterr()
