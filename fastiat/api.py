@@ -188,7 +188,8 @@ def evaluate_model(
     assert radius is not None and step is not None
     split = data.load(**_load_options(test)).test if _is_name(test) else as_split(test)
     count = _logits(model, split) or int(split.labels.max()) + 1
-    check_network(model, split.shape, count, trained=False)
+    attacked = len(names) > 1 or "autoattack" in given or config.autoattack
+    check_network(model, split.shape, count, trained=False, attacked=attacked)
     low, high = int(split.labels.min()), int(split.labels.max())
     if low < 0 or high >= count:
         raise InputError(

@@ -161,7 +161,7 @@ class ModelCard:
     def check(self, model: nn.Module) -> None:
         """Raise `InputError` unless `model` takes this card's images and returns its logits."""
         shape = (self.in_channels, self.image_size, self.image_size)
-        check_network(model, shape, self.num_classes)
+        check_network(model, shape, self.num_classes, trained=False, attacked=False)
 
 
 def card_of(

@@ -158,10 +158,6 @@ class Trainer:
         if not self.ranks.alone:
             self.rank_random = {name: torch.Generator(places[name]) for name in ("mix", "attack")}
 
-    def own_random_state(self) -> AbstractContextManager[None]:
-        """Return a context that restores the states of PyTorch's own generators at its end."""
-        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
-
     def _make_network(self, dataset: data.Dataset, network: nn.Module | None) -> None:
         config = self.config
         self.card = card = models.card_of(config, dataset.classes, dataset.test.shape)
@@ -532,7 +528,10 @@ def train(
         with explaining_failures(run), session.signals:
             check_interrupts()
             if session.start():
-                with trainer.own_random_state():
+                # Updates seed PyTorch's own generators, whose states are the caller's.
+                with torch.random.fork_rng(
+                    [trainer.device] if trainer.device.type == "cuda" else []
+                ):
                     _loop(trainer, session)
             # A signal may have arrived after the last check. The reduction also keeps every rank
             # running until the first rank has written its files.

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastiat.system.errors import InputError
 from fastiat.system.ranks import ranks
@@ -61,7 +62,7 @@ def to_device(model: nn.Module, device: torch.device | str) -> nn.Module:
     model.to(device)
     with torch.no_grad():
         for tensor in itertools.chain(model.parameters(), model.buffers()):
-            if tensor.dim() == 4:
+            if not is_lazy(tensor) and tensor.dim() == 4:
                 # Not `contiguous`, which leaves the strides of a 1x1 kernel as they are.
                 tensor.data = tensor.to(memory_format=torch.channels_last)
     return model

@@ -44,6 +44,7 @@ def check_network(
     *,
     chosen: bool = True,
     trained: bool = True,
+    attacked: bool = True,
 ) -> None:
     """Raise `InputError` unless `model` maps pixels to logits and can be trained by fastiat.
 
@@ -54,6 +55,7 @@ def check_network(
         for each image.
     chosen: whether the user has named the mix points.
     trained: False only asks for a network that can be measured.
+    attacked: whether the logits must have a gradient with respect to the pixels.
     """
     parameters = dict(model.named_parameters())
     if trained:
@@ -99,6 +101,8 @@ def check_network(
                     f"{asked} {name}: this module {fault}, so its output cannot be mixed: "
                     f"{choose}{choose_module(name, whole)}"
                 )
+    if attacked:
+        _check_gradients(model, pixels, trained)
 
 
 def _check_trainable(model: nn.Module) -> None:
@@ -117,6 +121,38 @@ def _check_trainable(model: nn.Module) -> None:
                 f"the network {name} has {key} in its state_dict, a {type(value).__name__}: keep "
                 f"only tensors there, as a run saves only tensors"
             )
+
+
+def _check_gradients(model: nn.Module, pixels: Tensor, trained: bool) -> None:
+    """Raise `InputError` unless the logits have gradients: of the pixels, and of a parameter."""
+    name = type(model).__name__
+    x = pixels.clone().requires_grad_()
+    asked = [p for p in model.parameters() if p.requires_grad] if trained else []
+    devices = [x.device] if x.is_cuda else []
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad(), attack_mode(model, "eval"):
+            logits = model(x)
+            grads: Sequence[Tensor | None] = [None]
+            if logits.requires_grad:
+                grads = torch.autograd.grad(logits.sum(), [x, *asked], allow_unused=True)
+    except Exception as error:
+        # The network is the user's code: it may raise anything.
+        if out_of_memory(error):
+            raise
+        raise InputError(
+            f"the network {name} fails in its backward pass: {type(error).__name__}: "
+            f"{one_line(error)[:150]}"
+        ) from error
+    if grads[0] is None:
+        raise InputError(
+            f"the logits of the network {name} have no gradient with respect to its pixels, which "
+            f"an attack needs: remove detach() and no_grad() from its forward pass"
+        )
+    if asked and all(grad is None for grad in grads[1:]):
+        raise InputError(
+            f"the logits of the network {name} have no gradient with respect to its parameters: "
+            f"there is nothing to train"
+        )
 
 
 def check_batch_of_one(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> None:

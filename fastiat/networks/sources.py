@@ -8,6 +8,7 @@ my_nets:make_net          a function of the user's module, or nets/mine.py:make_
 import importlib
 import importlib.util
 import inspect
+import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -96,7 +97,11 @@ def _from_timm(name: str, num_classes: int, in_channels: int, pretrained: bool) 
             f"{did_you_mean(name, timm.list_models())}"
         )
     options = {"num_classes": num_classes, "in_chans": in_channels}
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
     try:
+        # Without a network it warns a dozen times, and then raises the error below.
+        hub.setLevel(logging.ERROR)
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         # The hub's client raises errors of many types where there is no network.
@@ -109,6 +114,8 @@ def _from_timm(name: str, num_classes: int, in_channels: int, pretrained: bool) 
             f"({one_line(error)[:100]}); download model.safetensors of {place} on another machine "
             f"and give it with --init"
         ) from None
+    finally:
+        hub.setLevel(level)
     return model
 
 

@@ -54,6 +54,32 @@ class InPlace(nn.Module):
         return x.mul_(2)
 
 
+class Cut(nn.Module):
+    """Passes no gradient on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+
+class NoBackward(torch.autograd.Function):
+    """The identity, with a backward pass that fails."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise ValueError("not\nwritten")
+
+
+class Fails(nn.Module):
+    """Fails in its backward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return NoBackward.apply(x)
+
+
 def network(*layers: nn.Module, classes: int = CLASSES) -> nn.Module:
     """Return a network of a convolution, the layers, and a linear layer."""
     conv = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
@@ -85,6 +111,9 @@ def test_a_network_is_accepted_and_left_as_it_was():
         (lambda: network().double(), (), "is torch.float64: give a network in float32"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), (), "call the network on a batch of images"),
         (lambda: network(nn.MaxPool2d(16)), (), "fails on 2 images of 3x8x8 (channels, height"),
+        (lambda: nn.Sequential(Cut(), network()), (), "no gradient with respect to its pixels"),
+        (lambda: nn.Sequential(network(), Cut()), (), "no gradient with respect to its pixels"),
+        (lambda: network(Fails()), (), r"backward pass: ValueError: not\nwritten"),
         (lambda: network(), ("body.O",), "--mix-at body.O: the network has no module of this name"),
         (lambda: network(), ("layer1",), "choose input or a module such as body, tail, body.0"),
         (lambda: Twice(), ("shared",), "--mix-at shared: this module runs 2 times in a pass"),

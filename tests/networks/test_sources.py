@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 import textwrap
 from dataclasses import replace
 
@@ -339,6 +340,17 @@ def test_pretrained_weights_are_loaded_or_say_which_file_to_get(tmp_path, monkey
     network = sources.from_library("torchvision:resnet18", 3, 3, pretrained=True)
     assert torch.equal(network.conv1.weight, theirs.conv1.weight)
     assert network.fc.weight.shape == (3, 512)
+
+
+def test_weights_of_timm_that_cannot_be_downloaded_are_named_in_one_line(monkeypatch, caplog):
+    def no_network(*_, **__):
+        logging.getLogger("huggingface_hub.utils").warning("retrying")
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(InputError, match="give it with --init") as raised:
+        sources.from_library("timm:test_resnet", 3, 3, pretrained=True)
+    assert "\n" not in str(raised.value) and caplog.text == ""
 
 
 @pytest.fixture(scope="module")
