@@ -231,6 +231,8 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     another number of classes keeps its initial weights."""
     width: int | None = None
     """Base channels (preact18: 64), widening factor (wrn: 10) or hidden units (mlp6: 512)."""
+    activation: Literal["relu", "silu"] = "relu"
+    """Activation of preact18, wrn28_10 and wrn34_10; SiLU is smooth (Gowal et al. 2020)."""
     variant: Literal["standard", "authors"] = "standard"
     """Details of the network: "standard" is as published, with BatchNorm and ReLU before the
     pooling (He et al. 2016); "authors" is as in the manifold mixup authors' code, where preact18
@@ -292,6 +294,9 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     """Apply the weight decay to BatchNorm parameters and biases too."""
     loss: Literal["ce", "bce"] = "ce"
     """Training loss: "ce" is cross-entropy; "bce" is binary cross-entropy of the softmax."""
+    smoothing: float = 0.0
+    """Label smoothing, from 0 to 1: the weight of the uniform distribution in the labels of the
+    training loss (Szegedy et al. 2016). The attack uses the true labels."""
     clean_weight: float = 0.5
     """Weight of the clean batch in the loss, from 0 to 1; the adversarial batch has 1
     minus this weight."""
@@ -360,6 +365,10 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     def check(self) -> None:
         super().check()
         check_arch(self.arch)
+        if self.activation != "relu" and (self.arch not in ARCHS or self.arch == "mlp6"):
+            raise InputError(
+                f"--activation is for preact18, wrn28_10 and wrn34_10, not for --arch {self.arch}"
+            )
         if self.arch not in ARCHS and (self.width is not None or self.variant != "standard"):
             flag = "--variant" if self.width is None else "--width"
             raise InputError(f"{flag} is for the networks of fastiat, not for --arch {self.arch}")
@@ -382,8 +391,11 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
         for name in ("ema", "momentum"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{flag_of(name)} is {getattr(self, name)}: give less than 1")
-        if self.clean_weight > 1:
-            raise InputError(f"--clean-weight is {self.clean_weight}: give a number from 0 to 1")
+        for name in ("clean_weight", "smoothing"):
+            if getattr(self, name) > 1:
+                raise InputError(
+                    f"{flag_of(name)} is {getattr(self, name)}: give a number from 0 to 1"
+                )
         if self.nesterov and not self.momentum:
             raise InputError("--nesterov needs a --momentum above 0; add --no-nesterov")
         if self.patience and self.holdout == 0:

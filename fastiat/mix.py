@@ -198,7 +198,11 @@ def draw(
 
 
 def mixed_loss(
-    logits: Tensor, y: Tensor, mix: Mix | None, loss: Literal["ce", "bce"] = "ce"
+    logits: Tensor,
+    y: Tensor,
+    mix: Mix | None,
+    loss: Literal["ce", "bce"] = "ce",
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Return the batch mean of lam * L(logits, y) + (1 - lam) * L(logits, y[perm]), a scalar.
 
@@ -207,6 +211,8 @@ def mixed_loss(
     mix: the mixing that the network was called with; None returns the mean of L(logits, y).
     loss: "ce" is cross-entropy (section 3 of the paper). "bce" is the loss of the manifold mixup
         code: binary cross-entropy of the softmax against the mixed one-hot labels.
+    smoothing: s in [0, 1]; a label, a distribution over the K classes, becomes
+        (1 - s) label + s / K (Szegedy et al. 2016, section 7).
 
     The loss is computed at least in fp32. Labels outside 0..K-1 raise `InputError` on the CPU. On
     CUDA, reading labels would synchronize with the GPU, so wrong labels give NaN or a device-side
@@ -219,10 +225,17 @@ def mixed_loss(
         target = F.one_hot(y, logits.shape[1]).to(logits.dtype)
         if mix is not None:
             target = kernels.mix(target, mix.perm, mix.lam)
+        if smoothing:
+            target = (1 - smoothing) * target + smoothing / logits.shape[1]
         return _binary_cross_entropy(logits, target)
     if mix is None:
-        return F.cross_entropy(logits, y, ignore_index=NO_LABEL)
-    return kernels.mixed_cross_entropy(logits, y, y[mix.perm], mix.lam)
+        hard = F.cross_entropy(logits, y, ignore_index=NO_LABEL)
+    else:
+        hard = kernels.mixed_cross_entropy(logits, y, y[mix.perm], mix.lam)
+    if not smoothing:
+        return hard
+    # The uniform part of the labels is the same for both images of a pair.
+    return (1 - smoothing) * hard - smoothing * F.log_softmax(logits, 1).mean()
 
 
 def _binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

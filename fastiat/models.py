@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from fastiat.config import TrainConfig
 from fastiat.engine.device import own_defaults
 from fastiat.networks import sources
-from fastiat.networks.builtin import MLP6, Network, PreActResNet18, Shortcut, WideResNet
+from fastiat.networks.builtin import (
+    ACTIVATIONS,
+    MLP6,
+    Network,
+    PreActResNet18,
+    Shortcut,
+    WideResNet,
+)
 from fastiat.networks.check import check_network
 from fastiat.networks.normalise import Normalised, make_normalise
 from fastiat.system.errors import InputError
@@ -50,6 +57,7 @@ def build(
     width: int | None = None,
     *,
     variant: str = "standard",
+    activation: str = "relu",
     normalise: Sequence[str] = ("image",),
 ) -> Network:
     """Return a freshly initialised network in training mode, in fp32.
@@ -62,6 +70,7 @@ def build(
         of hidden units (mlp6: 512), at least 1. None uses the number in brackets.
     variant: "standard" is the network as published; "authors" is the network of the manifold mixup
         code (preact18: no final BatchNorm and ReLU; wrn: see `WideResNet`; mlp6: no difference).
+    activation: "relu" or "silu"; mlp6 has "relu" only.
     normalise: the first layer, see `fastiat.networks.normalise.make_normalise`.
 
     Raises `InputError` (a `ValueError`) for other values.
@@ -72,6 +81,8 @@ def build(
         raise InputError(f"unknown arch {name!r}: choose from {', '.join(ARCHS)}{hint}")
     if variant not in VARIANTS:
         raise InputError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
+    if activation not in ACTIVATIONS or (name == "mlp6" and activation != "relu"):
+        raise InputError(f"unknown activation {activation!r} of {name}: choose relu or silu")
     width = DEFAULT_WIDTH[name] if width is None else width
     limits = {
         "num_classes": (num_classes, 2),
@@ -85,12 +96,14 @@ def build(
     first = make_normalise(normalise, in_channels)
     model: Network
     if name == "preact18":
-        model = PreActResNet18(num_classes, in_channels, width, final_norm=variant == "standard")
+        final_norm = variant == "standard"
+        model = PreActResNet18(num_classes, in_channels, width, final_norm, activation)
     elif name == "mlp6":
         model = MLP6(num_classes, in_channels, image_size, width)
     else:
         depth = 28 if name == "wrn28_10" else 34
-        model = WideResNet(depth, num_classes, in_channels, width, authors=variant == "authors")
+        authors = variant == "authors"
+        model = WideResNet(depth, num_classes, in_channels, width, authors, activation)
     model.normalise = first
     return model
 
@@ -110,6 +123,7 @@ class ModelCard:
     classes: tuple[str, ...]
     """Name of each class, in the order of the logits."""
     variant: str = "standard"
+    activation: str = "relu"
     normalise: tuple[str, ...] = ("image",)
     """First layer of the network, see `fastiat.networks.normalise.make_normalise`."""
 
@@ -133,6 +147,7 @@ class ModelCard:
                 self.image_size,
                 self.width,
                 variant=self.variant,
+                activation=self.activation,
                 normalise=self.normalise,
             )
         if is_own_arch(self.arch):
@@ -184,6 +199,7 @@ def card_of(
         image_size=size,
         classes=classes,
         variant=config.variant,
+        activation=config.activation,
         normalise=normalise,
     )
 

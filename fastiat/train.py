@@ -49,6 +49,7 @@ def algorithm1(
     *,
     clean_weight: float = 0.5,
     loss: Any = "ce",
+    smoothing: float = 0.0,
     shared_mix: bool = False,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Update:
@@ -62,7 +63,7 @@ def algorithm1(
     attack: attacks the un-mixed batch with its true labels; None means L = L_c.
     draw: returns a draw of Mix; called for L_c and again for L_a, or once with `shared_mix`.
     points: the mix points of `model`.
-    loss: "ce" or "bce", see `fastiat.mix.mixed_loss`.
+    loss, smoothing: see `fastiat.mix.mixed_loss`.
     precision: returns the context manager for forward passes; losses are computed outside of it.
 
     Returns the two losses and the numbers of correct images.
@@ -77,7 +78,7 @@ def algorithm1(
     with torch.autocast(x.device.type, torch.bfloat16, enabled=False):
         mix = draw()
         with points.applied(mix):
-            clean_loss, clean_correct = mixed_pass(forward, x, y, mix, loss)
+            clean_loss, clean_correct = mixed_pass(forward, x, y, mix, loss, smoothing)
             # `backward` changes no weight, so the clean half of L can be backpropagated before the
             # attack. The activations of only one half are in memory at a time.
             ((clean_weight if attack else 1.0) * clean_loss).backward()
@@ -89,7 +90,7 @@ def algorithm1(
             x_adv = attack(x, y)
         mix = mix if shared_mix else draw()
         with points.applied(mix):
-            adv_loss, adv_correct = mixed_pass(forward, x_adv, y, mix, loss)
+            adv_loss, adv_correct = mixed_pass(forward, x_adv, y, mix, loss, smoothing)
             ((1 - clean_weight) * adv_loss).backward()
         return Update(clean_loss, adv_loss.detach(), clean_correct, adv_correct)
 
@@ -247,6 +248,7 @@ class Trainer:
                 self.points,
                 clean_weight=config.clean_weight,
                 loss=config.loss,
+                smoothing=config.smoothing,
                 shared_mix=config.shared_mix,
                 precision=self.precision,
             )
@@ -348,6 +350,7 @@ class Trainer:
             captured=self.engine == "graph",
             clean_weight=config.clean_weight,
             loss=config.loss,
+            smoothing=config.smoothing,
             per_sample=config.lam_per_sample,
             all_reduce_mean_=self.ranks.all_reduce_mean_,
             ranks=self.ranks.count,

@@ -110,6 +110,31 @@ def test_mixed_loss_is_the_formula_in_float64(lam, loss):
     assert float(mixed_loss(logits, y, None, loss)) == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("lam", [None, torch.tensor(0.3), torch.tensor([0.2, 0.9, 0])])
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_smoothed_loss_is_that_of_smoothed_and_mixed_labels_in_float64(loss, lam, smoothing):
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    y, perm = torch.tensor([4, 0, 2]), torch.tensor([1, 2, 0])
+    exact = logits.double().requires_grad_()
+    target = torch.eye(5, dtype=torch.float64)[y]
+    if lam is not None:
+        weight = lam.double().expand(3)[:, None]
+        target = weight * target + (1 - weight) * target[perm]
+    target = (1 - smoothing) * target + smoothing / 5
+    if loss == "ce":
+        expected = torch.nn.functional.cross_entropy(exact, target)
+    else:
+        p = exact.softmax(1)
+        expected = -(target * p.log() + (1 - target) * (1 - p).log()).mean()
+    mix = None if lam is None else Mix(0, perm, lam)
+    found = mixed_loss(logits.requires_grad_(), y, mix, loss, smoothing)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(logits.grad, exact.grad.float(), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("loss", ["ce", "bce"])

@@ -32,25 +32,28 @@ def test_preact18_has_the_parameters_of_robust_overfittings_network():
         assert models.count_parameters(model) == expected
 
 
-def _norm_relu(x, p, name):
-    """BatchNorm by the batch's own statistics, then ReLU."""
+ACTIVATIONS = {"relu": lambda x: x.clamp_min(0), "silu": lambda x: x / (1 + (-x).exp())}
+
+
+def _norm_act(x, p, name, act):
+    """BatchNorm by the batch's own statistics, then the activation."""
     mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
     x = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
     weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
-    return (x * weight[:, None, None] + bias[:, None, None]).clamp_min(0)
+    return act(x * weight[:, None, None] + bias[:, None, None])
 
 
-def _block(x, p, prefix, stride):
+def _block(x, p, prefix, stride, act):
     """A pre-activation block from its weights, in functional form (He et al. 2016b)."""
-    out = _norm_relu(x, p, f"{prefix}.bn1")
+    out = _norm_act(x, p, f"{prefix}.bn1", act)
     down = p.get(f"{prefix}.shortcut.weight")
     shortcut = x if down is None else F.conv2d(out, down, stride=stride)
     out = F.conv2d(out, p[f"{prefix}.conv1.weight"], stride=stride, padding=1)
-    out = _norm_relu(out, p, f"{prefix}.bn2")
+    out = _norm_act(out, p, f"{prefix}.bn2", act)
     return shortcut + F.conv2d(out, p[f"{prefix}.conv2.weight"], padding=1)
 
 
-def _authors_block(x, p, prefix, stride):
+def _authors_block(x, p, prefix, stride, act):
     """The manifold mixup code's wide_basic: biases, the stride last, the shortcut of the input."""
 
     def conv(x, name, **options):
@@ -58,8 +61,10 @@ def _authors_block(x, p, prefix, stride):
 
     down = f"{prefix}.shortcut.weight" in p
     shortcut = conv(x, "shortcut", stride=stride) if down else x
-    out = conv(_norm_relu(x, p, f"{prefix}.bn1"), "conv1", padding=1)
-    return shortcut + conv(_norm_relu(out, p, f"{prefix}.bn2"), "conv2", stride=stride, padding=1)
+    out = conv(_norm_act(x, p, f"{prefix}.bn1", act), "conv1", padding=1)
+    return shortcut + conv(
+        _norm_act(out, p, f"{prefix}.bn2", act), "conv2", stride=stride, padding=1
+    )
 
 
 def _standardised(x):
@@ -78,36 +83,46 @@ def _randomise(model):
     return model.double().train()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("variant", models.VARIANTS)
 @pytest.mark.parametrize("size", [8, 11, 32])
-def test_preact18_computes_what_its_weights_say(size, variant):
+def test_preact18_computes_what_its_weights_say(size, variant, activation):
     torch.manual_seed(0)
-    model = _randomise(models.build("preact18", 7, 2, size, width=4, variant=variant))
+    options = {"variant": variant, "activation": activation}
+    model, act = (
+        _randomise(models.build("preact18", 7, 2, size, 4, **options)),
+        ACTIVATIONS[activation],
+    )
     p = dict(model.named_parameters())
     x = torch.rand(3, 2, size, size, dtype=torch.float64)
     out = F.conv2d(_standardised(x), p["stem.weight"], padding=1)
     for group, stride in enumerate((1, 2, 2, 2)):
-        out = _block(out, p, f"groups.{group}.0", stride)
-        out = _block(out, p, f"groups.{group}.1", 1)
+        out = _block(out, p, f"groups.{group}.0", stride, act)
+        out = _block(out, p, f"groups.{group}.1", 1, act)
     last = "head.2"
     if variant == "standard":
-        out, last = _norm_relu(out, p, "head.0"), "head.4"
+        out, last = _norm_act(out, p, "head.0", act), "head.4"
     expected = out.mean((2, 3)) @ p[f"{last}.weight"].T + p[f"{last}.bias"]
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("variant", models.VARIANTS)
-def test_wide_resnet_computes_what_its_weights_say(variant):
+def test_wide_resnet_computes_what_its_weights_say(variant, activation):
     torch.manual_seed(0)
-    model = _randomise(models.build("wrn28_10", 5, 3, 8, width=1, variant=variant))
+    options = {"variant": variant, "activation": activation}
+    model, act = (
+        _randomise(models.build("wrn28_10", 5, 3, 8, 1, **options)),
+        ACTIVATIONS[activation],
+    )
     p = dict(model.named_parameters())
     block_of = _authors_block if variant == "authors" else _block
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
     out = F.conv2d(_standardised(x), p["stem.weight"], p.get("stem.bias"), padding=1)
     for group, stride in enumerate((1, 2, 2)):
         for block in range(4):
-            out = block_of(out, p, f"groups.{group}.{block}", stride if block == 0 else 1)
-    out = _norm_relu(out, p, "head.0")
+            out = block_of(out, p, f"groups.{group}.{block}", stride if block == 0 else 1, act)
+    out = _norm_act(out, p, "head.0", act)
     expected = out.mean((2, 3)) @ p["head.4.weight"].T + p["head.4.bias"]
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
 

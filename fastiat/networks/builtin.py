@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from fastiat.engine import onednn
 from fastiat.networks.normalise import StandardizeImage
 
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+
 
 class Network(nn.Module):
     """Base class: normalise the pixels, then run `stem`, the groups and `head`.
@@ -52,10 +54,14 @@ class Shortcut(nn.Conv2d):
 
 
 class PreActBlock(nn.Module):
-    """Pre-activation residual block: BN, ReLU, 3x3, BN, ReLU, 3x3 (He et al. 2016b, fig. 1b)."""
+    """Pre-activation residual block: BN, ReLU, 3x3, BN, ReLU, 3x3 (He et al. 2016b, fig. 1b).
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    `activation` names another activation than ReLU, see `ACTIVATIONS`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: str = "relu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]()
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
@@ -65,18 +71,26 @@ class PreActBlock(nn.Module):
             self.shortcut = Shortcut(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
+        out = self.activation(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
         out = self.conv1(out)
-        return shortcut + self.conv2(F.relu(self.bn2(out)))
+        return shortcut + self.conv2(self.activation(self.bn2(out)))
 
 
 def _group(
-    inputs: int, outputs: int, blocks: int, stride: int, block: type[PreActBlock] = PreActBlock
+    inputs: int,
+    outputs: int,
+    blocks: int,
+    stride: int,
+    activation: str,
+    block: type[PreActBlock] = PreActBlock,
 ) -> nn.Sequential:
     """Return `blocks` residual blocks; the first has `stride` and changes the channels."""
     sizes = [inputs] + [outputs] * (blocks - 1)
-    return nn.Sequential(*(block(n, outputs, stride if i == 0 else 1) for i, n in enumerate(sizes)))
+    strides = [stride] + [1] * (blocks - 1)
+    return nn.Sequential(
+        *(block(n, outputs, s, activation) for n, s in zip(sizes, strides, strict=True))
+    )
 
 
 class AuthorsWideBlock(PreActBlock):
@@ -86,8 +100,8 @@ class AuthorsWideBlock(PreActBlock):
     shortcut is the input of the block, before BatchNorm and ReLU.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__(inputs, outputs, stride)
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: str = "relu") -> None:
+        super().__init__(inputs, outputs, stride, activation)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, stride, padding=1)
         if self.shortcut is not None:
@@ -95,8 +109,8 @@ class AuthorsWideBlock(PreActBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        out = self.conv1(F.relu(self.bn1(x)))
-        return shortcut + self.conv2(F.relu(self.bn2(out)))
+        out = self.conv1(self.activation(self.bn1(x)))
+        return shortcut + self.conv2(self.activation(self.bn2(out)))
 
 
 class PreActResNet18(Network):
@@ -108,16 +122,21 @@ class PreActResNet18(Network):
     """
 
     def __init__(
-        self, num_classes: int, in_channels: int, width: int, final_norm: bool = True
+        self,
+        num_classes: int,
+        in_channels: int,
+        width: int,
+        final_norm: bool = True,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.groups = nn.ModuleList(
-            [_group(width, width, 2, 1)]
-            + [_group(n * width, 2 * n * width, 2, 2) for n in (1, 2, 4)]
+            [_group(width, width, 2, 1, activation)]
+            + [_group(n * width, 2 * n * width, 2, 2, activation) for n in (1, 2, 4)]
         )
         self.head = nn.Sequential(
-            *((nn.BatchNorm2d(8 * width), nn.ReLU()) if final_norm else ()),
+            *((nn.BatchNorm2d(8 * width), ACTIVATIONS[activation]()) if final_norm else ()),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(8 * width, num_classes),
@@ -133,19 +152,25 @@ class WideResNet(Network):
     """
 
     def __init__(
-        self, depth: int, num_classes: int, in_channels: int, width: int, authors: bool = False
+        self,
+        depth: int,
+        num_classes: int,
+        in_channels: int,
+        width: int,
+        authors: bool = False,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         blocks = (depth - 4) // 6
         block = AuthorsWideBlock if authors else PreActBlock
         self.stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=authors)
         self.groups = nn.ModuleList(
-            [_group(16, 16 * width, blocks, 1, block)]
-            + [_group(n * width, 2 * n * width, blocks, 2, block) for n in (16, 32)]
+            [_group(16, 16 * width, blocks, 1, activation, block)]
+            + [_group(n * width, 2 * n * width, blocks, 2, activation, block) for n in (16, 32)]
         )
         self.head = nn.Sequential(
             nn.BatchNorm2d(64 * width, momentum=0.9 if authors else 0.1),
-            nn.ReLU(),
+            ACTIVATIONS[activation](),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(64 * width, num_classes),

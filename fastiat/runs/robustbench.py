@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 """
+ACTIVATIONS = '\nACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}\n'
 METADATA = """\
 # Some networks read the version of their modules from it.
 weights._metadata = model.state_dict()._metadata
@@ -135,16 +136,14 @@ def definition(card: ModelCard) -> str:
             card.arch, builtin.WideResNet
         )
         blocks: list[Any] = [builtin.PreActBlock, builtin._group, builtin.AuthorsWideBlock]
-        parts += ["\nShortcut = nn.Conv2d\n", builtin.Network]
+        parts += [ACTIVATIONS, "\nShortcut = nn.Conv2d\n", builtin.Network]
         parts += [] if kind is builtin.MLP6 else blocks
         authors = card.variant == "authors"
+        sizes = f"{card.num_classes}, {card.in_channels}"
         arguments = {
-            "preact18": f"{card.num_classes}, {card.in_channels}, {card.width}, {not authors}",
-            "mlp6": f"{card.num_classes}, {card.in_channels}, {card.image_size}, {card.width}",
-        }.get(
-            card.arch,
-            f"{card.arch[3:5]}, {card.num_classes}, {card.in_channels}, {card.width}, {authors}",
-        )
+            "preact18": f"{sizes}, {card.width}, {not authors}, {card.activation!r}",
+            "mlp6": f"{sizes}, {card.image_size}, {card.width}",
+        }.get(card.arch, f"{card.arch[3:5]}, {sizes}, {card.width}, {authors}, {card.activation!r}")
         parts += [
             kind,
             f"\nmodel = {kind.__name__}({arguments})\nmodel.normalise = {_first(card)}\n",

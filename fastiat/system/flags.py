@@ -15,7 +15,7 @@ from fastiat.system.settings import Settings, flag_of, hints_of, number
 HEADINGS: dict[str, tuple[str, ...]] = {
     "measurement": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
     "method": (
-        *("preset", "arch", "pretrained", "init", "width", "variant", "normalise"),
+        *("preset", "arch", "pretrained", "init", "width", "activation", "variant", "normalise"),
         *("mix", "adv"),
     ),
     "data": (
@@ -25,7 +25,7 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     ),
     "optimisation": (
         *("epochs", "lr", "schedule", "momentum", "nesterov", "weight_decay"),
-        *("decay_norm", "loss", "clean_weight", "ema", "holdout", "patience"),
+        *("decay_norm", "loss", "smoothing", "clean_weight", "ema", "holdout", "patience"),
     ),
     "attack": (
         *("norm", "eps", "alpha", "steps", "restarts", "random_start", "attack_loss", "bn"),

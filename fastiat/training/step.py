@@ -75,13 +75,15 @@ class Step:
         captured: bool,
         clean_weight: float = 0.5,
         loss: Any = "ce",
+        smoothing: float = 0.0,
         per_sample: bool = False,
         all_reduce_mean_: Callable[[list[Tensor]], None] = lambda tensors: None,
         ranks: int = 1,
         accept: Callable[[Update], bool] = lambda update: True,
     ) -> None:
         self.model, self.optimizer, self.dtype, self.accept = model, optimizer, dtype, accept
-        self.compiled, self.loss, self.points = compiled, loss, points
+        self.compiled, self.points = compiled, points
+        self.loss, self.smoothing = loss, smoothing
         self.loss_weights = (clean_weight, 1 - clean_weight) if attack else (1.0, 0.0)
         device = next(model.parameters()).device
         # A CUDA graph reads and writes the addresses that it was captured with. Therefore the
@@ -222,7 +224,7 @@ class Step:
         """
         if layer in self._passes:
             return self._passes[layer]
-        model, dtype, loss = self.model, self.dtype, self.loss
+        model, dtype, loss, smoothing = self.model, self.dtype, self.loss, self.smoothing
 
         def run(
             weights: dict[str, Tensor], x: Tensor, y: Tensor, mix: Mix | None
@@ -230,7 +232,7 @@ class Step:
             def forward(x: Tensor) -> Tensor:
                 return graphs.forward(model, weights, dtype, x)
 
-            return mixed_pass(forward, x, y, mix, loss)
+            return mixed_pass(forward, x, y, mix, loss, smoothing)
 
         self._passes[layer] = graphs.compile_once(run) if self.compiled else run
         return self._passes[layer]

@@ -32,16 +32,22 @@ class Update(NamedTuple):
 
 
 def mixed_pass(
-    forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, mix: Mix | None, loss: Any
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    mix: Mix | None,
+    loss: Any,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return two scalars: Loss(f, Mix, x, y) of section 3 of the paper, and the correct images.
 
     forward: returns logits (B, K) of pixels. `mix` is applied to the network already, see
         `fastiat.mix.MixPoints`.
     x, y: (B, C, H, W) pixels in [0, 1], (B,) int64 labels.
+    loss, smoothing: see `fastiat.mix.mixed_loss`.
 
     The number of correct images, in [0, B], has no gradient.
     """
     logits = forward(x)
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-    return mixed_loss(logits, y, mix, loss), mixed_correct(logits.detach(), y, mix)
+    return mixed_loss(logits, y, mix, loss, smoothing), mixed_correct(logits.detach(), y, mix)

@@ -144,7 +144,7 @@ def _trainer(engine: str, **changes: Any) -> Trainer:
 VARIANTS = {
     "iat": {},
     "pgd, statistics moved": {"mix": "none", "bn": "update"},
-    "no attack": {"adv": "none"},
+    "no attack": {"adv": "none", "smoothing": 0.1},
     "fgsm, pixels mixed": {
         "adv": "fgsm",
         "mix": "mixup",
@@ -157,6 +157,8 @@ VARIANTS = {
         "loss": "bce",
         "attack_loss": "margin",
         "clean_weight": 0.3,
+        "smoothing": 0.2,
+        "activation": "silu",
         "decay_norm": False,
         "ema": 0.9,
     },

@@ -24,6 +24,7 @@ CARDS = {
     "wrn": {"arch": "wrn28_10", "width": 1, "variant": "authors"},
     "mlp6": {"arch": "mlp6", "width": 8, "normalise": ("none",)},
     "imagenet": {"arch": "preact18", "width": 2, "normalise": ("imagenet",)},
+    "silu": {"arch": "preact18", "width": 2, "activation": "silu"},
     "torchvision": {"arch": "torchvision:mobilenet_v3_small"},
     "timm": {"arch": "timm:test_resnet"},
 }

@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "bce": {"loss": "bce", "variant": "authors"},
     "margin": {"attack_loss": "margin"},
+    "smoothing": {"smoothing": 0.1, "activation": "silu"},
     "bn-batch": {"bn": "batch"},
     "bn-update": {"bn": "update"},
     "pixel": {"mix": "mixup", "mix_space": "pixel"},

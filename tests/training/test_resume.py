@@ -69,7 +69,7 @@ def test_every_step_can_be_resumed_from(preset, precision, adv, mix, tmp_path):
 @pytest.mark.parametrize(
     ("precision", "change"),
     [
-        ("fp32", {"bn": "update", "ema": 0.9, "lam_per_sample": True}),
+        ("fp32", {"bn": "update", "ema": 0.9, "lam_per_sample": True, "smoothing": 0.1}),
         ("bf16", {"bn": "batch", "shared_mix": True, "mix_space": "pixel", "decay_norm": False}),
         ("bf16", {"on_nan": "skip", "loss": "bce", "momentum": 0, "nesterov": False}),
         ("fp32", {"engine": "compile", "mix": "mixup", "attack_loss": "margin", "flip": True}),
