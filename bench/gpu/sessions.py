@@ -12,8 +12,12 @@ stages that are not finished, in this order:
 - autoattack, diagnose: of adversarial training and of both rows of IAT, on 1,000 test images.
 
 A session ends after `--session` minutes, and a training writes a checkpoint; the same command
-continues. DIR/gpu_results.json has the results, the machine and the commands. All files of a run
-except weights and checkpoints are copied to DIR/keep, and to $OUT if it is set.
+continues. A stage that fails is recorded, and the next stages still run. DIR/gpu_results.json has
+the results, the machine and the commands.
+
+At the end figures.tar.gz, all files of the runs except weights and checkpoints, is written to
+DIR/keep, and to $OUT if it is set, beside the newest checkpoint in parts of 15 MiB. On another
+machine `--restore FOLDER` puts both back into DIR before the first stage.
 `--device cpu --tiny` rehearses everything.
 """
 
@@ -22,7 +26,9 @@ import json
 import os
 import shutil
 import sys
+import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +38,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import timing  # noqa: E402
 from gpu.train import TO_STOP, read_rows, run_fastiat, write_report  # noqa: E402
 
-from fastiat.runs.directory import CONFIG, LOG, METRICS, MODEL, STATE  # noqa: E402
+from fastiat.runs.directory import CONFIG, LOG, METRICS, STATE  # noqa: E402
 
 MARK = 54.0
 """PGD-50-10 error in % that ends the speed run."""
-SPEED_EPOCHS = (6, 9, 13, 18, 25, 35, 50)
+SPEED_EPOCHS = (6, 9, 13, 18)
 ATTACKED = ("pgd-none", "pgd-mixup", "pgd-manifold")
 """The adversarially trained rows of Table 3, as run directories name them."""
 KEPT = ("*.json", "*.jsonl", "*.md", "*.csv", LOG)
+FIGURES, CHECKPOINT = "figures.tar.gz", "checkpoint.tar"
+PART, MOST_PARTS = 15 << 20, 7
+"""Size in bytes of a part of the checkpoint, and how many parts are written at most: a machine that
+is lent may return eight files of less than 16 MiB."""
+
+
+class StageFailed(Exception):
+    """A command of a stage has failed."""
 
 
 class Session:
@@ -67,7 +81,7 @@ class Session:
         self.found["commands"].append({"argv": argv, "status": status, "seconds": seconds})
         write_report(self.report, self.found)
         if status not in (0, 143, -15):
-            raise SystemExit(f"gpu/sessions.py: failed with status {status}: {' '.join(argv)}")
+            raise StageFailed(f"status {status}: {' '.join(argv)}")
         return status == 0
 
     def speed(self) -> bool:
@@ -142,19 +156,58 @@ class Session:
         runs = [file.parent for file in (self.out / "table3").glob("*/" + CONFIG)]
         attacked = sorted(run for run in runs if any(name in run.name for name in ATTACKED))
         if len(attacked) < len(ATTACKED):
-            raise SystemExit("gpu/sessions.py: Table 3 is not trained: run --stages table3 first")
+            raise StageFailed("Table 3 is not trained: run --stages table3 first")
         return attacked[:1] if self.tiny else attacked
 
+    def run(self, stages: Sequence[str]) -> tuple[str | None, list[str]]:
+        """Run the stages; return the first that is not finished, and those that have failed."""
+        failed = []
+        for stage in stages:
+            try:
+                if not getattr(self, stage)():
+                    return stage, failed
+            except StageFailed as error:
+                print(f"gpu/sessions.py: {stage} failed: {error}", file=sys.stderr)
+                failed.append(stage)
+        return None, failed
+
     def keep(self) -> None:
-        """Copy all files except weights and checkpoints to DIR/keep and $OUT."""
-        for place in filter(None, (str(self.out / "keep"), os.environ.get("OUT"))):
-            for pattern in KEPT:
-                for file in self.out.rglob(pattern):
-                    inside = file.relative_to(self.out)
-                    if inside.parts[0] == "keep" or file.name in (MODEL, STATE):
-                        continue
-                    (Path(place) / inside.parent).mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, Path(place) / inside)
+        """Write the figures and the newest checkpoint to DIR/keep and $OUT."""
+        here = self.out / "keep"
+        here.mkdir(exist_ok=True)
+        with tarfile.open(here / FIGURES, "w:gz") as archive:
+            for file in sorted({file for kind in KEPT for file in self.out.rglob(kind)}):
+                if here not in file.parents:
+                    archive.add(file, file.relative_to(self.out))
+        for old in here.glob(f"{CHECKPOINT}.*"):
+            old.unlink()
+        states = sorted(self.out.rglob(STATE), key=lambda file: file.stat().st_mtime)
+        for newest in states[-1:]:
+            with tarfile.open(here / CHECKPOINT, "w") as archive:
+                archive.add(newest, newest.relative_to(self.out))
+            content = (here / CHECKPOINT).read_bytes()
+            (here / CHECKPOINT).unlink()
+            parts = range(0, len(content), PART)
+            if len(parts) > MOST_PARTS:
+                print(f"gpu/sessions.py: {newest} is too large to be kept", file=sys.stderr)
+                break
+            for number, start in enumerate(parts):
+                part = here / f"{CHECKPOINT}.{number}"
+                part.write_bytes(content[start : start + PART])
+        if place := os.environ.get("OUT"):
+            shutil.copytree(here, place, dirs_exist_ok=True)
+
+    def restore(self, folder: Path) -> None:
+        """Put back the figures and the checkpoint that `keep` has written to `folder`."""
+        parts = sorted(folder.glob(f"{CHECKPOINT}.*"))
+        whole = self.out / CHECKPOINT
+        whole.write_bytes(b"".join(part.read_bytes() for part in parts))
+        for archive in (folder / FIGURES, whole):
+            if archive.stat().st_size:
+                with tarfile.open(archive) as opened:
+                    opened.extractall(self.out, filter="data")
+        whole.unlink()
+        self.found = json.loads(self.report.read_text())
 
 
 def main() -> int:
@@ -165,16 +218,20 @@ def main() -> int:
         return 2
     session = Session(arguments)
     session.out.mkdir(parents=True, exist_ok=True)
+    if arguments.restore is not None:
+        session.restore(Path(arguments.restore))
     write_report(session.report, session.found)
     try:
-        left = next((stage for stage in arguments.stages if not getattr(session, stage)()), None)
+        left, failed = session.run(arguments.stages)
     finally:
         session.keep()
     if left:
         print(f"gpu/sessions.py: {left} is not finished; run the same command to continue")
+    elif failed:
+        print(f"gpu/sessions.py: done, except {', '.join(failed)}: {session.report}")
     else:
         print(f"gpu/sessions.py: all done: {session.report}")
-    return 0
+    return int(bool(failed))
 
 
 def _arguments() -> argparse.Namespace:
@@ -185,6 +242,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=20, help="epochs of Table 3's trainings")
     stages = ("speed", "table3", "autoattack", "diagnose")
     parser.add_argument("--stages", nargs="+", choices=stages, default=stages)
+    parser.add_argument("--restore", help="folder of what a session on another machine has kept")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny networks and few images")
     return parser.parse_args()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -182,14 +183,20 @@ def test_first_results_go_on_after_a_session_and_leave_what_is_to_be_kept(tmp_pa
     out, kept = tmp_path / "out", tmp_path / "kept"
     flags = ["--data-dir", tmp_path / "tree", "--out", out, "--device", "cpu", "--tiny"]
 
-    def session(*more: object) -> str:
+    def session(*more: object, status: int = 0) -> str:
         cache = str(tmp_path / "cache")
         done = script("sessions.py", *flags, *more, FASTIAT_CACHE=cache, OUT=str(kept))
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == status, done.stdout + done.stderr
         return done.stdout.splitlines()[-1]
 
     assert "speed is not finished; run the same command to continue" in session("--session", 0)
+    # A stage that fails does not keep the next one from running.
+    line = session("--stages", "autoattack", "diagnose", status=1)
+    assert "done, except autoattack, diagnose" in line
     assert "all done" in session("--epochs", 1)
+    assert {file.name for file in kept.iterdir()} == {"figures.tar.gz", "checkpoint.tar.0"}
+    with tarfile.open(kept / "figures.tar.gz") as archive:
+        archive.extractall(kept, filter="data")
     report = json.loads((kept / "gpu_results.json").read_text())
     (tried,) = report["speed"]
     assert 0 < tried["epochs_s"] < tried["wall_s"]
@@ -204,3 +211,10 @@ def test_first_results_go_on_after_a_session_and_leave_what_is_to_be_kept(tmp_pa
     assert not [*kept.rglob("*.safetensors"), *kept.rglob("*.pt")]
     assert "all done" in session("--stages", "speed", "autoattack", "diagnose")
     assert json.loads((out / "gpu_results.json").read_text()) == report
+    # On another machine the figures are there, and the newest checkpoint.
+    flags[3] = tmp_path / "elsewhere"
+    states = sorted(out.rglob("state.safetensors"), key=lambda file: file.stat().st_mtime)
+    assert "all done" in session("--restore", kept, "--stages", "speed")
+    restored = flags[3] / states[-1].relative_to(out)
+    assert restored.read_bytes() == states[-1].read_bytes()
+    assert json.loads((flags[3] / "gpu_results.json").read_text()) == report
