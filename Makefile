@@ -1,5 +1,6 @@
 # make demo      train and measure a robust digits classifier
-# make test      run the test suite
+# make test      run the test suite, in about a quarter of an hour on two cores
+# make test-all  run the long tests too, such as a training by the headline command's own recipe
 # make torture KILLS=100 INPUTS=10000   kill trainings, resume and compare; read damaged files
 # make test-gpu  the tests that need a CUDA device, real kernels included
 # make test-oldest TESTS=tests/engine/test_engine.py   with every dependency at its lower bound
@@ -42,7 +43,7 @@ ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DATA ?= my-images
 RUN ?= runs/gpu-train
 
-.PHONY: demo test quick torture test-gpu test-oldest lint bench gpu gpu-train gpu-results clean FORCE
+.PHONY: demo test test-all quick torture test-gpu test-oldest lint bench gpu gpu-train gpu-results clean FORCE
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -50,10 +51,13 @@ demo: $(STAMP)
 		--schedule cosine --pad 1 --out runs/demo
 
 test: $(TOOLS)
+	$(call PYTEST,$(VENV)) -m "not long"
+
+test-all: $(TOOLS)
 	$(call PYTEST,$(VENV))
 
 quick: $(TOOLS)
-	$(call PYTEST,$(VENV)) -m "not slow"
+	$(call PYTEST,$(VENV)) -m "not slow and not long"
 
 torture: $(TOOLS)
 	$(BIN)/python tests/tools/torture.py --kills $(KILLS)
@@ -65,7 +69,7 @@ test-gpu: $(TOOLS)
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python tests/tools/oldest.py --check
-	$(call PYTEST,$(OLDEST)) -m "not slow" $(TESTS)
+	$(call PYTEST,$(OLDEST)) -m "not slow and not long" $(TESTS)
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

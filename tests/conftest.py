@@ -29,6 +29,7 @@ hypothesis.settings.load_profile("untimed")
 
 pytest_plugins = ["archives"]
 
+LONGEST = ("test_headline.py", "test_engine.py", "test_gpu_script.py", "test_distributed.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -45,8 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = [item for item in items if any(map(item.get_closest_marker, out))]
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in set(dropped)]
-    # The longest file starts first, so that all others run beside it under pytest-xdist.
-    items.sort(key=lambda item: item.path.name != "test_headline.py")
+    # The longest files start first, so that all others run beside them under pytest-xdist.
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -224,7 +224,7 @@ def test_a_run_in_the_l2_ball_is_measured_in_it(tmp_path, capsys):
     assert entry["alpha"] == pytest.approx(2.5 * 0.5 / 7)
     for command, words in {
         "evaluate --norm linf": "linf eps 0.03, alpha 0.0075",
-        "evaluate --eps 1.5": "l2 eps 1.5, alpha 0.1786",
+        "evaluate --eps 1.5": "l2 eps 1.5, alpha 0.5357",
         "sweep --steps 2": "40 images, l2 PGD-2, eps across",
         "sweep --steps 2 --eps": "0.75",
         "sweep --norm linf --steps 2": "linf PGD-2",

@@ -210,7 +210,7 @@ def test_a_training_that_diverges_ends_in_one_line_and_keeps_its_checkpoint(
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_preact18_without_its_final_norm_diverges_and_the_setting_at_fault_is_named(
     tmp_path, complaint, capsys
 ):

@@ -156,7 +156,7 @@ def train(tmp_path: Path):
     return session
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_by_the_clock_plans_trains_and_measures(train, tmp_path):
     report = train("--minutes", 0.01, "--session", 5)
     assert report["epochs"] == 1 and report["epoch_s"] > 2 * report["step_s"] > 0
@@ -167,7 +167,7 @@ def test_training_by_the_clock_plans_trains_and_measures(train, tmp_path):
     assert (config["epochs"], config["adv"], config["mix"]) == (1, "pgd", "manifold")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_stopped_by_the_clock_goes_on_where_it_was(train):
     first = train("--epochs", 10**6, "--session", 0.01)
     second = train("--epochs", 10**6, "--session", 0.01)
@@ -177,7 +177,7 @@ def test_training_stopped_by_the_clock_goes_on_where_it_was(train):
     assert "errors" not in second
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_first_results_go_on_after_a_session_and_leave_what_is_to_be_kept(tmp_path):
     image_tree(tmp_path / "tree", 16, 4)
     out, kept = tmp_path / "out", tmp_path / "kept"

@@ -505,7 +505,7 @@ def learnt() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return trainer.model.eval(), models.to_pixels(images), y
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("bn", ["eval", "batch"])
 def test_the_fast_attack_fools_as_many_images_as_the_exact_one(learnt, bn, monkeypatch):
     monkeypatch.setattr(graphs, "BACKEND", "inductor")

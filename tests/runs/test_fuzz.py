@@ -14,7 +14,7 @@ from fastiat.system.tables import markdown
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_hostile_file_ends_in_anything_but_acceptance_or_one_line():
     # In a process of its own, as torch's threads do not survive forks.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "tools" / "torture.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trainings_killed_anywhere_resume_to_the_bits_of_undisturbed_ones():
     # A process of its own, as it forks, which the threads of a process that has trained forbid.
     ended = subprocess.run(

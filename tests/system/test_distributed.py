@@ -219,7 +219,7 @@ def torchrun(count: int, script: Path, job: str, *arguments: object) -> subproce
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_ends_the_ranks_that_a_device_blocks_when_another_is_killed(flags, tmp_path):
     out = tmp_path / "run"
     argv = ("train", *flags, "--out", str(out), "--batch-size", "60")
