@@ -5,6 +5,7 @@ run = fastiat.fit(model, (images, labels), (test_images, test_labels), mix="mani
 print(run.clean_error, run.robust_error)
 """
 
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -28,7 +29,7 @@ from fastiat.measuring.one_pass import default_batch, fooled, title
 from fastiat.networks.check import check_network
 from fastiat.runs.directory import Run, load
 from fastiat.runs.results import Rate
-from fastiat.system.errors import InputError
+from fastiat.system.errors import InputError, one_line
 from fastiat.system.settings import DATASETS, did_you_mean, expanded, is_beton
 from fastiat.train import train as train_run
 
@@ -38,6 +39,7 @@ FORMS = (
     "give a fastiat.data.Split, (images, labels), a data set of torchvision, or a name or a path "
     "as for --dataset"
 )
+PIXELS = "give uint8, or floats in [0, 1]"
 Images = Any
 """A `fastiat.data.Split`, a pair (images, labels), a map-style data set, or a name or path."""
 
@@ -127,6 +129,8 @@ def fit(
         raise TypeError(f"fit has no setting {name}{did_you_mean(name, names)}")
     kind = type(model)
     arch = f"{kind.__module__}:{kind.__name__}"
+    if isinstance(settings.get("device"), torch.device):
+        settings["device"] = str(settings["device"])
     given = {"mix": mix, "mix_at": mix_at, "arch": arch, "dataset": data.IN_PYTHON} | settings
     config = TrainConfig(**given)
     if _is_name(train):
@@ -234,13 +238,20 @@ def _split_of_items(items: Any) -> data.Split:
     pictures: list[Tensor] = []
     labels: list[int] = []
     for index in range(len(items)):
-        item = items[index]
+        try:
+            item = items[index]
+        except Exception as error:
+            # The data set is the user's code: it may raise anything.
+            raise InputError(
+                f"item {index} of the data set cannot be read: {type(error).__name__}: "
+                f"{one_line(error)[:150]}"
+            ) from error
         if not isinstance(item, tuple | list) or len(item) < 2:
             raise InputError(f"item {index} of the data set is no (image, label): {FORMS}")
         picture, label = item[0], item[1]
         if isinstance(picture, Image.Image):
             picture = pixels_of(picture, f"image {index}")
-        picture = picture if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture))
+        picture = _tensor(picture, f"image {index} is", PIXELS)
         if pictures and picture.shape != pictures[0].shape:
             raise InputError(
                 f"image {index} has shape {tuple(picture.shape)} and image 0 "
@@ -248,13 +259,18 @@ def _split_of_items(items: Any) -> data.Split:
                 f"all images to one size"
             )
         pictures.append(picture)
-        labels.append(int(label))
+        try:
+            labels.append(operator.index(label))
+        except (TypeError, ValueError):
+            raise InputError(
+                f"label {index} is {one_line(repr(label))[:50]}: give the number of a class"
+            ) from None
     return data.Split(_pixels(torch.stack(pictures)), torch.tensor(labels))
 
 
 def _pixels(images: Any) -> Tensor:
     """Return images as contiguous uint8, (N, H, W, C)."""
-    pixels = torch.as_tensor(np.asarray(images) if not isinstance(images, Tensor) else images).cpu()
+    pixels = _tensor(images, "images are", PIXELS)
     if pixels.dim() == 3:
         pixels = pixels[..., None]
     if pixels.dim() != 4 or not len(pixels):
@@ -279,12 +295,44 @@ def _pixels(images: Any) -> Tensor:
                 f"normalised (see normalise), or uint8"
             )
         pixels = (pixels * 255).round()
-    elif pixels.dtype in (torch.bool, torch.complex64) or low < 0 or high > 255:
-        raise InputError(
-            f"pixels are {pixels.dtype} from {low:.3g} to {high:.3g}: give uint8, or floats in "
-            f"[0, 1]"
-        )
+    elif pixels.dtype == torch.bool or low < 0 or high > 255:
+        raise InputError(f"pixels are {pixels.dtype} from {low:.3g} to {high:.3g}: {PIXELS}")
     return pixels.to(torch.uint8).contiguous()
+
+
+def _tensor(values: Any, what: str, remedy: str) -> Tensor:
+    """Return an array or tensor of real numbers as a tensor on the CPU.
+
+    `what` and `remedy` begin and end the message of the `InputError` for other values.
+    """
+    if isinstance(values, Tensor):
+        plain = values.layout == torch.strided and not (values.is_quantized or values.is_meta)
+        if not plain or values.is_complex():
+            kind = "on the meta device" if values.is_meta else f"{values.layout} {values.dtype}"
+            raise InputError(f"{what} {kind}: {remedy}")
+        wide = values.dtype in (torch.uint16, torch.uint32, torch.uint64)
+        return values.detach().cpu().to(torch.int64 if wide else values.dtype)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} no array: {one_line(error)[:100]}: {remedy}") from None
+    if array.dtype.kind not in "buif":
+        raise InputError(f"{what} {array.dtype}: {remedy}")
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype(np.int64)  # PyTorch has few operators for uint16 to uint64
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(np.require(native, requirements=["C", "W"]))
+
+
+def _names(classes: Any) -> tuple[str, ...]:
+    """Return names of classes; raise `InputError` unless each is given once."""
+    try:
+        names = tuple(map(str, classes))
+    except TypeError:
+        raise InputError(f"classes is {classes!r:.50}: give the name of each class") from None
+    if len(set(names)) < len(names):
+        raise InputError(f"classes has a name twice: {', '.join(names)[:100]}")
+    return names
 
 
 def _check_square(height: int, width: int) -> None:
@@ -296,7 +344,7 @@ def _check_square(height: int, width: int) -> None:
 
 def _labels(labels: Any) -> Tensor:
     """Return labels as int64, (N,)."""
-    given = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels).cpu()
+    given = _tensor(labels, "labels are", "give one whole number for each image, (N,)")
     if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
         raise InputError(
             f"labels are {given.dtype} of shape {tuple(given.shape)}: give one whole number for "
@@ -325,7 +373,7 @@ def _dataset(
             image_size=config.image_size,
             context=config.augment == "resized-crop",
         )
-        names = tuple(map(str, classes or loaded.classes))
+        names = _names(classes or loaded.classes)
         if testing is None:
             return replace(loaded, classes=names)
         if tested is not None and tested.classes != loaded.classes:
@@ -337,7 +385,7 @@ def _dataset(
     if testing is None:
         raise InputError("test is None: give the images to measure on, in any form of train")
     training = _resized(as_split(train), config)
-    names = tuple(map(str, classes or getattr(train, "classes", None) or ()))
+    names = _names(classes or getattr(train, "classes", None) or ())
     if not names:
         most = int(max(training.labels.max(), testing.labels.max())) + 1
         names = tuple(map(str, range(max(_logits(model, training) or most, most))))

@@ -64,6 +64,7 @@ FORMS = {
     "float NCHW": (IMAGES.permute(0, 3, 1, 2) / 255, LABELS),
     "double NumPy NHWC": (IMAGES.numpy() / 255, LABELS.tolist()),
     "whole numbers": (IMAGES.long(), LABELS.to(torch.uint8)),
+    "uint16": (IMAGES.numpy().astype(">u2"), LABELS.numpy().astype(np.uint64)),
     "PIL": Pictures(),
     "float tensors": Pictures(lambda p: torch.from_numpy(np.array(p)).permute(2, 0, 1) / 255),
     "uint8 tensors": Pictures(lambda p: torch.from_numpy(np.array(p)).permute(2, 0, 1)),
@@ -181,6 +182,20 @@ def test_a_folder_or_a_name_can_be_given(tmp_path):
         ((IMAGES, LABELS - 1), "labels from -1 to 2"),
         (Pictures(lambda p: p.resize((8 + p.getpixel((0, 0))[0] % 2, 8))), "resizes and crops"),
         ([IMAGES], "no (image, label)"),
+        ((IMAGES, ["cat"] * 40), "labels are <U3: give one whole number"),
+        ((IMAGES, None), "labels are object: give one whole number"),
+        ((IMAGES, [[1], [1, 2]]), "labels are no array"),
+        ((IMAGES, LABELS.to(torch.complex64)), "labels are torch.strided torch.complex64"),
+        ((IMAGES.numpy().astype("complex128"), LABELS), "images are complex128: give uint8"),
+        ((IMAGES.numpy().astype("uint16") * 256, LABELS), "from 0 to 6.53e+04: give uint8"),
+        ((IMAGES.float().to_sparse(), LABELS), "images are torch.sparse_coo torch.float32"),
+        ((IMAGES.to("meta"), LABELS), "images are on the meta device"),
+        ((np.array([None] * 40), LABELS), "images are object"),
+        ({"x": IMAGES, "y": LABELS}, "item 0 of the data set cannot be read: KeyError: 0"),
+        ([("a.png", 0)] * 40, "image 0 is <U5: give uint8"),
+        ([(IMAGES[0], 1.7)] * 40, "label 0 is 1.7: give the number of a class"),
+        ([(IMAGES[0], "1")] * 40, "label 0 is '1': give the number"),
+        ([(IMAGES[0], torch.eye(4)[1])] * 40, "label 0 is tensor([0., 1., 0., 0.]): give"),
         ("no-such-set", "no data set or folder no-such-set"),
         (7, "images are a int"),
         (None, "images are a NoneType"),
@@ -203,13 +218,16 @@ def test_other_images_are_refused_in_one_line(images, words, tmp_path):
         ({"width": 4}, "--width is for the networks of fastiat"),
         ({"normalise": ("1", "1")}, "is for 1 channels, but the images have 3"),
         ({"classes": ("a", "b")}, "labels from 0 to 3 for 2 classes"),
+        ({"classes": 4}, "classes is 4: give the name of each class"),
+        ({"classes": "aabc"}, "classes has a name twice: a, a, b, c"),
+        ({"init": nn.Sequential(nn.Flatten())}, "--init is Sequential("),
         ({"classes": "abcde"}, "returns torch.float32 of shape (2, 4)"),
     ],
 )
 def test_wrong_settings_are_refused_as_on_the_command_line(settings, words, tmp_path):
     with pytest.raises(InputError) as raised:
         fastiat.fit(_net(), (IMAGES, LABELS), TEST, out=tmp_path / "run", **FEW | settings)
-    assert words in str(raised.value)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
 
 

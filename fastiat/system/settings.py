@@ -17,7 +17,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from fastiat.system.errors import InputError
+from fastiat.system.errors import InputError, one_line
 
 Arch = Literal["preact18", "wrn28_10", "wrn34_10", "mlp6"]
 DatasetName = Literal["cifar10", "cifar100", "svhn", "fashion-mnist", "digits", "folder"]
@@ -134,7 +134,7 @@ def check_types(config: Any) -> None:
         value = getattr(config, name)
         if not fits(value, hint):
             flag = named(config, name)
-            raise InputError(f"{flag} is {repr(value)[:50]}: {_wanted(value, hint)}")
+            raise InputError(f"{flag} is {one_line(repr(value))[:50]}: {_wanted(value, hint)}")
 
 
 def _wanted(value: Any, hint: Any) -> str:
@@ -311,7 +311,7 @@ def validated(values: Any, kind: Any, name: str = "it") -> Any:
     # `converted` is not used here, because it accepts text such as "8/255" as a number.
     value = tuple(values) if isinstance(values, list) and fits(tuple(values), kind) else values
     if not fits(value, kind):
-        raise InputError(f"{name} cannot be {repr(value)[:50]}")
+        raise InputError(f"{name} cannot be {one_line(repr(value))[:50]}")
     return value
 
 
