@@ -365,6 +365,8 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     def check(self) -> None:
         super().check()
         check_arch(self.arch)
+        if self.steps > MOST_STEPS:
+            raise InputError(f"--steps is {self.steps}: give at most {MOST_STEPS}")
         if self.activation != "relu" and (self.arch not in ARCHS or self.arch == "mlp6"):
             raise InputError(
                 f"--activation is for preact18, wrn28_10 and wrn34_10, not for --arch {self.arch}"

@@ -213,6 +213,7 @@ def test_other_images_are_refused_in_one_line(images, words, tmp_path):
     [
         ({"mix_at": ["layer3"]}, "--mix-at layer3: the network has no module of this name"),
         ({"eps": 4}, "--eps is 4"),
+        ({"steps": 10**9}, "--steps is 1000000000: give at most 999999"),
         ({"epochs": "many"}, "--epochs is 'many': give a whole number"),
         ({"mix": "cutout"}, "--mix is 'cutout'"),
         ({"width": 4}, "--width is for the networks of fastiat"),
