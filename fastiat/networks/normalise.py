@@ -12,6 +12,9 @@ IMAGENET = (0.485, 0.456, 0.406, 0.229, 0.224, 0.225)
 """Mean, then standard deviation, of ImageNet's three channels, as torchvision's weights need."""
 
 
+_EXPORTING_KNOWN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+
+
 class StandardizeImage(nn.Module):
     """Standardise every image over all of its pixels, see `fastiat.kernels.standardize`."""
 
@@ -19,9 +22,16 @@ class StandardizeImage(nn.Module):
         """Return `x`, (B, C, H, W), with mean 0 and standard deviation 1 in every image."""
         # A traced or exported program must run where fastiat's operators are not installed, so it
         # gets PyTorch's own. torch.fx traces with proxies, which are no tensors.
-        if not isinstance(x, Tensor) or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if not isinstance(x, Tensor) or _exporting() or torch.jit.is_tracing():
             return _standardize(x)
         return kernels.standardize(x)
+
+
+def _exporting() -> bool:
+    """Return whether `torch.export` runs this code."""
+    # Dynamo of torch 2.11 takes `is_exporting` for true in every program that it compiles.
+    known = _EXPORTING_KNOWN or not torch.compiler.is_dynamo_compiling()
+    return known and torch.compiler.is_exporting()
 
 
 def _standardize(x: Tensor) -> Tensor:
