@@ -19,8 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastiat import kernels
-from fastiat.attacks.checks import Loss, check_batch, check_choice, check_settings
+from fastiat.attacks.checks import (
+    Loss,
+    check_batch,
+    check_choice,
+    check_settings,
+    check_soft,
+    is_soft,
+)
 from fastiat.attacks.starts import (
+    Noise,
     Norm,
     Starts,
     per_image,
@@ -39,12 +47,22 @@ from fastiat.system.errors import InputError
 def attack_loss(logits: Tensor, y: Tensor, loss: Loss) -> Tensor:
     """Return the loss that an attack maximises: one value for each image, (B,), at least in fp32.
 
-    `logits` is (B, K), `y` (B,) int64. "ce" is the cross-entropy. "margin" is the largest logit of
-    a wrong class minus the logit of the true class (Carlini & Wagner 2017). On the CPU, labels
-    outside 0..K-1 raise `InputError`; on CUDA, they fail a device-side assertion.
+    `logits` is (B, K). "ce" is the cross-entropy of the labels `y`, (B,) int64, or of the class
+    probabilities `y`, (B, K). "margin" is the largest logit of a wrong class minus the logit of the
+    true class (Carlini & Wagner 2017). "kl" is the Kullback-Leibler divergence of the prediction
+    from the class probabilities `y` (Zhang et al. 2019, eq. 5). On the CPU, labels outside 0..K-1
+    raise `InputError`; on CUDA, they fail a device-side assertion.
     """
-    check_labels(y, logits.shape[0], logits.shape[1])
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if is_soft(y):
+        if y.shape != logits.shape:
+            raise InputError(
+                f"y has shape {tuple(y.shape)}: give a probability for each of the logits, "
+                f"{tuple(logits.shape)}"
+            )
+        log_p = F.log_softmax(logits, 1)
+        return F.kl_div(log_p, y, reduction="none").sum(1) if loss == "kl" else -(y * log_p).sum(1)
+    check_labels(y, logits.shape[0], logits.shape[1])
     if loss == "ce":
         return F.cross_entropy(logits, y, reduction="none", ignore_index=NO_LABEL)
     # Masks, not `gather`: the backward pass of `gather` is a scatter, whose deterministic version
@@ -78,6 +96,14 @@ def gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
         (grad,) = torch.autograd.grad(value(x), x)
     return grad
+
+
+def prediction(model: Model, x: Tensor) -> Tensor:
+    """Return the class probabilities of pixels `x`, (B, K), at least in fp32, without gradient."""
+    with torch.no_grad():
+        logits = model(x)
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return logits.softmax(1)
 
 
 def target_gradient(model: Model, x: Tensor, target: Tensor, loss: Loss = "ce") -> Tensor:
@@ -152,7 +178,11 @@ class PGDLoop:
             total = attack_loss(logits, y, settings["loss"]).sum()
             return -total if targeted else total
 
+        def reference(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+            return prediction(lambda x: graphs.forward(model, weights, dtype, x), x)
+
         self._loss = graphs.compile_once(loss) if compiled else loss
+        self._reference = graphs.compile_once(reference) if compiled else reference
         self._run: Callable[[], None] = self._run_steps
         if captured:
             self._run = graphs.Captured(self._run_steps, self._changed, x.device, pool)
@@ -173,7 +203,10 @@ class PGDLoop:
         # Read inside the graph, so that every replay uses the current weights.
         weights = self.weights()
         if s["random_start"]:
-            start = start_from_seed(self.x, s["eps"], s["norm"], s["clip"], self.seed)
+            size = s["eps"] if s["start_size"] is None else s["start_size"]
+            start = start_from_seed(
+                self.x, size, s["norm"], s["clip"], self.seed, noise=s["start_noise"]
+            )
         self.x_adv.copy_(start)
         # `forward` enables autocast where `dtype` asks for it. The caller's autocast is disabled
         # here, because Dynamo recompiles when the autocast state changes.
@@ -181,9 +214,10 @@ class PGDLoop:
             attack_mode(self.model, s["bn"]),
             torch.autocast(self.x.device.type, torch.bfloat16, enabled=False),
         ):
+            y = self._reference(weights, self.x) if s["loss"] == "kl" else self.y
 
             def grad(x_adv: Tensor) -> Tensor:
-                return gradient(lambda x: self._loss(weights, x, self.y), x_adv)
+                return gradient(lambda x: self._loss(weights, x, y), x_adv)
 
             # In place: a new tensor may have other strides, for which Dynamo recompiles.
             run_steps(self.x_adv, self.x, grad, s, in_place=True)
@@ -231,6 +265,8 @@ def pgd(
     bn: BatchNormMode = "eval",
     generator: torch.Generator | Starts | None = None,
     clip: tuple[float, float] = (0.0, 1.0),
+    start_noise: Noise = "uniform",
+    start_size: float | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
     """Return adversarial examples of `x` by projected gradient descent.
@@ -241,12 +277,13 @@ def pgd(
     model: returns logits (B, K) for pixels; the caller's autocast applies to it.
     x: (B, ...) floating-point pixels inside `clip`; the result has the dtype and memory format of
         `x`.
-    y: (B,) int64 true labels.
+    y: (B,) int64 true labels, or (B, K) class probabilities for the loss "ce".
     eps, alpha: radius of the ball and length of a step, in the units of `x`.
     steps: gradient steps from each start, at least 1.
-    random_start: start at a point that is uniform in the ball (then clipped) instead of at `x`.
+    random_start: start at a random point (then clipped) instead of at `x`.
     norm: "linf" or "l2"; the L2 norm is that of each image.
-    loss: the loss that is maximised, "ce" or "margin"; see `attack_loss`.
+    loss: the loss that is maximised; see `attack_loss`. For "kl", the class probabilities are the
+        predictions for `x`, as in TRADES (Zhang et al. 2019), and `y` is not used.
     restarts: number of independent starts; above 1, `random_start` must be True. Each image keeps
         its worst example: a misclassified example is worse than a correctly classified one, and
         among equals the one with the larger loss is worse.
@@ -257,6 +294,8 @@ def pgd(
     generator: source of the random starts, on the device of `x`. None uses PyTorch's global
         generator. Use `Starts` for a set of images that is attacked in batches.
     clip: lowest and highest value of a pixel.
+    start_noise, start_size: distribution of the random start: "uniform" in the ball of radius
+        `start_size`, or "normal" with this standard deviation in every value. None is `eps`.
     target: class that each image shall be classified as, (B,) int64. The attack lowers the loss of
         these classes instead of raising that of the true ones; among the examples of several
         restarts, one that is classified as its target is the worst. None: untargeted.
@@ -268,10 +307,12 @@ def pgd(
     """
     settings: dict[str, Any] = dict(
         eps=eps, alpha=alpha, steps=steps, random_start=random_start, norm=norm, loss=loss,
-        restarts=restarts, bn=bn, clip=clip,
+        restarts=restarts, bn=bn, clip=clip, start_noise=start_noise, start_size=start_size,
     )  # fmt: skip
     check_settings(settings)
     check_batch(x, y)
+    if is_soft(y):
+        check_soft(settings, target)
     if target is not None:
         check_batch(x, target)
     x = x.detach()
@@ -282,10 +323,12 @@ def pgd(
 
     labels = y if target is None else target
     ascent = input_gradient if target is None else target_gradient
+    size = eps if start_size is None else start_size
 
     def attack() -> Tensor:
-        x_adv = start_in_ball(x, eps, norm, clip, generator) if random_start else x
-        return run_steps(x_adv, x, lambda x_adv: ascent(model, x_adv, labels, loss), settings)
+        x_adv = start_in_ball(x, size, norm, clip, generator, start_noise) if random_start else x
+        goal = prediction(model, x) if loss == "kl" else labels
+        return run_steps(x_adv, x, lambda x_adv: ascent(model, x_adv, goal, loss), settings)
 
     with attack_mode(model, bn):
         return _worst(restarts, attack, model, labels, loss, targeted=target is not None)
@@ -354,6 +397,8 @@ class PGD:
                 return pgd(self.model, x, y, target=target, **self.settings)
         assert isinstance(self.model, nn.Module)
         check_batch(x, y)
+        if is_soft(y):
+            check_soft(self.settings, target)
         targeted = target is not None
         labels = y if target is None else target
         check_batch(x, labels)
@@ -362,7 +407,8 @@ class PGD:
         with torch.inference_mode(False), torch.no_grad():
             ready = self._ready(self.model, x, y, captured, targeted)
             # Compiled code cannot raise for wrong labels.
-            check_labels(labels, len(y), ready.classes)
+            if not is_soft(labels):
+                check_labels(labels, len(y), ready.classes)
             loop = ready.loop
             loop.x.copy_(x)
             loop.y.copy_(labels)
@@ -393,7 +439,7 @@ class PGD:
         dtype = torch.bfloat16 if self.precision == "bf16" else None
         if self.precision is None and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        key = (x.shape, x.stride(), x.dtype, x.device, dtype, targeted)
+        key = (x.shape, x.stride(), x.dtype, x.device, dtype, targeted, y.shape, y.dtype)
         ready = self._loops.pop(key, None)
         if ready is None or ready.structure != ready.read_structure():
             ready = None  # frees the memory of the old graph before the new graph is captured

@@ -243,10 +243,33 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     paper; "imagenet" uses the mean and standard deviation of ImageNet's channels; "none" changes
     nothing; otherwise a mean and then a standard deviation for each channel, such as six numbers
     (default: image; that of their weights for torchvision and timm; none for your own)."""
-    mix: Literal["none", "mixup", "manifold"] = "manifold"
-    """Interpolation of the clean and the adversarial batch: none, mixup, or manifold mixup."""
-    adv: Literal["none", "fgsm", "pgd"] = "pgd"
-    """Attack that makes the adversarial batch; "none" trains on the clean batch alone."""
+    mix: Literal["none", "mixup", "manifold", "cutmix"] = "manifold"
+    """Mixing of the clean and the adversarial batch: none, mixup, manifold mixup, or CutMix, which
+    pastes a box of another image (Yun et al. 2019)."""
+    adv: Literal["none", "fgsm", "pgd", "n-fgsm"] = "pgd"
+    """Attack that makes the adversarial batch; "none" trains on the clean batch alone. "n-fgsm" is
+    one step of length --eps from a random point, and the result may lie outside of the ball (de
+    Jorge et al. 2022); every epoch, PGD-10 and FGSM on 1000 training images that are held out, or a
+    tenth if that is fewer, show whether the training has overfitted to it."""
+    objective: Literal["at", "trades", "mart"] = "at"
+    """Loss of an update: "at" is Algorithm 1 of the paper, the mean of the losses of the clean and
+    the adversarial batch; "trades" is the clean loss plus --beta times the divergence of the
+    adversarial predictions, which is what the attack raises (Zhang et al. 2019); "mart" weighs the
+    divergence by the clean error (Wang et al. 2020). Their attack starts from normal noise of
+    standard deviation 0.001, and both batches are mixed by the same draw."""
+    beta: float = 6.0
+    """Weight of the divergence of --objective trades and mart."""
+    awp: float = 0.0
+    """Adversarial weight perturbation: the gradient of the adversarial loss is taken at weights
+    that one ascent step of this length, relative to the norm of each layer, has changed (Wu et al.
+    2020: 0.01, with trades 0.005); 0 turns it off."""
+    awp_warmup: int = 0
+    """Epochs before --awp begins."""
+    attack_mixed: bool = False
+    """Mix the clean images first and attack the mixed images with their mixed labels; the clean
+    batch has no loss."""
+    noise: float = 2.0
+    """Radius of the random start of --adv n-fgsm, as a multiple of --eps."""
     dataset: str = "cifar10"
     """Images to train on: cifar10, cifar100, svhn or fashion-mnist, downloaded once; digits, which
     is built in; folder, a tree of images train/CLASS/*, test/CLASS/* in --data-dir; or a file that
@@ -398,10 +421,89 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
                 raise InputError(
                     f"{flag_of(name)} is {getattr(self, name)}: give a number from 0 to 1"
                 )
+        self._check_method()
         if self.nesterov and not self.momentum:
             raise InputError("--nesterov needs a --momentum above 0; add --no-nesterov")
         if self.patience and self.holdout == 0:
             raise InputError("--patience needs --holdout N, the images to measure the error on")
+
+    def _check_method(self) -> None:
+        """Raise `InputError` for settings of the method that cannot go together."""
+        usual = {f.name: f.default for f in fields(self)}
+        joint = self.objective != "at"
+        chosen = f"--objective {self.objective}"
+
+        def refuse(wrong: bool, first: str, second: str, why: str) -> None:
+            if wrong:
+                raise InputError(f"{first} and {second} cannot go together: {why}")
+
+        changed = {name for name in usual if getattr(self, name) != usual[name]}
+        if joint:
+            refuse(self.adv == "none", chosen, "--adv none", "it compares with adversarial images")
+            refuse(
+                "clean_weight" in changed, chosen, "--clean-weight",
+                "--beta is the weight of its terms",
+            )  # fmt: skip
+            refuse(
+                self.shared_mix, chosen, "--shared-mix", "its batches are mixed by one draw always"
+            )
+        if self.objective == "trades":
+            why = "the divergence has no gradient at the image itself"
+            refuse(self.adv == "fgsm", chosen, "--adv fgsm", why)
+            refuse(not self.random_start, chosen, "--no-random-start", why)
+            refuse(self.adv == "n-fgsm" and not self.noise, chosen, "--noise 0", why)
+            refuse(
+                self.attack_loss != "ce", chosen, f"--attack-loss {self.attack_loss}",
+                "its attack raises the divergence",
+            )  # fmt: skip
+        if self.objective == "mart":
+            why = "its loss is defined for cross-entropy and labels of one class"
+            refuse(self.loss != "ce", chosen, f"--loss {self.loss}", why)
+            refuse(self.smoothing > 0, chosen, "--smoothing", why)
+        refuse(
+            "beta" in changed and not joint, "--beta", "--objective at",
+            "Algorithm 1 has no divergence; use --clean-weight",
+        )  # fmt: skip
+        if self.attack_mixed:
+            mixes = f"--mix {self.mix}"
+            refuse(self.mix == "none", "--attack-mixed", mixes, "use --mix mixup or cutmix")
+            refuse(
+                self.mix == "manifold", "--attack-mixed", mixes,
+                "an attack changes pixels; use --mix mixup or cutmix",
+            )  # fmt: skip
+            refuse(self.adv == "none", "--attack-mixed", "--adv none", "it needs an attack")
+            refuse(joint, "--attack-mixed", chosen, "its loss has no clean batch")
+            why = "its loss has no clean batch"
+            refuse("clean_weight" in changed, "--attack-mixed", "--clean-weight", why)
+            refuse(self.shared_mix, "--attack-mixed", "--shared-mix", why)
+            refuse(
+                self.mix_space != "standardised", "--attack-mixed", "--mix-space",
+                "it mixes pixels always",
+            )  # fmt: skip
+            refuse(self.mix_at is not None, "--attack-mixed", "--mix-at", "it mixes pixels always")
+            refuse(
+                self.attack_loss != "ce", "--attack-mixed", f"--attack-loss {self.attack_loss}",
+                "the margin is not defined for mixed labels",
+            )  # fmt: skip
+        refuse(
+            self.mix == "cutmix" and self.mix_at not in (None, ("input",), ("0",)),
+            "--mix cutmix", "--mix-at", "boxes are pasted into images",
+        )  # fmt: skip
+        refuse(
+            self.awp > 0 and self.adv == "none", "--awp", "--adv none",
+            "the weights are perturbed along the adversarial loss",
+        )  # fmt: skip
+        refuse(
+            self.awp_warmup > 0 and not self.awp, "--awp-warmup", "--awp 0", "nothing would begin"
+        )
+        refuse(
+            "noise" in changed and self.adv != "n-fgsm", "--noise", f"--adv {self.adv}",
+            "it is for --adv n-fgsm",
+        )  # fmt: skip
+        refuse(
+            self.adv == "n-fgsm" and not self.random_start, "--adv n-fgsm", "--no-random-start",
+            "use --noise 0 or --adv fgsm",
+        )  # fmt: skip
 
 
 def paper() -> TrainConfig:

@@ -343,7 +343,9 @@ def open_loaders(
     side = dataset.test.shape[1]
     train = limited(dataset.train, config.train_limit, config.class_limit, config.seed)
     test, held_out = dataset.test, None
-    kept_out = min(1000, len(train) // 10) if config.holdout is None else config.holdout
+    kept_out = config.holdout
+    if kept_out is None or (kept_out == 0 and config.adv == "n-fgsm"):
+        kept_out = min(1000, len(train) // 10)
     if kept_out >= len(train):
         raise InputError(
             f"--holdout {kept_out} leaves none of the {len(train)} training images: give less"

@@ -26,11 +26,12 @@ from fastiat.models import Network, Normalised, correct
 from fastiat.networks.check import choose_module, named_points
 from fastiat.system.errors import InputError
 
-Kind = Literal["none", "mixup", "manifold"]
-KINDS: tuple[Kind, ...] = ("none", "mixup", "manifold")
+Kind = Literal["none", "mixup", "manifold", "cutmix"]
+KINDS: tuple[Kind, ...] = ("none", "mixup", "manifold", "cutmix")
 # Section 4.1 of the paper (and the README of the manifold mixup code): Beta(1, 1) and Beta(2, 2).
-DEFAULT_ALPHA = {"mixup": 1.0, "manifold": 2.0}
-DEFAULT_LAYERS = {"mixup": (0,), "manifold": (0, 1, 2)}
+# Section 3.1 of Yun et al. 2019: Beta(1, 1).
+DEFAULT_ALPHA = {"mixup": 1.0, "manifold": 2.0, "cutmix": 1.0}
+DEFAULT_LAYERS = {"mixup": (0,), "manifold": (0, 1, 2), "cutmix": (0,)}
 
 # PyTorch's losses skip samples with the label `ignore_index`, by default -100. Here -100 is as
 # wrong as any other negative label, so `ignore_index` is set to a label that no data set has.
@@ -48,6 +49,30 @@ class Mix:
     """Index of the sample that each sample is mixed with: a permutation of 0..B-1, (B,) int64."""
     lam: Tensor
     """Weight of the sample itself, fp32 in [0, 1]: a scalar, or (B,) with a value per sample."""
+    box: Tensor | None = None
+    """CutMix: top, left, bottom and right of the box that is pasted from `h[perm]`, without the
+    last row and column, int64 (4,), or (B, 4) with a box per sample. `lam` is the share of the area
+    outside of the box. None: `h` is interpolated instead."""
+
+    def blend(self, h: Tensor) -> Tensor:
+        """Return `h`, (B, ...), mixed as this draw says; a box needs images, (B, C, H, W)."""
+        if self.box is None:
+            return kernels.mix(h, self.perm, self.lam)
+        return paste(h, self.perm, self.box)
+
+
+def paste(x: Tensor, perm: Tensor, box: Tensor) -> Tensor:
+    """Return images `x`, (B, C, H, W), with the box from `x[perm]` (Yun et al. 2019, eq. 1).
+
+    perm, box: see `Mix`.
+    """
+    # Comparisons, not slices: the bounds are values on the device, which a captured CUDA graph
+    # reads anew at every replay.
+    top, left, bottom, right = (bound[..., None] for bound in box.unbind(-1))
+    rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
+    in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    inside = in_rows[..., :, None] & in_columns[..., None, :]  # (H, W) or (B, H, W)
+    return torch.where(inside.unsqueeze(-3), x[perm], x)
 
 
 class MixPoints:
@@ -112,7 +137,7 @@ class MixPoints:
         mix = self.mix
         if mix is None or mix.layer != layer:
             return output
-        return kernels.mix(output, mix.perm, mix.lam)
+        return mix.blend(output)
 
     def _mix_input(self, layer: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         return (self._mix_output(layer, module, None, inputs[0]), *inputs[1:])
@@ -160,17 +185,20 @@ def draw(
     *,
     layers: tuple[int, ...] | None = None,
     per_sample: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Mix | None:
     """Draw the mixing of one update: layer uniform over `layers`, lambda ~ Beta(alpha, alpha).
 
     kind: "none" returns None and draws nothing; "mixup" mixes at layer 0 with alpha 1, "manifold"
-        at layer 0, 1 or 2 with alpha 2 (sections 3 and 4.1 of the paper).
+        at layer 0, 1 or 2 with alpha 2 (sections 3 and 4.1 of the paper); "cutmix" pastes a box
+        of another image, at layer 0 with alpha 1 (Yun et al. 2019).
     batch: number of images, B.
     alpha: parameter of the Beta distribution, positive and finite; None uses the default of `kind`.
     generator: a CPU generator; None uses PyTorch's global generator.
     device: device of the returned tensors; None is the CPU.
     layers: numbers of the mix points to draw from; None uses the default of `kind`.
     per_sample: draw a lambda for each image, (B,), instead of one lambda for the batch.
+    size: height and width of the images, which "cutmix" needs.
 
     Raises `InputError` for an unknown kind, a batch below 1, an alpha that is not positive and
     finite, or layers that are empty or negative.
@@ -192,9 +220,39 @@ def draw(
     # `torch.distributions.Beta` takes no generator, so NumPy draws lambda, with a seed from
     # `generator`.
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device="cpu"))
-    values = np.random.default_rng(seed).beta(alpha, alpha, batch if per_sample else None)
+    random = np.random.default_rng(seed)
+    values, box = random.beta(alpha, alpha, batch if per_sample else None), None
+    if kind == "cutmix":
+        if size is None:
+            raise InputError("cutmix needs the size of the images: give size=(height, width)")
+        bounds, values = draw_boxes(values, size, random)
+        box = torch.as_tensor(bounds, device="cpu").to(device, non_blocking=True)
     lam = torch.as_tensor(values, dtype=torch.float32, device="cpu")
-    return Mix(layer, perm.to(device, non_blocking=True), lam.to(device, non_blocking=True))
+    return Mix(layer, perm.to(device, non_blocking=True), lam.to(device, non_blocking=True), box)
+
+
+def draw_boxes(lam: Any, size: tuple[int, int], random: np.random.Generator) -> tuple[Any, Any]:
+    """Return the boxes of CutMix, int64 (..., 4), see `Mix.box`, and the lambdas of their areas.
+
+    A box has the share 1 - `lam`, (...), of the area of an image of `size`, and its centre is
+    uniform. The part that lies outside of the image is cut off, so the lambda of what remains is
+    larger (Yun et al. 2019, section 3.1, and their published code).
+    """
+    sides = np.asarray(size)
+    lengths = (sides * np.sqrt(1 - np.asarray(lam))[..., None]).astype(np.int64)
+    centres = random.integers(sides, size=lengths.shape)
+    first = np.clip(centres - lengths // 2, 0, sides)
+    last = np.clip(centres + lengths // 2, 0, sides)
+    areas = (last - first).prod(-1)
+    return np.concatenate([first, last], -1), 1 - areas / sides.prod()
+
+
+def soft_labels(y: Tensor, mix: Mix, classes: int) -> Tensor:
+    """Return the labels of a mixed batch as class probabilities, (B, K) fp32.
+
+    They are lam onehot(y) + (1 - lam) onehot(y[perm]), the expected labels of `mixed_loss`.
+    """
+    return kernels.mix(F.one_hot(y, classes).float(), mix.perm, mix.lam)
 
 
 def mixed_loss(

@@ -29,11 +29,12 @@ from fastiat.system.ranks import ranks
 from fastiat.system.settings import is_own_arch
 from fastiat.system.signals import SignalInterrupt, check_interrupts
 from fastiat.training import rows
+from fastiat.training.awp import WeightPerturbation
 from fastiat.training.checkpoint import Position, checked_position
 from fastiat.training.optimise import learning_rate, make_sgd, move_average
 from fastiat.training.session import Session, explaining_failures
-from fastiat.training.step import Step
-from fastiat.training.update import Update, mixed_pass
+from fastiat.training.step import Method, Step
+from fastiat.training.update import JointPass, Update, joint_pass, mixed_pass
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 """Returns adversarial examples, (B, C, H, W), for pixels (B, C, H, W) and true labels (B,)."""
@@ -51,6 +52,7 @@ def algorithm1(
     loss: Any = "ce",
     smoothing: float = 0.0,
     shared_mix: bool = False,
+    awp: WeightPerturbation | None = None,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Update:
     """Add the gradient of the loss L of Algorithm 1 to the `.grad` of `model`'s parameters.
@@ -64,6 +66,7 @@ def algorithm1(
     draw: returns a draw of Mix; called for L_c and again for L_a, or once with `shared_mix`.
     points: the mix points of `model`.
     loss, smoothing: see `fastiat.mix.mixed_loss`.
+    awp: perturbs the weights, by one ascent step of L_a, while the gradient of L_a is computed.
     precision: returns the context manager for forward passes; losses are computed outside of it.
 
     Returns the two losses and the numbers of correct images.
@@ -89,10 +92,116 @@ def algorithm1(
         with precision():
             x_adv = attack(x, y)
         mix = mix if shared_mix else draw()
-        with points.applied(mix):
-            adv_loss, adv_correct = mixed_pass(forward, x_adv, y, mix, loss, smoothing)
+
+        def adversarial_pass() -> tuple[Tensor, Tensor]:
+            return mixed_pass(forward, x_adv, y, mix, loss, smoothing)
+
+        with points.applied(mix), _perturbed(awp, model, lambda: adversarial_pass()[0]):
+            adv_loss, adv_correct = adversarial_pass()
             ((1 - clean_weight) * adv_loss).backward()
         return Update(clean_loss, adv_loss.detach(), clean_correct, adv_correct)
+
+
+def joint_update(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    draw: Callable[[], Mix | None],
+    points: MixPoints,
+    *,
+    objective: str,
+    beta: float,
+    loss: Any = "ce",
+    smoothing: float = 0.0,
+    awp: WeightPerturbation | None = None,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Update:
+    """Add the gradient of the loss of TRADES or MART to the `.grad` of `model`'s parameters.
+
+        x_adv = attack(x, y)
+        L = Loss(f, Mix, x, y) + beta mean KL(f(Mix(x)) || f(Mix(x_adv)))         "trades"
+        L = mean of lam l(y) + (1 - lam) l(y[perm]), l of f(Mix(x)), f(Mix(x_adv))  "mart"
+
+    l is the loss of MART, see `fastiat.training.update.mart_loss`. Both batches are mixed by one
+    draw of Mix, because the divergence compares the predictions for an image and for its
+    adversarial example. Without mixing, these are the losses of Zhang et al. 2019, eq. 5, and Wang
+    et al. 2020, eq. 11. The attack of TRADES maximises the divergence ("kl", see `pgd`).
+
+    awp: perturbs the weights, by one ascent step of L, while the gradient of L is computed.
+
+    The other arguments, and the result, are those of `algorithm1`.
+    """
+
+    def forward(x: Tensor) -> Tensor:
+        with precision():
+            return model(x)
+
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=False):
+        with precision():
+            x_adv = attack(x, y)
+        mix = draw()
+
+        def both() -> JointPass:
+            return joint_pass(forward, x, x_adv, y, mix, objective, beta, loss, smoothing)
+
+        with points.applied(mix), _perturbed(awp, model, lambda: both().loss):
+            found = both()
+            found.loss.backward()
+        return found.figures
+
+
+def mixed_attack_update(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    draw: Callable[[], Mix | None],
+    *,
+    classes: int,
+    loss: Any = "ce",
+    smoothing: float = 0.0,
+    awp: WeightPerturbation | None = None,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Update:
+    """Add the gradient of the loss of an attacked mixed batch to the `.grad` of the parameters.
+
+        x_mix, y_mix = Mix(x, y),  y_mix = lam onehot(y) + (1 - lam) onehot(y[perm])
+        L = Loss(f, attack(x_mix, y_mix), y_mix)
+
+    The pixels are mixed first, and the attack maximises the cross-entropy of the mixed labels. The
+    loss has no clean batch. This is the order of EasyRobust's and ARES's recipes for ImageNet;
+    Algorithm 1 mixes adversarial examples instead.
+
+    classes: number of classes, K.
+
+    The other arguments, and the result, are those of `algorithm1`.
+    """
+
+    def forward(x: Tensor) -> Tensor:
+        with precision():
+            return model(x)
+
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=False):
+        mix = draw()
+        assert mix is not None
+        with precision():
+            x_adv = attack(mix.blend(x), mixing.soft_labels(y, mix, classes))
+
+        def adversarial_pass() -> tuple[Tensor, Tensor]:
+            return mixed_pass(forward, x_adv, y, mix, loss, smoothing)
+
+        with _perturbed(awp, model, lambda: adversarial_pass()[0]):
+            adv_loss, adv_correct = adversarial_pass()
+            adv_loss.backward()
+        zero = torch.zeros_like(adv_correct)
+        return Update(zero, adv_loss.detach(), zero, adv_correct)
+
+
+def _perturbed(
+    awp: WeightPerturbation | None, model: nn.Module, loss: Callable[[], Tensor]
+) -> AbstractContextManager[None]:
+    return nullcontext() if awp is None else awp.applied(model, loss)
 
 
 class Trainer:
@@ -237,30 +346,18 @@ class Trainer:
         # copies, which a skipped update restores.
         skipping = config.on_nan == "skip"
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers() if skipping]
+        perturbs = config.awp > 0 and self.epoch >= config.awp_warmup
         if self.engine == "eager":
             self.optimizer.zero_grad()
-            update = algorithm1(
-                self.model,
-                models.to_pixels(images),
-                y,
-                self.attack,
-                partial(self._draw, self.device),
-                self.points,
-                clean_weight=config.clean_weight,
-                loss=config.loss,
-                smoothing=config.smoothing,
-                shared_mix=config.shared_mix,
-                precision=self.precision,
-            )
-            update = self._all_reduce_mean(update)
+            update = self._all_reduce_mean(self._eager_update(images, y, perturbs))
             if self._accept(update):
                 self.optimizer.step()
         else:
             # `Step` copies the draws into its buffers on the device, so draw on the CPU.
             cpu = torch.device("cpu")
             mix = self._draw(cpu)
-            other = mix if config.shared_mix or self.attack is None else self._draw(cpu)
-            update = self.fast_step(images, y, (mix, other))
+            once = config.shared_mix or self.attack is None or self.method != "at"
+            update = self.fast_step(images, y, (mix, mix if once else self._draw(cpu)), perturbs)
         self.step += 1
         if self.skipped_in_a_row:
             for buffer, before in buffers:
@@ -270,6 +367,52 @@ class Trainer:
             move_average(self.average, self.model, config.ema, self.step)
         self.totals += torch.stack(update)
         return update
+
+    @property
+    def method(self) -> Method:
+        """The form of an update: the objective, or "mixed" with --attack-mixed."""
+        return "mixed" if self.config.attack_mixed else self.config.objective
+
+    def _eager_update(self, images: Tensor, y: Tensor, perturbs: bool) -> Update:
+        """Compute the gradients of one update; `perturbs` is whether AWP perturbs the weights."""
+        config, x = self.config, models.to_pixels(images)
+        awp = WeightPerturbation(config.awp, self.ranks.all_reduce_mean_) if perturbs else None
+        draw = partial(self._draw, self.device)
+        common: dict[str, Any] = {
+            "loss": config.loss,
+            "smoothing": config.smoothing,
+            "awp": awp,
+            "precision": self.precision,
+        }
+        if self.method == "at":
+            return algorithm1(
+                self.model,
+                x,
+                y,
+                self.attack,
+                draw,
+                self.points,
+                clean_weight=config.clean_weight,
+                shared_mix=config.shared_mix,
+                **common,
+            )
+        assert self.attack is not None
+        if self.method == "mixed":
+            classes = len(self.card.classes)
+            return mixed_attack_update(
+                self.model, x, y, self.attack, draw, classes=classes, **common
+            )
+        return joint_update(
+            self.model,
+            x,
+            y,
+            self.attack,
+            draw,
+            self.points,
+            objective=config.objective,
+            beta=config.beta,
+            **common,
+        )
 
     def _seed_network(self) -> None:
         """Seed PyTorch's own generators, which layers such as dropout use, for one update.
@@ -303,6 +446,7 @@ class Trainer:
             device,
             layers=tuple(range(len(self.points.names))),
             per_sample=config.lam_per_sample,
+            size=(self.batch_shape[2], self.batch_shape[3]),
         )
 
     def _all_reduce_mean(self, update: Update) -> Update:
@@ -351,6 +495,11 @@ class Trainer:
             clean_weight=config.clean_weight,
             loss=config.loss,
             smoothing=config.smoothing,
+            method=self.method,
+            beta=config.beta,
+            gamma=config.awp,
+            classes=len(self.card.classes),
+            boxes=config.mix == "cutmix",
             per_sample=config.lam_per_sample,
             all_reduce_mean_=self.ranks.all_reduce_mean_,
             ranks=self.ranks.count,
@@ -358,14 +507,32 @@ class Trainer:
         )
 
     @cached_property
-    def validation_attack(self) -> PGD | None:
-        """The training's attack on `eval_model`, with its own generator; None with --adv none."""
+    def validation_attacks(self) -> dict[str, PGD]:
+        """The attacks on held-out images by the start of their names in a row of metrics.jsonl.
+
+        They attack `eval_model`, with a generator of their own, and raise the training's
+        `attack_loss` from a uniform start. "holdout" is the training's attack, for N-FGSM it is
+        PGD-10; "holdout_fgsm", for N-FGSM only, is FGSM.
+        """
+        config, changes = self.config, {"holdout": dict[str, Any]()}
         settings = self._attack_settings("eval", torch.Generator(self.device))
         if settings is None:
-            return None
+            return {}
+        if config.adv == "n-fgsm":
+            settings |= {"eps": config.eps, "alpha": config.eps / 4, "steps": 10}
+            fgsm = {"alpha": config.eps, "steps": 1, "random_start": False}
+            changes["holdout_fgsm"] = fgsm
+        settings |= {"start_noise": "uniform", "start_size": None}
+        if settings["loss"] == "kl":  # the predictions shall be wrong, not only different
+            settings["loss"] = "ce"
         # Without capture, compiling for the batch size of a validation takes longer than it saves.
         engine: Engine = "graph" if self.engine == "graph" else "eager"
-        return PGD(self.eval_model, engine=engine, precision=self.arithmetic, **settings)
+        return {
+            name: PGD(
+                self.eval_model, engine=engine, precision=self.arithmetic, **settings | change
+            )
+            for name, change in changes.items()
+        }
 
     def _attack_settings(
         self, bn: BatchNormMode, generator: torch.Generator
@@ -374,34 +541,51 @@ class Trainer:
         config = self.config
         if config.adv == "none":
             return None
-        fgsm = config.adv == "fgsm"  # one step of length eps from x itself
-        return attack_defaults() | {
+        settings = attack_defaults() | {
             "eps": config.eps,
-            "alpha": config.eps if fgsm else config.alpha,
-            "steps": 1 if fgsm else config.steps,
-            "random_start": config.random_start and not fgsm,
+            "alpha": config.alpha,
+            "steps": config.steps,
+            "random_start": config.random_start,
             "norm": config.norm,
             "loss": config.attack_loss,
             "bn": bn,
             "generator": generator,
         }
+        if config.adv == "fgsm":  # one step of length eps from x itself
+            settings |= {"alpha": config.eps, "steps": 1, "random_start": False}
+        elif config.adv == "n-fgsm":
+            # One step of length eps from a point in a ball of radius `noise` eps. No point that it
+            # can reach lies outside of a ball of radius (`noise` + 1) eps.
+            size = config.noise * config.eps
+            settings |= {"eps": size + config.eps, "alpha": config.eps, "steps": 1}
+            settings |= {"start_size": size or None, "random_start": size > 0}
+        elif config.objective in ("trades", "mart"):
+            settings |= {"start_noise": "normal", "start_size": 0.001}
+        if config.objective == "trades":
+            settings["loss"] = "kl"
+        return settings
 
     def validate(self, row: dict[str, Any]) -> bool:
         """Write test and held-out errors, in percent, to `row`; return whether to save the weights.
 
-        The attack on held-out images starts from the same random points after every epoch, so that
-        the errors of epochs are comparable. Weights are saved if the held-out error is lower than
-        in all epochs before; without held-out images, the weights of every epoch are saved.
+        An attack on held-out images starts from the same random points after every epoch, so that
+        the errors of epochs are comparable. With --holdout, weights are saved if the held-out error
+        is lower than in all epochs before, else the weights of every epoch are saved. Weights that
+        have overfitted to N-FGSM (`rows.overfitted`) are not saved.
         """
         row["test_error_percent"] = 100 * self._errors(self.test, None) / len(self.test.labels)
         if self.holdout is None:
             return True
-        attack = self.validation_attack
-        if attack is not None:
-            attack.settings["generator"].manual_seed(self.config.seed)
-        errors = self._errors(self.holdout, attack)
-        row["holdout_error_percent"] = 100 * errors / len(self.holdout.labels)
-        if self.best is not None and errors >= self.best["errors"]:
+        found = {}
+        attacks: dict[str, PGD | None] = {"holdout": None, **self.validation_attacks}
+        for name, attack in attacks.items():
+            if attack is not None:
+                attack.settings["generator"].manual_seed(self.config.seed)
+            found[name] = self._errors(self.holdout, attack)
+            row[f"{name}_error_percent"] = 100 * found[name] / len(self.holdout.labels)
+        errors, lowest = found["holdout"], self.config.holdout != 0
+        higher = self.best is not None and errors >= self.best["errors"]
+        if self.best is not None and (rows.overfitted(row) or (lowest and higher)):
             return False
         self.best = {"epoch": self.epoch, "errors": errors}
         return True
@@ -609,6 +793,13 @@ def _validate_epoch(trainer: Trainer, session: Session, progress: Progress) -> N
     session.log("epoch", row)
     progress.clear()
     run.log_line(rows.epoch_line(config, row))
+    if rows.overfitted(row):
+        kept = trainer.best["epoch"] if trainer.best else trainer.epoch
+        run.log_line(
+            f"warning: catastrophic overfitting: PGD-10 misleads "
+            f"{row['holdout_error_percent']:.1f} % of the held-out images and FGSM only "
+            f"{row['holdout_fgsm_error_percent']:.1f} %; the weights of epoch {kept} are kept"
+        )
     if better:
         run.save_model(trainer.eval_model.state_dict(), trainer.card)
     session.stop_or_save()

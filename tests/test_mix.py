@@ -190,7 +190,7 @@ def test_draw_refuses_layers_that_are_no_mix_points(layers):
 
 
 def test_defaults_are_the_papers():
-    assert DEFAULT_ALPHA == {"mixup": 1.0, "manifold": 2.0}
+    assert DEFAULT_ALPHA == {"mixup": 1.0, "manifold": 2.0, "cutmix": 1.0}
 
 
 @pytest.mark.parametrize("loss", ["ce", "bce"])

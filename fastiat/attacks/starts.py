@@ -9,6 +9,8 @@ from torch import Tensor
 from fastiat import kernels
 
 Norm = Literal["linf", "l2"]
+Noise = Literal["uniform", "normal"]
+"""Distribution of a random start: uniform in a ball, or normal in every value."""
 
 
 class Starts:
@@ -48,14 +50,17 @@ def start_in_ball(
     norm: Norm,
     clip: tuple[float, float],
     generator: torch.Generator | Starts | None,
+    noise: Noise = "uniform",
 ) -> Tensor:
-    """Return points uniform in the ball of radius `eps` around each image, clipped to `clip`.
+    """Return random points around each image, clipped to `clip`; see `start_from_seed`.
 
-    One seed is drawn from `generator`, which must be on the device of `x`; see `start_from_seed`.
+    One seed is drawn from `generator`, which must be on the device of `x`.
     """
     if isinstance(generator, Starts):
-        return start_from_seed(x, eps, norm, clip, generator.draw(x), generator.first)
-    return start_from_seed(x, eps, norm, clip, draw_seed(x, generator))
+        seed, first = generator.draw(x), generator.first
+    else:
+        seed, first = draw_seed(x, generator), 0
+    return start_from_seed(x, eps, norm, clip, seed, first, noise)
 
 
 def start_from_seed(
@@ -65,24 +70,30 @@ def start_from_seed(
     clip: tuple[float, float],
     seed: Tensor,
     first: int = 0,
+    noise: Noise = "uniform",
 ) -> Tensor:
     """Return the random start that `seed` determines, shaped like `x` and clipped to `clip`.
+
+    With `noise` "uniform", the points are uniform in the ball of radius `eps` around each image.
+    With "normal", noise of standard deviation `eps` is added to every value.
 
     `seed` is an int64 scalar on the device of `x`: a tensor, so that a captured CUDA graph reads a
     new seed at every replay. If `x` is a part of a larger set, `first` is the number of images
     before `x`.
     """
+    if noise == "normal":
+        return (x + (eps * gaussian_noise(x, seed, first)).to(x.dtype)).clamp_(*clip)
     values = x[:1].numel()
     if norm == "linf":
         return kernels.random_start(x, eps, seed, clip, first * values)
     # Uniform in a ball of d dimensions: a uniform direction, and a radius whose d-th power is
     # uniform in [0, eps^d].
-    noise = gaussian_noise(x, seed, first)
-    half = torch.full((len(x),), 0.5, dtype=noise.dtype, device=x.device)
+    direction = gaussian_noise(x, seed, first)
+    half = torch.full((len(x),), 0.5, dtype=direction.dtype, device=x.device)
     uniform = kernels.random_start(half, 0.5, seed + 1, (0.0, 1.0), first)
     radius = eps * uniform.pow(1 / max(values, 1))
-    length = torch.linalg.vector_norm(noise.flatten(1), dim=1).clamp_min(1e-12)
-    return (x + (noise * per_image(radius / length, x)).to(x.dtype)).clamp_(*clip)
+    length = torch.linalg.vector_norm(direction.flatten(1), dim=1).clamp_min(1e-12)
+    return (x + (direction * per_image(radius / length, x)).to(x.dtype)).clamp_(*clip)
 
 
 def gaussian_noise(x: Tensor, seed: Tensor, first: int = 0) -> Tensor:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from torch.nn import functional as F
 
 from fastiat import data
 from fastiat.attack import (
-    Loss,
     Norm,
     Starts,
     attack_mode,
@@ -134,7 +134,9 @@ class _Probe:
         """Device of the network."""
         return next(self.model.parameters()).device
 
-    def fooled(self, attacks: list[str], eps: float, loss: Loss = "ce") -> dict[str, Tensor]:
+    def fooled(
+        self, attacks: list[str], eps: float, loss: Literal["ce", "margin"] = "ce"
+    ) -> dict[str, Tensor]:
         """Return which images each attack fools, {attack: (N,) bool}, from one pass."""
         alpha = self.alpha
         if eps > self.eps:

@@ -16,7 +16,7 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     "measurement": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
     "method": (
         *("preset", "arch", "pretrained", "init", "width", "activation", "variant", "normalise"),
-        *("mix", "adv"),
+        *("mix", "adv", "objective", "beta", "awp", "awp_warmup", "attack_mixed"),
     ),
     "data": (
         *("dataset", "data_dir", "train_limit", "class_limit", "image_size", "augment", "loader"),
@@ -29,6 +29,7 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     ),
     "attack": (
         *("norm", "eps", "alpha", "steps", "restarts", "random_start", "attack_loss", "bn"),
+        "noise",
     ),
     "mixing": ("mix_alpha", "mix_at", "mix_space", "lam_per_sample", "shared_mix"),
     "machine": ("device", "engine", "precision", "deterministic"),

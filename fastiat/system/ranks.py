@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -51,7 +51,7 @@ class Ranks:
     node: int = 0
     store: dist.Store | None = None
     context: Callable[[], str] = lambda: ""
-    _flat: tuple[Tensor, list[Tensor]] | None = None
+    _flat: dict[tuple[torch.Size, ...], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
     _turns: int = 0  # numbers the keys in the store; all ranks count alike
 
     @property
@@ -76,13 +76,14 @@ class Ranks:
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replace fp32 tensors by their means over the ranks, bitwise equal on all ranks.
 
-        All tensors are on one device, and their shapes are the same in every call. Copying them to
-        one flat buffer needs one all-reduce instead of dozens.
+        All tensors are on one device. Copying them to one flat buffer, which is kept for tensors of
+        the same shapes, needs one all-reduce instead of dozens.
         """
         if self.alone:
             return
         sizes = [tensor.numel() for tensor in tensors]
-        if self._flat is None or len(self._flat[0]) != sum(sizes):
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self._flat:
             flat = torch.empty(sum(sizes), device=tensors[0].device)
             # Each part has the strides of its tensor: with equal strides `_foreach_copy_` copies
             # many tensors in one kernel, otherwise each tensor in its own.
@@ -90,8 +91,8 @@ class Ranks:
                 part.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
                 for part, tensor in zip(flat.split(sizes), tensors, strict=True)
             ]
-            self._flat = flat, parts
-        flat, parts = self._flat
+            self._flat[shapes] = flat, parts
+        flat, parts = self._flat[shapes]
         with torch.no_grad():
             torch._foreach_copy_(parts, list(tensors))
             self.all_reduce_sum_(flat).div_(self.count)

@@ -17,6 +17,14 @@ LOG_EVERY = 20
 """Number of updates from one step row to the next; to make a row, the CPU waits for the device."""
 
 
+OVERFITTING_POINTS = 20
+"""The error of PGD-10 above that of FGSM, in percentage points, that means overfitting to FGSM.
+
+In N-FGSM trainings that stay robust the two differ by a few points. After catastrophic overfitting
+(Wong et al. 2020, section 4.3) PGD misleads nearly all images within an epoch, and FGSM few.
+"""
+
+
 class Training(Protocol):
     """The attributes of `fastiat.train.Trainer` that this package uses; `Trainer` documents them.
 
@@ -78,16 +86,29 @@ def _figures(trainer: Training, figures: Tensor) -> dict[str, float]:
     }
 
 
+def overfitted(row: dict[str, Any]) -> bool:
+    """Return whether the row of an epoch with N-FGSM shows catastrophic overfitting."""
+    fgsm = row.get("holdout_fgsm_error_percent")
+    return fgsm is not None and row["holdout_error_percent"] - fgsm > OVERFITTING_POINTS
+
+
 def headline(trainer: Training) -> str:
     """Return the first line of a training: network, method, data and machine."""
     config, loader = trainer.config, trainer.loader
     attack = {
         "none": "no attack",
         "fgsm": f"FGSM, eps {config.eps:.4g}",
+        "n-fgsm": f"N-FGSM, eps {config.eps:.4g}, noise {config.noise:.4g} eps",
         "pgd": f"PGD-{config.steps}, eps {config.eps:.4g}, alpha {config.alpha:.4g}",
     }[config.adv]
     if config.norm == "l2" and config.adv != "none":
         attack = f"L2 {attack}"
+    if config.objective != "at":
+        attack = f"{config.objective.upper()} with beta {config.beta:g}, {attack}"
+    if config.attack_mixed:
+        attack = f"{attack} of the mixed batch"
+    if config.awp:
+        attack = f"{attack}, AWP {config.awp:g}"
     return (
         f"{config.arch} ({models.count_parameters(trainer.model) / 1e6:.2f} M parameters), "
         f"{_mixing(trainer)}, {attack}; {config.dataset}, {len(loader)} steps of "
@@ -114,8 +135,14 @@ def beside_progress(config: TrainConfig, row: dict[str, Any]) -> dict[str, str]:
     """
     return {
         kind: f"{row[f'{kind}_loss']:.2f} {row[f'{kind}_accuracy_percent']:.0f} %"
-        for kind in (("clean",) if config.adv == "none" else ("clean", "adv"))
+        for kind in _batches(config)
     }
+
+
+def _batches(config: TrainConfig) -> list[str]:
+    """Return which batches an update has: "clean", "adv" or both."""
+    given = {"clean": not config.attack_mixed, "adv": config.adv != "none"}
+    return [kind for kind, has in given.items() if has]
 
 
 def epoch_line(config: TrainConfig, row: dict[str, Any]) -> str:
@@ -123,10 +150,10 @@ def epoch_line(config: TrainConfig, row: dict[str, Any]) -> str:
     parts = [
         f"epoch {row['epoch']}/{config.epochs}",
         f"lr {row['learning_rate']:.3g}",
-        f"clean loss {row['clean_loss']:.3f} accuracy {row['clean_accuracy_percent']:.1f} %",
     ]
-    if config.adv != "none":
-        parts.append(f"adv loss {row['adv_loss']:.3f} accuracy {row['adv_accuracy_percent']:.1f} %")
+    for kind in _batches(config):
+        loss, accuracy = row[f"{kind}_loss"], row[f"{kind}_accuracy_percent"]
+        parts.append(f"{kind} loss {loss:.3f} accuracy {accuracy:.1f} %")
     parts.append(f"test error {row['test_error_percent']:.2f} %")
     if "holdout_error_percent" in row:
         parts.append(f"held-out error {row['holdout_error_percent']:.2f} %")

@@ -162,13 +162,25 @@ VARIANTS = {
         "decay_norm": False,
         "ema": 0.9,
     },
+    "trades, weights perturbed": {"objective": "trades", "awp": 0.05, "bn": "update"},
+    "mart, boxes": {"objective": "mart", "mix": "cutmix"},
+    "weights perturbed late": {"awp": 0.05, "awp_warmup": 1, "batch_size": 32, "bn": "batch"},
+    "mixed batch attacked": {
+        "attack_mixed": True,
+        "mix": "cutmix",
+        "lam_per_sample": True,
+        "awp": 0.05,
+        "smoothing": 0.1,
+    },
+    "n-fgsm": {"adv": "n-fgsm", "norm": "l2", "mix": "mixup", "objective": "trades", "beta": 2.0},
 }
+COMPILED = ("iat", "all else", "trades, weights perturbed", "mixed batch attacked")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("variant", "compiled"),
-    [*((variant, False) for variant in VARIANTS), ("iat", True), ("all else", True)],
+    [*((variant, False) for variant in VARIANTS), *((variant, True) for variant in COMPILED)],
 )
 def test_the_step_in_fixed_buffers_equals_the_plain_one_bit_for_bit(
     variant, precision, compiled, monkeypatch

@@ -333,8 +333,8 @@ def test_the_flat_buffer_has_the_tensors_own_memory_order(monkeypatch):
         for mean, wanted in zip(tensors, expected, strict=True):
             torch.testing.assert_close(mean, wanted, rtol=0, atol=0)
     # Else CUDA copies one tensor at a time.
-    assert job._flat is not None
-    assert [part.stride() for part in job._flat[1][:2]] == [(12, 1, 6, 3), (1, 5)]
+    ((_, parts),) = job._flat.values()
+    assert [part.stride() for part in parts[:2]] == [(12, 1, 6, 3), (1, 5)]
 
 
 def test_half_of_torchruns_environment_gets_one_line(monkeypatch, capsys, complaint):
