@@ -200,7 +200,7 @@ def test_soft_labels_attack_as_their_expected_cross_entropy():
     settings = {"eps": 0.05, "steps": 3, "random_start": False}
     hard = pgd(model, x, Y, **settings)
     torch.testing.assert_close(pgd(model, x, F.one_hot(Y, CLASSES).double(), **settings), hard)
-    with pytest.raises(InputError, match="margin.*labels"):
+    with pytest.raises(InputError, match=r"margin.*labels"):
         pgd(model, x, target, loss="margin")
     with pytest.raises(InputError, match="2 restarts"):
         pgd(model, x, target, restarts=2)
