@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_jobs import (
+    METHODS,
     TRAINING,
     Ended,
     autoattacked,
@@ -72,16 +73,26 @@ def test_the_step_in_buffers_gives_the_bits_of_the_eager_one(found):
     assert equal(eager["state"], other["state"]) and torch.equal(eager["figures"], other["figures"])
 
 
-@pytest.mark.parametrize("arch", ["mlp6", "preact18"])
-def test_two_halves_of_a_batch_give_the_gradient_and_the_figures_of_the_whole(found, arch):
-    whole = frozen_update(arch)
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_agree_to_the_bit_in_every_method_and_engine(found, method):
+    first = found[2][0][method, "eager"]
     for rank in (0, 1):
-        halves = found[2][rank][arch]
+        for engine in ("eager", "compile"):
+            result = found[2][rank][method, engine]
+            assert equal(result["state"], first["state"]) and result["row"] == first["row"]
+            assert torch.equal(result["figures"], first["figures"])
+
+
+@pytest.mark.parametrize("name", ["mlp6", "preact18", "awp"])
+def test_two_halves_of_a_batch_give_the_gradient_and_the_figures_of_the_whole(found, name):
+    whole = frozen_update("mlp6", awp=0.05) if name == "awp" else frozen_update(name)
+    for rank in (0, 1):
+        halves = found[2][rank][name]
         scale = max(float(grad.abs().max()) for grad in whole["grads"])
         for half, grad in zip(halves["grads"], whole["grads"], strict=True):
             torch.testing.assert_close(half, grad, rtol=1e-4, atol=1e-6 * scale)
         torch.testing.assert_close(halves["figures"], whole["figures"])
-    assert all(map(torch.equal, found[2][0][arch]["grads"], found[2][1][arch]["grads"]))
+    assert all(map(torch.equal, found[2][0][name]["grads"], found[2][1][name]["grads"]))
 
 
 @pytest.mark.parametrize("count", [2, 3])

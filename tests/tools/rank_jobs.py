@@ -159,6 +159,14 @@ FROZEN = replace(
     TRAINING, mix="none", random_start=False, bn="eval", ema=0.0, holdout=0, momentum=0.0,
     nesterov=False,
 )  # fmt: skip
+METHODS = {
+    "trades, awp": {"objective": "trades", "awp": 0.05},
+    "mart": {"objective": "mart", "mix": "cutmix"},
+    "awp": {"awp": 0.05},
+    "mixed": {"attack_mixed": True, "mix": "mixup", "awp": 0.05},
+    "n-fgsm": {"adv": "n-fgsm"},
+}
+"""Methods whose ranks must agree; AWP has a collective of its own within an update."""
 
 
 def trained(config: TrainConfig, updates: int) -> dict[str, Any]:
@@ -177,9 +185,9 @@ def trained(config: TrainConfig, updates: int) -> dict[str, Any]:
     }
 
 
-def frozen_update(arch: str) -> dict[str, Any]:
+def frozen_update(arch: str, **changes: Any) -> dict[str, Any]:
     """Make one update with BatchNorm in eval mode on the first batch; return its gradient."""
-    trainer = Trainer(replace(FROZEN, arch=arch), data.load("digits"))
+    trainer = Trainer(replace(FROZEN, arch=arch, **changes), data.load("digits"))
     # Not the initial running statistics, 0 and 1, with which BatchNorm would change nothing.
     generator = torch.Generator().manual_seed(1)
     for buffer in trainer.model.buffers():
@@ -254,9 +262,14 @@ def numbers(folder: str) -> int:
                 found["autoattack"] = autoattacked()
             found["eager"] = trained(TRAINING, 3)
             found["mlp6"], found["preact18"] = frozen_update("mlp6"), frozen_update("preact18")
+            found["awp"] = frozen_update("mlp6", awp=0.05)
             # The step in fixed buffers, without the minutes of compiling.
             graphs.compile_once = lambda function: function
             found["compile"] = trained(replace(TRAINING, engine="compile"), 3)
+            for name, method in METHODS.items():
+                small = replace(TRAINING, arch="mlp6", width=8, **method)
+                for engine in ("eager", "compile"):
+                    found[name, engine] = trained(replace(small, engine=engine), 3)
         tensors = [torch.full((2, 3), float(job.rank)), torch.tensor(3.0 * job.rank)]
         job.all_reduce_mean_(tensors)
         found["means"] = tensors

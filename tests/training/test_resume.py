@@ -66,6 +66,27 @@ def test_every_step_can_be_resumed_from(preset, precision, adv, mix, tmp_path):
     assert_resumable_at_every_step(config, tmp_path / "state")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"objective": "trades", "mix": "cutmix", "awp": 0.01, "awp_warmup": 1},
+        {"objective": "mart", "lam_per_sample": True},
+        {"awp": 0.01, "smoothing": 0.1},
+        {"attack_mixed": True, "mix": "cutmix", "lam_per_sample": True},
+        {"adv": "n-fgsm"},
+    ],
+)
+def test_every_step_of_a_later_method_can_be_resumed_from(
+    method, compiled, precision, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(engine, "compile_once", lambda function: function)
+    changes = {"precision": precision, "engine": "compile" if compiled else "eager"}
+    config = TrainConfig(**{**TINY, **MLP, **method, **changes})
+    assert_resumable_at_every_step(config, tmp_path / "state")
+
+
 @pytest.mark.parametrize(
     ("precision", "change"),
     [
