@@ -119,7 +119,7 @@ class AttackOfRun(OnDevice, WithOwnNetwork):
     defaults of --eps and --alpha are those of `fastiat train` for this norm."""
     alpha: float | None = None
     """PGD step size, for pixels in [0, 1] (default: that of the run; in the L2 ball, in proportion
-    to the eps of `evaluate` and `diagnose`)."""
+    to the eps of `evaluate`, `compare` and `diagnose`)."""
     dataset: str | None = None
     """Data set, by its name or as a .beton file (default: that of the run)."""
     data_dir: str | None = None
