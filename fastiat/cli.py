@@ -20,6 +20,7 @@ from typing import Any
 from fastiat import __version__
 from fastiat.config import (
     PRESETS,
+    CompareConfig,
     ConvertConfig,
     DiagnoseConfig,
     DoctorConfig,
@@ -49,6 +50,7 @@ from fastiat.system.startup import find_caches, open_standard_streams
 COMMANDS: dict[str, tuple[type[Settings], str, str]] = {
     "train": (TrainConfig, "fastiat.cli:train_and_evaluate", "train a robust classifier"),
     "evaluate": (EvaluateConfig, "fastiat.evaluate:evaluate", "measure runs under attack"),
+    "compare": (CompareConfig, "fastiat.evaluate:compare", "test which of several runs is better"),
     "sweep": (SweepConfig, "fastiat.evaluate:sweep", "measure runs over radii or PGD steps"),
     "transfer": (TransferConfig, "fastiat.evaluate:transfer", "attack runs with others' examples"),
     "norms": (NormsConfig, "fastiat.analyse:norms", "compare weight matrices of runs (Figure 1)"),
@@ -70,6 +72,7 @@ EXAMPLES = {
     "train": "fastiat train --arch preact18 --mix manifold\n"
     "fastiat train --dataset folder --data-dir my-images --preset modern",
     "evaluate": "fastiat evaluate runs/cifar10-preact18-pgd-manifold-s0 --attacks none pgd-100",
+    "compare": "fastiat compare runs/a runs/b\nfastiat compare runs/* --eps 8/255 --limit 1000",
     "sweep": "fastiat sweep runs/* --eps 0.005 0.01 0.02 8/255\nfastiat sweep runs/* --steps",
     "transfer": "fastiat transfer runs/a runs/b runs/c --eps 0.01 0.02 0.04",
     "norms": "fastiat norms runs/*-mlp6-*",
@@ -84,7 +87,7 @@ EXAMPLES = {
     "doctor": "fastiat doctor",
 }
 
-DISTRIBUTED = {"train", "evaluate", "sweep", "doctor"}
+DISTRIBUTED = {"train", "evaluate", "compare", "sweep", "doctor"}
 """The commands that torchrun can start in several processes."""
 
 

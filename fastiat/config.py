@@ -119,7 +119,7 @@ class AttackOfRun(OnDevice, WithOwnNetwork):
     defaults of --eps and --alpha are those of `fastiat train` for this norm."""
     alpha: float | None = None
     """PGD step size, for pixels in [0, 1] (default: that of the run; in the L2 ball, in proportion
-    to the eps of `evaluate` and `diagnose`)."""
+    to the eps of `evaluate`, `compare` and `diagnose`)."""
     dataset: str | None = None
     """Data set, by its name or as a .beton file (default: that of the run)."""
     data_dir: str | None = None
@@ -588,18 +588,12 @@ class MeasureConfig(WithPrecision, AttackOfRun, PGDOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(MeasureConfig):
-    """Print the error rates of trained runs under white-box attacks.
-
-    All requested numbers of PGD steps are measured in one pass.
-    """
+class WithAttacks(MeasureConfig):
+    """The settings that `evaluate` and `compare` share: the attacks, all with one radius."""
 
     attacks: tuple[str, ...] = ("none", "fgsm", "pgd-7", "pgd-20")
     """Attacks to measure: none, fgsm, pgd-K with K steps, and pgd-K-targeted, which lowers the loss
     of the wrong class that has the highest logit; any wrong prediction counts as an error."""
-    worst: bool = False
-    """Only the worst case: an image counts as an error if it is misclassified without attack or
-    under any attack or restart. Such an image is not attacked again, which is faster."""
     autoattack: bool = False
     """Add AutoAttack's four standard attacks (Croce & Hein 2020; `pip install
     fastiat[autoattack]`)."""
@@ -612,6 +606,39 @@ class EvaluateConfig(MeasureConfig):
             raise InputError("--attacks is empty: give at least one attack, such as none")
         for name in self.attacks:
             steps_of(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(WithAttacks):
+    """Print the error rates of trained runs under white-box attacks.
+
+    All requested numbers of PGD steps are measured in one pass.
+    """
+
+    worst: bool = False
+    """Only the worst case: an image counts as an error if it is misclassified without attack or
+    under any attack or restart. Such an image is not attacked again, which is faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(WithAttacks):
+    """Print one table of runs, the most robust first, and test which of their differences are real.
+
+    All runs are measured on the same images under the same attacks. A run is more robust than
+    another if McNemar's exact test on the images that only one of the two misclassifies gives a
+    p-value below 0.05. The p-values of several pairs are adjusted by Holm's method. The test covers
+    the choice of the images; a training with another seed may give another result.
+    """
+
+    attacks: tuple[str, ...] = ("none", "pgd-20")
+    """Attacks to measure, named as in `fastiat evaluate`. Runs are compared under AutoAttack with
+    --autoattack, else under the attack with the most steps."""
+
+    def check(self) -> None:
+        super().check()
+        if len(self.runs) < 2:
+            raise InputError("compare needs at least two runs: name the runs to compare")
+        check_once(self.runs)
 
 
 @dataclass(frozen=True, kw_only=True)

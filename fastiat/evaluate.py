@@ -1,12 +1,13 @@
-"""Measuring trained runs under white-box attacks: errors, sweeps of the attack, and transfer.
+"""Measuring trained runs under white-box attacks: errors, comparisons, sweeps, and transfer.
 
-The commands evaluate, sweep and transfer load runs and images with `open_jobs`, and write results
-with `Job.record`.
+The commands evaluate, compare, sweep and transfer load runs and images with `open_jobs`, and write
+results with `Job.record`.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,15 +17,25 @@ from torch import Tensor
 
 from fastiat.attack import Starts, attack_mode, pgd
 from fastiat.attacks.starts import Norm
-from fastiat.config import EvaluateConfig, MeasureConfig, SweepConfig, TransferConfig
+from fastiat.config import (
+    CompareConfig,
+    EvaluateConfig,
+    MeasureConfig,
+    SweepConfig,
+    TransferConfig,
+    WithAttacks,
+)
 from fastiat.engine.device import autocast, own_defaults, pick_device, pick_precision
 from fastiat.measuring.autoattack import ATTACKS, autoattack
 from fastiat.measuring.jobs import Job, class_names, open_jobs
+from fastiat.measuring.mcnemar import Pair, pairs
 from fastiat.measuring.one_pass import batches, fooled, title, within_memory
 from fastiat.models import correct
+from fastiat.runs.directory import Run
 from fastiat.runs.results import Rate
-from fastiat.system.errors import InputError
+from fastiat.system.errors import InputError, printable_lines
 from fastiat.system.progress import Progress
+from fastiat.system.settings import LARGEST, steps_of
 
 UNITS = "error in %, ± 95 % interval"
 HOLDOUT = "holdout_error_percent"
@@ -69,11 +80,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Rate]]:
 
 def _evaluate(job: Job, config: EvaluateConfig) -> dict[str, Rate]:
     """Measure one run, print its table and return {"split/attack": rate}."""
-    eps, rates = job.eps, {}
+    rates = {}
     for split in job.splits:
         with within_memory("evaluate", [job.name], job.batch_size):
-            rates[split] = _evaluate_split(job, split, eps, config)
-    settings = f"{job.norm} eps {eps:.4g}, alpha {job.alpha:.4g}{_unusual(config)}"
+            rates[split] = _evaluate_split(job, split, config)
+    settings = f"{job.norm} eps {job.eps:.4g}, alpha {job.alpha:.4g}{_unusual(config)}"
     columns = [*map(title, next(iter(rates.values()))), "images"]
     rows = {
         split: [*map(str, found.values()), str(len(job.splits[split]))]
@@ -83,31 +94,147 @@ def _evaluate(job: Job, config: EvaluateConfig) -> dict[str, Rate]:
     return {f"{split}/{attack}": rate for split in rates for attack, rate in rates[split].items()}
 
 
-def _evaluate_split(job: Job, split: str, eps: float, config: EvaluateConfig) -> dict[str, Rate]:
+def _evaluate_split(job: Job, split: str, config: EvaluateConfig) -> dict[str, Rate]:
     """Measure one split, record the result of each attack, and return {attack: rate}."""
-    images = job.splits[split]
-    record = partial(job.record, split=split, eps=eps, started=time.monotonic())
+    if not config.worst:
+        return {name: Rate.of(wrong) for name, wrong in _measure(job, split, config).items()}
+    images, eps = job.splits[split], job.eps
+    record = partial(job.record, "evaluation", split, eps=eps, started=time.monotonic())
     found = fooled(
-        job.model, images, config.attacks, eps=eps, alpha=job.alpha, config=job.config,
-        worst=config.worst,
-    )  # fmt: skip
-    if config.worst:
-        rates = {"none": record("evaluation", attack="none", wrong=found["none"])}
-        wrong, attacks = torch.stack(list(found.values())).any(0), tuple(found)
-        if config.autoattack:
-            # AutoAttack skips the images that are misclassified already.
-            wrong = autoattack(job.model, images, eps=eps, config=job.config, skip=wrong).fooled
-            attacks += ("autoattack",)
-        rates["worst"] = record("evaluation", attack="worst", wrong=wrong, attacks=attacks)
-        return rates
-    rates = {name: record("evaluation", attack=name, wrong=wrong) for name, wrong in found.items()}
+        job.model, images, config.attacks, eps=eps, alpha=job.alpha, config=job.config, worst=True
+    )
+    rates = {"none": record("none", found["none"])}
+    wrong, attacks = torch.stack(list(found.values())).any(0), tuple(found)
+    if config.autoattack:
+        # AutoAttack skips the images that are misclassified already.
+        wrong = autoattack(job.model, images, eps=eps, config=job.config, skip=wrong).fooled
+        attacks += ("autoattack",)
+    rates["worst"] = record("worst", wrong, attacks=attacks)
+    return rates
+
+
+def _measure(job: Job, split: str, config: WithAttacks) -> dict[str, Tensor]:
+    """Measure one split under each attack, and record the results.
+
+    Returns {attack: which images are misclassified, (N,) bool}, with "autoattack" if it is set.
+    """
+    images, eps = job.splits[split], job.eps
+    record = partial(job.record, split=split, eps=eps, started=time.monotonic())
+    found = fooled(job.model, images, config.attacks, eps=eps, alpha=job.alpha, config=job.config)
+    for name, wrong in found.items():
+        record("evaluation", attack=name, wrong=wrong)
     if config.autoattack:
         outcome = autoattack(job.model, images, eps=eps, config=job.config)
-        rates["autoattack"] = record(
+        record(
             "autoattack", attack="autoattack", wrong=outcome.fooled, precision="fp32",
             attacks=ATTACKS, errors_after=outcome.errors_after, warnings=outcome.warnings,
         )  # fmt: skip
-    return rates
+        found["autoattack"] = outcome.fooled
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs on the same images under the same attacks."""
+
+    rates: dict[str, dict[str, Rate]]
+    """{run: {attack: error rate}}, the most robust run first."""
+    seconds: dict[str, float | None]
+    """{run: seconds of its training}; None where they are not known."""
+    attack: str
+    """The attack of `pairs`."""
+    pairs: list[Pair]
+    """Every two of the runs."""
+
+
+@own_defaults()
+def compare(config: CompareConfig) -> dict[str, Comparison]:
+    """Measure all runs of `config` on the same images; print a table and a sentence for each pair.
+
+    Returns {split: comparison}. Results are recorded like those of `evaluate`. If AutoAttack is not
+    measured, errors under it that all settings fit are taken from the runs' results. Raises
+    `InputError` for runs that are missing, have different images or classes, or would be attacked
+    with different settings.
+    """
+    config.check()
+    jobs = open_jobs(config)
+    for job in jobs:
+        _check_same_images(jobs[0], job, "compare")
+    _one_norm(jobs)
+    _check_same_attack(jobs, config)
+    seconds = {job.name: _training_seconds(job.run) for job in jobs}
+    names = _short_names(list(seconds))
+    attack = "autoattack" if config.autoattack else max(config.attacks, key=steps_of)
+    found = {}
+    for split in dict.fromkeys(config.splits):
+        rates: dict[str, dict[str, Rate]] = {}
+        wrong = {}
+        for job in jobs:
+            with within_memory("compare", seconds, job.batch_size):
+                measured = _measure(job, split, config)
+            wrong[job.name] = measured[attack]
+            rates[job.name] = {name: Rate.of(which) for name, which in measured.items()}
+            recorded = None if config.autoattack else job.recorded_autoattack(split)
+            if recorded:
+                rates[job.name]["autoattack"] = recorded
+        known = all("autoattack" in of for of in rates.values())
+        key = "autoattack" if known else attack
+        ranked = dict(sorted(rates.items(), key=lambda item: item[1][key].errors))
+        found[split] = Comparison(ranked, seconds, attack, pairs(wrong))
+        text = _comparison_text(
+            found[split], names, f"{split}, {_settings(jobs[0], split, config)}"
+        )
+        print(printable_lines(text), flush=True)
+    return found
+
+
+def _settings(job: Job, split: str, config: CompareConfig) -> str:
+    """Return the images and the attack of a comparison as text for the heading of its table."""
+    alpha = f", alpha {job.alpha:.4g}" if _has_steps(config) else ""
+    images = f"{len(job.splits[split])} images"
+    return f"{images}, {job.norm} eps {job.eps:.4g}{alpha}{_unusual(config)}"
+
+
+def _comparison_text(found: Comparison, names: dict[str, str], heading: str) -> str:
+    """Return a comparison as text: a table, and a sentence for each pair of runs."""
+    attacks = list(dict.fromkeys(name for rates in found.rates.values() for name in rates))
+    rows = {}
+    for run, rates in found.rates.items():
+        seconds = found.seconds[run]
+        cells = [str(rates.get(attack, "")) for attack in attacks]
+        rows[names[run]] = [*cells, "" if seconds is None else f"{seconds:.1f}"]
+    columns = [*map(title, attacks), "training (s)"]
+    lines = [table(f"{heading}: {UNITS}", columns, rows)]
+    if len(found.pairs) > 1:
+        lines.append(f"p-values of {len(found.pairs)} pairs, adjusted by Holm's method:")
+    return "\n".join([*lines, *(pair.sentence(found.attack, names) for pair in found.pairs)])
+
+
+def _training_seconds(run: Run | None) -> float | None:
+    """Return the seconds of a run's epochs with their validation; None if they are not known."""
+    rows = run.rows() if run else ()
+    found = [row.get("seconds") for row in rows if row.get("kind") == "epoch"]
+    seconds = [one for one in found if isinstance(one, int | float) and 0 <= one <= LARGEST]
+    return sum(seconds) if seconds else None
+
+
+def _has_steps(config: CompareConfig) -> bool:
+    """Whether one of the attacks takes several steps, whose size then changes the result."""
+    return any(steps_of(attack) > 1 for attack in config.attacks)
+
+
+def _check_same_attack(jobs: list[Job], config: CompareConfig) -> None:
+    """Raise `InputError` unless the attacks on all runs have the same eps and alpha."""
+    first = jobs[0]
+    for job in jobs:
+        for flag in ("eps", "alpha") if _has_steps(config) else ("eps",):
+            mine, others = getattr(first, flag), getattr(job, flag)
+            # Defaults that are in proportion to --eps are rounded differently.
+            if not math.isclose(mine, others):
+                raise InputError(
+                    f"{job.name} would be attacked with {flag} {others:.6g}, but {first.name} with "
+                    f"{flag} {mine:.6g}: give one value for all runs with --{flag}"
+                )
 
 
 @own_defaults()
@@ -187,7 +314,7 @@ def transfer(config: TransferConfig) -> dict[tuple[str, float], Matrix]:
     jobs = open_jobs(config)
     for job in jobs:
         _check_finished(job)
-        _check_same_images(jobs[0], job)
+        _check_same_images(jobs[0], job, "transfer")
     norm = _one_norm(jobs)
     config = replace(config, norm=norm)
     radii = config.eps or ((0.01, 0.02, 0.04) if norm == "linf" else (0.25, 0.5, 1.0))
@@ -270,17 +397,25 @@ def _check_finished(job: Job) -> None:
         )
 
 
-def _check_same_images(first: Job, other: Job) -> None:
-    """Raise `InputError` unless two runs have the same data set, classes and images."""
+def _check_same_images(first: Job, other: Job, command: str) -> None:
+    """Raise `InputError` unless two runs have the same data set, classes and images.
+
+    `command` is the command that needs this, for the message.
+    """
     if other.dataset.name != first.dataset.name:
         raise InputError(
             f"{other.name} is a run on {other.dataset.name}, but {first.name} is a run on "
-            f"{first.dataset.name}: transfer needs runs on one data set"
+            f"{first.dataset.name}: {command} needs runs on one data set"
         )
     if other.card.classes != first.card.classes:
         raise InputError(
             f"{other.name} was trained on {class_names(other.card.classes)}, but {first.name} on "
-            f"{class_names(first.card.classes)}: transfer needs runs with the same classes"
+            f"{class_names(first.card.classes)}: {command} needs runs with the same classes"
+        )
+    if other.card.image_size != first.card.image_size:
+        raise InputError(
+            f"{other.name} takes images of side {other.card.image_size}, but {first.name} images "
+            f"of side {first.card.image_size}: {command} needs runs on images of one size"
         )
     if other.data != first.data:
         raise InputError(
@@ -289,15 +424,20 @@ def _check_same_images(first: Job, other: Job) -> None:
         )
 
 
+def _short_names(names: Sequence[str]) -> dict[str, str]:
+    """Map each path of a run to its last part, or to itself if last parts are the same."""
+    short = [Path(name).resolve().name for name in names]
+    return dict(zip(names, short if len(set(short)) == len(short) else names, strict=True))
+
+
 def _transfer_table(matrix: Matrix, config: TransferConfig, split: str, eps: float) -> str:
     """Return a matrix as text, under short names of the runs if these differ."""
-    short = [Path(name).resolve().name for name in matrix]
-    names = short if len(set(short)) == len(short) else list(matrix)
-    found = [list(row.values()) for row in matrix.values()]
-    rows = {name: list(map(str, row)) for name, row in zip(names, found, strict=True)}
+    names = _short_names(list(matrix))
+    rows = {names[target]: list(map(str, row.values())) for target, row in matrix.items()}
+    n = next(iter(next(iter(matrix.values())).values())).n
     attack = f"{config.norm} eps {eps:.4g}, PGD-{config.steps}{_own_alpha(config)}"
     heading = (
-        f"{split}, {found[0][0].n} images, {attack}{_unusual(config)}: {UNITS}\n"
+        f"{split}, {n} images, {attack}{_unusual(config)}: {UNITS}\n"
         "target down, source of the examples across"
     )
-    return table(heading, names, rows)
+    return table(heading, list(names.values()), rows)

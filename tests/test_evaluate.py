@@ -157,7 +157,10 @@ def test_the_interval_is_wilsons(errors, n):
 
 @pytest.mark.parametrize(
     "command",
-    ["evaluate RUN", "sweep RUN --steps 1", "transfer RUN OTHER --eps 0.1", "diagnose RUN"],
+    [
+        *("evaluate RUN", "compare RUN OTHER", "sweep RUN --steps 1"),
+        *("transfer RUN OTHER --eps 0.1", "diagnose RUN"),
+    ],
 )
 def test_memory_that_runs_out_while_measuring_names_the_batch_size_to_give(
     run, tmp_path, complaint, monkeypatch, command

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from trainings import perturbed
 
 import fastiat
 from fastiat import cli, data
 from fastiat.attack import pgd
 from fastiat.config import SweepConfig, TransferConfig
 from fastiat.evaluate import sweep, transfer
-from fastiat.runs.directory import CONFIG, METRICS, MODEL, Run, load_with_card
+from fastiat.runs.directory import CONFIG, METRICS, MODEL, Run
 from fastiat.runs.results import Rate, read_results
 
 CPU = ("--device", "cpu", "--precision", "fp32")
@@ -29,15 +30,7 @@ def run(good, tmp_path) -> Path:
 @pytest.fixture
 def other(run) -> Path:
     """A run of the same kind with other weights."""
-    other = Path(shutil.copytree(run, run.parent / "other"))
-    model, card = load_with_card(other)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
-    Run.open(other).save_model(model.state_dict(), card)
-    return other
+    return perturbed(run, run.parent / "other")
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,22 @@ from torch import Tensor, nn
 
 from fastiat import data
 from fastiat.attacks.starts import Norm
-from fastiat.config import EvaluateConfig, MeasureConfig, TrainConfig
+from fastiat.config import MeasureConfig, TrainConfig, WithAttacks
 from fastiat.engine.device import pick_device, pick_precision
 from fastiat.engine.graphs import prepare
 from fastiat.images.downloads import DOWNLOADS
 from fastiat.measuring.autoattack import check_classes, library_version
 from fastiat.measuring.one_pass import default_batch
 from fastiat.runs.directory import MODEL, ModelCard, Run, load_with_card
-from fastiat.runs.results import Rate, add_results, figures, fingerprint, provenance, read_results
+from fastiat.runs.results import (
+    Rate,
+    add_results,
+    figures,
+    fingerprint,
+    measures,
+    provenance,
+    read_results,
+)
 from fastiat.system.errors import InputError, printable_lines
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import check_runs, steps_of
@@ -45,7 +53,7 @@ class Job:
     """Fingerprint of the data set."""
     config: MeasureConfig
     """The settings of the measurement, with `batch_size`, `norm`, `alpha` and the eps of `evaluate`
-    filled in from the run."""
+    and `compare` filled in from the run."""
     batch_size: int
     """Images attacked at a time: the configuration's batch size, else `default_batch`."""
     alpha: float
@@ -68,6 +76,26 @@ class Job:
         """Whether this process writes results: the first rank does, if the run is writable."""
         return ranks().first and self.run is not None and os.access(self.run.path, os.W_OK)
 
+    def is_sample(self, split: str) -> bool:
+        """Whether --limit leaves out images of a split."""
+        return len(self.splits[split]) < len(getattr(self.dataset, split))
+
+    def recorded_autoattack(self, split: str) -> Rate | None:
+        """Return AutoAttack's error on these images in this ball that the run has, the newest."""
+        wanted = {
+            "attack": "autoattack",
+            "data": self.data,
+            "split": split,
+            "n": len(self.splits[split]),
+            "norm": self.norm,
+            "eps": self.eps,
+        }
+        if self.is_sample(split):
+            wanted["seed"] = self.config.seed
+        entries = read_results(self.run.path) if self.run else []
+        found = [entry for entry in entries if measures(entry, wanted)]
+        return Rate(found[-1]["errors"], found[-1]["n"]) if found else None
+
     def record(
         self,
         kind: str,
@@ -88,12 +116,11 @@ class Job:
         more: further fields of the entry, or other values of its fields; see
             `fastiat.runs.results`.
         """
-        rate = Rate(int(wrong.sum()), len(wrong))
+        rate = Rate.of(wrong)
         if not self.writable:
             return rate
         assert self.run is not None
         config, device = self.config, pick_device(self.config.device)
-        drawn = len(self.splits[split]) < len(getattr(self.dataset, split))
         started_at_random = config.random_start and attack not in ("none", "fgsm")
         library = (
             {"autoattack": library_version()}
@@ -114,7 +141,9 @@ class Job:
             "restarts": config.restarts,
             "random_start": config.random_start,
             "precision": pick_precision(config.precision, device),
-            "seed": config.seed if drawn or started_at_random or attack == "autoattack" else None,
+            "seed": config.seed
+            if self.is_sample(split) or started_at_random or attack == "autoattack"
+            else None,
             "batch_size": self.batch_size,
             "model": self.fingerprint,
             **figures(rate),
@@ -148,7 +177,7 @@ def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
     device = pick_device(config.device)
     # Also here, because TF32 would change the figures that the training measured without it.
     prepare(device, deterministic=False)
-    with_autoattack = isinstance(config, EvaluateConfig) and config.autoattack
+    with_autoattack = isinstance(config, WithAttacks) and config.autoattack
     if with_autoattack:
         library_version()
     opened = {name: _open(name, device, config.arch) for name in dict.fromkeys(config.runs)}
@@ -183,7 +212,7 @@ def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
                 config=replace(filled, batch_size=size),
                 batch_size=size,
                 alpha=filled.alpha,
-                eps=filled.eps if isinstance(config, EvaluateConfig) else config.usual(own).eps,
+                eps=filled.eps if isinstance(config, WithAttacks) else config.usual(own).eps,
             )
         )
     return jobs

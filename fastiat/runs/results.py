@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fastiat import __version__
 from fastiat.runs.directory import MODEL
@@ -183,6 +184,11 @@ class Rate:
 
     errors: int
     n: int
+
+    @classmethod
+    def of(cls, wrong: Tensor) -> "Rate":
+        """Return the rate of (N,) bool, which images are misclassified."""
+        return cls(int(wrong.sum()), len(wrong))
 
     @property
     def percent(self) -> float:

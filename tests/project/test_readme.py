@@ -66,7 +66,7 @@ def test_every_command_line_parses():
     commands = [line.removeprefix("$ ").split("#")[0].split() for line in lines]
     commands = [words[1:] for words in commands if words and words[0] == "fastiat"]
     assert {words[0] for words in commands} == {
-        *("train", "evaluate", "sweep", "transfer", "diagnose", "norms"),
+        *("train", "evaluate", "compare", "sweep", "transfer", "diagnose", "norms"),
         *("reproduce", "report", "convert", "export", "robustbench"),
     }
     for words in commands:

@@ -320,6 +320,16 @@ def test_two_ranks_measure_a_run_as_one_process_does(run, whole, tmp_path):
     assert rows[0] == rows[1] and rows[0][0][2] == 360
 
 
+def test_two_ranks_compare_runs_as_one_process_does(run, whole, tmp_path, capsys):
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    argv = ("compare", str(run), str(other), "--attacks", "none", "pgd-2", "--batch-size", "64")
+    assert cli.main(argv) == 0
+    alone = capsys.readouterr().out
+    ended = together(2, tmp_path / "log", command, *argv)
+    assert ended.statuses == [0, 0] and ended.complaints == []
+    assert ended.out == [alone, ""]
+
+
 def test_the_batch_of_each_rank_is_part_of_the_one_that_a_single_process_sees(monkeypatch):
     config = TrainConfig(dataset="digits", arch="mlp6", width=4, batch_size=6, device="cpu")
     monkeypatch.setattr(ranks.Ranks, "all_reduce_max", lambda self, *values: values)

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torture import equal
 
-from fastiat.runs.directory import METRICS, MODEL, STATE
+from fastiat.runs.directory import METRICS, MODEL, STATE, Run, load_with_card
 from fastiat.runs.weights import read_state
 from fastiat.train import Trainer
 
@@ -27,6 +29,19 @@ def assert_same(one: Path, other: Path) -> None:
     assert [name for name in a if not equal(a[name], b[name])] == []
     assert equal(load_file(one / MODEL), load_file(other / MODEL))
     assert rows_of(one) == rows_of(other)
+
+
+def perturbed(run: Path, other: Path, noise: float = 0.3) -> Path:
+    """Copy a run to `other` and add noise to its weights, relative to their standard deviation."""
+    shutil.copytree(run, other)
+    model, card = load_with_card(other)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
+    Run.open(other).save_model(model.state_dict(), card)
+    return other
 
 
 def signal_in(monkeypatch, method: str, number: int, at_step: int) -> None:
