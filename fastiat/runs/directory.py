@@ -49,12 +49,12 @@ MOVABLE = {"init", "out", "data_dir", "loader", "resume", "checkpoint_every", "o
 
 
 def default_out(config: TrainConfig) -> Path:
-    """Return the directory of a run without --out: runs/DATASET-ARCH-ADV-MIX-sSEED."""
+    """Return the directory of a run without --out: runs/DATASET-ARCH-METHOD-MIX-sSEED."""
     images = Path(config.dataset).stem
     # "nets/mine.py:make_net" becomes "mine-make_net", "torchvision:resnet50" "resnet50".
     module, _, name = config.arch.rpartition(":")
     arch = f"{Path(module).stem}-{name}" if is_own_arch(config.arch) else name
-    return Path("runs") / f"{images}-{arch}-{config.adv}-{config.mix}-s{config.seed}"
+    return Path("runs") / f"{images}-{arch}-{config.method}-{config.mix}-s{config.seed}"
 
 
 class Run:
