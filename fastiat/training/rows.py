@@ -88,9 +88,12 @@ def headline(trainer: Training) -> str:
     }[config.adv]
     if config.norm == "l2" and config.adv != "none":
         attack = f"L2 {attack}"
+    further = ""
+    if loader.extra is not None:
+        further = f" with {len(loader.extra.labels)} further images, {loader.extra.share} a batch"
     return (
         f"{config.arch} ({models.count_parameters(trainer.model) / 1e6:.2f} M parameters), "
-        f"{_mixing(trainer)}, {attack}; {config.dataset}, {len(loader)} steps of "
+        f"{_mixing(trainer)}, {attack}; {config.dataset}{further}, {len(loader)} steps of "
         f"{config.batch_size} an epoch; {trainer.device}, {trainer.engine}, {trainer.arithmetic}"
     )
 
