@@ -121,15 +121,17 @@ def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]:
         ) from None
     images, labels = arrays["image"], arrays["label"]
     if images.dtype != np.uint8 or images.ndim != 4:
-        raise InputError(f"image is {images.dtype} of shape {images.shape}: {LAYOUT}")
+        raise InputError(f"image is {_named(images)}: {LAYOUT}")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise InputError(
-            f"label is {printable(labels.dtype)[:50]} of shape {labels.shape}, for "
-            f"{len(images)} images: {LAYOUT}"
-        )
+        raise InputError(f"label is {_named(labels)}, for {len(images)} images: {LAYOUT}")
     if not images.size:
         raise InputError(f"it is empty, its image has shape {images.shape}: {LAYOUT}")
     return images, labels
+
+
+def _named(array: NDArray[Any]) -> str:
+    """Return the type and shape of an array, as text."""
+    return f"{printable(array.dtype)[:50]} of shape {array.shape}"
 
 
 def _starts_as_zip(file: Path) -> bool:
