@@ -36,7 +36,7 @@ T = TypeVar("T")
 Preset = Literal["paper", "authors", "modern", "strong"]
 POSITIVE = {
     *("epochs", "batch_size", "steps", "width", "mix_alpha", "restarts", "quality", "max_side"),
-    *("limit", "eval_limit", "train_limit", "class_limit", "image_size"),
+    *("limit", "eval_limit", "train_limit", "class_limit", "image_size", "extra_fraction"),
 }
 """Settings that must be greater than 0; all other numeric settings may be 0."""
 
@@ -298,6 +298,12 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     flip: bool | None = None
     """Flip images horizontally at random (default: as in the paper for the data set: yes for
     CIFAR-10 and folders, no for the others)."""
+    extra: str | None = None
+    """Further training images, such as generated ones: a .npz file with image, (N, H, W, C) uint8,
+    and label, (N,) whole numbers (Gowal et al. 2021, Wang et al. 2023). Every batch takes a fixed
+    share of them, each equally often; an epoch still uses every image of the data set once."""
+    extra_fraction: float = 0.7
+    """Share of the images of a batch that come from --extra, above 0 and below 1."""
 
     epochs: int = 200
     """Passes over the training set."""
@@ -424,7 +430,9 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
             )
         if self.augment == "none" and self.flip:
             raise InputError("--augment none and --flip contradict each other: leave one out")
-        for name in ("ema", "momentum"):
+        if self.extra is None and self.extra_fraction != TrainConfig.extra_fraction:
+            raise InputError("--extra-fraction needs --extra FILE, the images to take")
+        for name in ("ema", "momentum", "extra_fraction"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{flag_of(name)} is {getattr(self, name)}: give less than 1")
         for name in ("clean_weight", "smoothing"):

@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -21,11 +21,13 @@ from fastiat.images.dataset import (
     StoredSplit,
     centred,
     draw,
+    fingerprint_of,
     holdout,
     limited,
     resized,
     stored,
 )
+from fastiat.images.extra import ExtraImages, load_extra
 from fastiat.images.ffcv import installed, obstacle
 from fastiat.images.ffcv_batches import FFCVBatches
 from fastiat.images.load import check_folder, default_dir, fits, load
@@ -128,6 +130,18 @@ class ResidentBatches:
         return ((self.images, index) for index in batches.to(self.images.device))
 
 
+class Part(NamedTuple):
+    """The part of every batch of a pass that comes from one set of images."""
+
+    source: FFCVBatches | ResidentBatches | ExtraImages
+    labels: Tensor
+    """The labels of the set, (N,) int64, on the device."""
+    batches: Tensor
+    """Positions in the set, (batches, B) int64, on the CPU."""
+    places: slice
+    """The places of these images in the batch of all ranks."""
+
+
 class Loader:
     """Passes over labelled uint8 images, from memory of the device or, with FFCV, from a .beton.
 
@@ -151,11 +165,16 @@ class Loader:
     With a `crop` in pixels, a training image is a part of 25 to 100 % of the area of the image in
     the split, resized to that side (`fastiat.images.resized_crop`), instead of a shifted image.
 
+    With `extra`, a training batch is `batch_size - extra.share` images of the split, of which a
+    pass uses each once, followed by `extra.share` further images; both are augmented alike. A
+    rank's part is its slice of both. For every `kind`, the further images are in the memory of the
+    device.
+
     `kind` says where the images are: "resident" copies the split to the device (154 MB for
     CIFAR-10); "ffcv" reads a `StoredSplit` from its .beton during the training.
 
-    Raises `InputError` for a `batch_size` below 1, a negative `pad`, fewer training images than
-    `batch_size`, and a training `batch_size` that is not a multiple of the number of ranks.
+    Raises `InputError` for a `batch_size` below 1, a negative `pad`, fewer training images than a
+    batch takes, and parts of a training batch that are not multiples of the number of ranks.
     """
 
     def __init__(
@@ -172,17 +191,20 @@ class Loader:
         order: torch.Generator | None = None,
         augment: torch.Generator | None = None,
         shard: Shard = WHOLE,
+        extra: ExtraImages | None = None,
     ) -> None:
         if batch_size < 1 or pad < 0:
             raise InputError(
                 f"batch size {batch_size} with padding {pad}: give at least 1 and at least 0"
             )
-        if train and batch_size > len(split):
+        self.share = batch_size - (extra.share if extra else 0)
+        """Images of the split in a training batch."""
+        if train and self.share > len(split):
             raise InputError(
                 f"a batch of {batch_size} is larger than the {len(split)} training images: "
                 f"give a batch size of {len(split)} or less"
             )
-        if train and batch_size % shard.ranks:
+        if train and (batch_size % shard.ranks or self.share % shard.ranks):
             raise InputError(
                 f"a batch of {batch_size} images cannot be shared equally by {shard.ranks} "
                 f"processes: give a multiple of {shard.ranks}"
@@ -191,22 +213,26 @@ class Loader:
         self.device = self.labels.device
         self.batch_size, self.train, self.pad, self.flip = batch_size, train, pad, flip
         self.crop, self.order, self.augment, self.shard = crop, order, augment, shard
+        self.extra, self.passes = extra, 0
         self.kind = kind
         source = FFCVBatches if kind == "ffcv" else ResidentBatches
         self.source: FFCVBatches | ResidentBatches = source(split, self.device)
 
     def __len__(self) -> int:
         """Number of batches that a pass yields on this rank."""
-        full, rest = divmod(len(self.labels), self.batch_size)
         if self.train:
-            return full
+            return len(self.labels) // self.share
+        full, rest = divmod(len(self.labels), self.batch_size)
         return len(range(self.shard.rank, full + (rest > 0), self.shard.ranks))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.epoch()
 
-    def epoch(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, skip: int = 0, number: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Return one pass without its first `skip` batches.
+
+        number: passes before this one, which decide which images of `extra` it takes; None counts
+            the passes that this loader has begun.
 
         This call draws from `order`; each batch draws from `augment` when it is made. To repeat
         the rest of a pass exactly, set `order` to its state before that pass and `augment` to its
@@ -215,10 +241,22 @@ class Loader:
         if not self.train:
             return self._in_order(skip)
         order = torch.randperm(len(self.labels), generator=self.order)
-        share = self.batch_size // self.shard.ranks
-        own = slice(self.shard.rank * share, (self.shard.rank + 1) * share)
-        batches = order[: len(self) * self.batch_size].view(len(self), self.batch_size)
-        return self._augmented(batches[skip:, own], own)
+        batches = order[: len(self) * self.share].view(len(self), self.share)
+        own = self._own_part(0, self.share)
+        parts = [Part(self.source, self.labels, batches[skip:, own], own)]
+        number = self.passes if number is None else number
+        self.passes = number + 1
+        if self.extra is not None:
+            batches = self.extra.batches(number * len(self), len(self))
+            own = self._own_part(0, self.extra.share)
+            place = self._own_part(self.share, self.extra.share)
+            parts.append(Part(self.extra, self.extra.labels, batches[skip:, own], place))
+        return self._augmented(parts)
+
+    def _own_part(self, start: int, count: int) -> slice:
+        """Return this rank's equal part of `count` places from `start` on."""
+        share = count // self.shard.ranks
+        return slice(start + self.shard.rank * share, start + (self.shard.rank + 1) * share)
 
     def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
         size, (rank, ranks) = self.batch_size, self.shard
@@ -227,26 +265,48 @@ class Loader:
         for span, images in zip(spans, self.source.slices(spans), strict=True):
             yield images.permute(0, 3, 1, 2), self.labels[span]
 
-    def _augmented(self, batches: Tensor, own: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the augmented images at each row of `batches`, with their labels.
+    def _augmented(self, parts: list[Part]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the augmented images of each batch, with their labels, one part after the other.
 
-        `batches` is (batches, B) int64 on the CPU, positions in the split. Every rank draws shifts
-        and flips for the whole batch and uses those of its `own` part, so that the number of ranks
-        changes no draw.
+        Every rank draws shifts and flips for the whole batch and uses those of its own places, so
+        that the number of ranks changes no draw.
+        """
+        labels = [part.labels[part.batches.to(self.device)] for part in parts]
+        stores = [part.source.picked(part.batches) for part in parts]
+        for y, picked in zip(zip(*labels, strict=True), zip(*stores, strict=True), strict=True):
+            _, height, width, _ = picked[0][0].shape
+            change = self._draw_change(height, width)
+            x = [
+                change(store, index, part.places)
+                for part, (store, index) in zip(parts, picked, strict=True)
+            ]
+            yield (x[0], y[0]) if len(parts) == 1 else (torch.cat(x), torch.cat(y))
+
+    def _draw_change(self, height: int, width: int) -> Callable[[Tensor, Tensor, slice], Tensor]:
+        """Draw the augmentation of a batch of images of this shape.
+
+        Returns a function of images (M, H, W, C), indices (N,) into them, and the places of these N
+        images in the batch, that returns them augmented.
         """
         size = self.batch_size
-        none = torch.zeros(batches.shape[1], dtype=torch.bool, device=self.device)
-        rows = self.labels[batches.to(self.device)]
-        for labels, (store, index) in zip(rows, self.source.picked(batches), strict=True):
-            if self.crop is not None:
-                _, height, width, _ = store.shape
-                boxes = resized_crop.draw_boxes(size, height, width, self.augment, self.device)
-                flip = self._draw(2, (size,)).bool() if self.flip else none.new_zeros(size)
-                yield resized_crop.crop(store, index, boxes[own], flip[own], self.crop), labels
-                continue
-            dy, dx = self._draw(2 * self.pad + 1, (2, size))[:, own]
-            flip = self._draw(2, (size,))[own].bool() if self.flip else none
-            yield crop_flip(store, index, dy, dx, flip, self.pad), labels
+        if self.crop is not None:
+            side = self.crop
+            boxes = resized_crop.draw_boxes(size, height, width, self.augment, self.device)
+            flip = self._draw_flips()
+            return lambda store, index, own: resized_crop.crop(
+                store, index, boxes[own], flip[own], side
+            )
+        dy, dx = self._draw(2 * self.pad + 1, (2, size))
+        flip = self._draw_flips()
+        return lambda store, index, own: crop_flip(
+            store, index, dy[own], dx[own], flip[own], self.pad
+        )
+
+    def _draw_flips(self) -> Tensor:
+        """Draw which images of a batch are mirrored, (batch_size,) bool."""
+        if self.flip:
+            return self._draw(2, (self.batch_size,)).bool()
+        return torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
 
     def _draw(self, high: int, shape: tuple[int, ...]) -> Tensor:
         return torch.randint(high, shape, generator=self.augment, device=self.device)
@@ -311,7 +371,10 @@ def make_loader(
 
 
 class Loaders(NamedTuple):
-    """The loaders of a training, and the fingerprint of their data set."""
+    """The loaders of a training, and the fingerprint of their images.
+
+    It is the fingerprint of the data set; with --extra, "+" and that of the further images follow.
+    """
 
     train: Loader
     test: Loader
@@ -338,6 +401,8 @@ def open_loaders(
     images from them. All ranks of a job must call this function together. Raises `InputError` if
     the settings leave no image to train on, if `--pad` is not less than the side of an image, and
     for a batch size that is larger than the training set or not a multiple of the number of ranks.
+    It also raises the errors of `load_extra`, and `InputError` for a share of `--extra` that leaves
+    a rank without images of one kind or that the ranks cannot divide.
     """
     dataset, kind, _ = convert_if_needed(dataset, config.loader, device)
     side = dataset.test.shape[1]
@@ -360,12 +425,19 @@ def open_loaders(
         raise InputError(
             f"--pad {config.pad} can shift all pixels out of an image of side {side}: give less"
         )
-    if config.batch_size > len(train):
+    shard = Shard(ranks().rank, ranks().count)
+    share = _extra_share(config, shard.ranks)
+    if share and config.batch_size - share > len(train):
+        raise InputError(
+            f"--batch-size {config.batch_size} is {share} images of --extra and "
+            f"{config.batch_size - share} training images, more than the {len(train)} that there "
+            f"are: give less"
+        )
+    if not share and config.batch_size > len(train):
         raise InputError(
             f"--batch-size {config.batch_size} is more than the {len(train)} training images: "
             f"give {len(train)} or less"
         )
-    shard = Shard(ranks().rank, ranks().count)
     if config.batch_size % shard.ranks:
         raise InputError(
             f"--batch-size {config.batch_size} cannot be shared equally by {shard.ranks} "
@@ -374,6 +446,10 @@ def open_loaders(
     flip = config.flip
     if flip is None:
         flip = dataset.flip and config.augment != "none"
+    extra, mark = None, dataset.fingerprint()
+    if config.extra is not None:
+        images = load_extra(config.extra, dataset, config.image_size)
+        extra, mark = ExtraImages(images, share, device, order), f"{mark}+{fingerprint_of(images)}"
     # An update needs the memory for a rank's part anyway, so a validation batch of that size fits.
     at_a_time = max(min(EVAL_BATCH, config.batch_size // shard.ranks), 1)
     open_loader = partial(make_loader, kind=kind, device=device, shard=shard)
@@ -389,8 +465,35 @@ def open_loaders(
             crop=side if config.augment == "resized-crop" else None,
             order=order,
             augment=augment,
+            extra=extra,
         ),
         open_loader(test, at_a_time, train=False),
         None if held_out is None else open_loader(held_out, at_a_time, train=False),
-        dataset.fingerprint(),
+        mark,
     )
+
+
+def _extra_share(config: TrainConfig, count: int) -> int:
+    """Return how many images of a batch of all `count` ranks come from `--extra`."""
+    size = config.batch_size
+    if config.extra is None:
+        return 0
+    share = round(config.extra_fraction * size)
+    settings = f"--extra-fraction {config.extra_fraction:g} of --batch-size {size}"
+    if not 0 < share < size:
+        raise InputError(
+            f"{settings} is {share} image{'s' * (share != 1)}: give values that leave at least 1 "
+            f"image of --extra and 1 training image in a batch"
+        )
+    if share % count and size % count == 0:
+        near = min(max(round(share / count), 1), size // count - 1) * count
+        raise InputError(
+            f"{settings} is {share} images of --extra and {size - share} training images, which "
+            f"cannot be shared equally by {count} processes: give, say, "
+            + (
+                f"--extra-fraction {near}/{size}"
+                if near
+                else f"--batch-size {2 * size} --extra-fraction 0.5"
+            )
+        )
+    return share

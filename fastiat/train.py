@@ -330,7 +330,7 @@ class Trainer:
             self.totals.zero_()
             self.skipped = 0
         self.model.train()
-        for images, y in self.loader.epoch(skip):
+        for images, y in self.loader.epoch(skip, self.epoch):
             yield self.update(images, y)
 
     def update(self, images: Tensor, y: Tensor) -> Update:

@@ -137,6 +137,16 @@ def resized(split: Split, side: int) -> Split:
     return Split(torch.cat(parts).contiguous(), split.labels)
 
 
+def fingerprint_of(*splits: Split) -> str:
+    """Return 16 hex digits of a SHA-256 over the shapes, labels and pixels of splits."""
+    digest = hashlib.sha256()
+    for split in splits:
+        digest.update(str(tuple(split.images.shape)).encode())
+        digest.update(split.labels.contiguous().numpy().data)
+        digest.update(split.images.numpy().data)
+    return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A training and a test split of one data set.
@@ -191,12 +201,7 @@ class Dataset:
         """
         if self.known_fingerprint:
             return self.known_fingerprint
-        digest = hashlib.sha256()
-        for split in (self.train, self.test):
-            digest.update(str(tuple(split.images.shape)).encode())
-            digest.update(split.labels.contiguous().numpy().data)
-            digest.update(split.images.numpy().data)
-        return digest.hexdigest()[:16]
+        return fingerprint_of(self.train, self.test)
 
 
 def stored(path: str | os.PathLike) -> Dataset:

@@ -118,7 +118,9 @@ class Run:
 
     def follow(self, config: TrainConfig) -> None:
         """Write the place of the data set at a resume to config.json, for later commands."""
-        moved = replace(self.config, dataset=config.dataset, data_dir=config.data_dir)
+        moved = replace(
+            self.config, dataset=config.dataset, data_dir=config.data_dir, extra=config.extra
+        )
         if self.writes and _text(moved) != _text(self.config):
             with alone(self.path):
                 write(self.path / CONFIG, _text(moved))
@@ -292,6 +294,8 @@ def _text(config: TrainConfig) -> bytes:
         kept["init"] = os.path.abspath(config.init)
     if config.data_dir is not None:
         kept["data_dir"] = os.path.abspath(config.data_dir)
+    if config.extra is not None:
+        kept["extra"] = os.path.abspath(config.extra)
     if is_beton(config.dataset):
         kept["dataset"] = os.path.abspath(config.dataset)
     return json.dumps(kept, indent=1).encode() + b"\n"
@@ -302,6 +306,8 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in MOVABLE}
     if is_beton(config.dataset):  # it may have moved under another name
         settings["dataset"] = ".beton"
+    if config.extra is not None:
+        settings["extra"] = ".npz"
     # JSON has no tuples: a checkpoint has lists in their place.
     return {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
 

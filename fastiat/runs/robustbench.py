@@ -68,7 +68,8 @@ def robustbench(config: RobustBenchConfig) -> tuple[str, dict[str, Any]]:
         "link": None,
         "name": None,
         "authors": None,
-        "additional_data": False,
+        # RobustBench counts real images, not generated ones; a run does not know which it had.
+        "additional_data": None if settings.extra else False,
         "number_forward_passes": 1,
         "dataset": DATASETS.get(settings.dataset, settings.dataset),
         "venue": None,
@@ -80,6 +81,10 @@ def robustbench(config: RobustBenchConfig) -> tuple[str, dict[str, Any]]:
         "autoattack_acc": strong,
         "footnote": f"Interpolated Adversarial Training ({settings.mix}), fastiat.",
     }
+    if settings.extra:
+        metadata["footnote"] = (
+            f"{metadata['footnote']} Uses further images, {Path(settings.extra).name}."
+        )
     print(f"# The network; its weights are {path / MODEL}\n{code}")
     print(f"# model_info/{metadata['dataset']}/{metadata['norm']}/NAME.json")
     print(json.dumps(metadata, indent=2))

@@ -20,7 +20,7 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     ),
     "data": (
         *("dataset", "data_dir", "train_limit", "class_limit", "image_size", "augment", "loader"),
-        *("pad", "flip"),
+        *("pad", "flip", "extra", "extra_fraction"),
         *("batch_size", "format", "quality", "max_side", "force"),
     ),
     "optimisation": (
@@ -50,6 +50,7 @@ METAVARS = {
     "partner": "RUN",
     "arch": "ARCH",
     "init": "FILE",
+    "extra": "FILE",
     "dir": "DIR",
     "dataset": "DATASET",
     "out": "PATH",

@@ -35,7 +35,7 @@ LARGEST_SIDE = 2048
 """Side, in pixels, of the largest images that `--image-size` gives."""
 MOST_STEPS = 999_999
 """The largest number of steps of an attack."""
-PATHS = {"init", "out", "data_dir", "dataset", "runs", "run", "partner", "dir"}
+PATHS = {"init", "out", "data_dir", "dataset", "extra", "runs", "run", "partner", "dir"}
 """Settings that are, or may be, paths."""
 
 

@@ -4,13 +4,14 @@ import ast
 import json
 import math
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastiat.system.errors import InputError
+from fastiat.system.errors import InputError, printable
 from fastiat.system.settings import validated
 
 LARGEST_JSON = 16 * 2**20
@@ -72,18 +73,30 @@ def read_as(file: Path, kind: type[T], remedy: str = "restore the original file"
         raise InputError(f"{file}: {error}; {remedy}") from None
 
 
-def read_npz(file: Any, largest: int) -> dict[str, NDArray[Any]]:
+def read_npz(
+    file: Any, largest: int, names: Sequence[str] | None = None
+) -> dict[str, NDArray[Any]]:
     """Return the arrays of a .npz by name; `file` is a path or an open file.
 
+    names: the arrays to read; None means all.
+
     Nothing is unpickled, and an array is decompressed only if the archive and the array's own
-    header give the same size. Raises `InputError` for an array larger than `largest` bytes, and
-    `InputError` or an exception of `zipfile` or NumPy for a damaged file.
+    header give the same size. Raises `InputError` for an array larger than `largest` bytes and for
+    an archive that lacks one of `names`, and `InputError` or an exception of `zipfile` or NumPy for
+    a damaged file.
     """
     arrays = {}
     with zipfile.ZipFile(file) as archive:
-        for entry in archive.infolist():
-            with archive.open(entry) as member:
-                arrays[entry.filename.removesuffix(".npy")] = _array(member, entry, largest)
+        entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+        for name in names or ():
+            if name not in entries:
+                held = ", ".join(map(printable, entries))[:200] or "no array"
+                raise InputError(
+                    f"it has no array {name!r}, it has {held}: give {' and '.join(names or ())}"
+                )
+        for name in names or entries:
+            with archive.open(entries[name]) as member:
+                arrays[name] = _array(member, entries[name], largest)
     return arrays
 
 
@@ -99,8 +112,12 @@ def _array(member: Any, entry: zipfile.ZipInfo, largest: int) -> NDArray[Any]:
     if dtype.hasobject or not all(type(n) is int and n >= 0 for n in shape):
         raise InputError("it holds other data than arrays of numbers")
     count = math.prod(shape) * dtype.itemsize
-    if header["fortran_order"] or count > largest or entry.file_size != 10 + size + count:
+    if header["fortran_order"]:
+        raise InputError("an array is in Fortran order: write it with numpy.ascontiguousarray")
+    if entry.file_size != 10 + size + count:
         raise InputError("an array's size is not the one in its header")
+    if count > largest:
+        raise InputError(f"an array of {count / 2**20:,.0f} MiB does not fit: give a smaller one")
     raw, done = np.empty(count, np.uint8), 0
     while done < count:
         # Read in parts: one read would keep compressed and decompressed bytes in memory at once.

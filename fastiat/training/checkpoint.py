@@ -24,7 +24,7 @@ class Position:
     ranks: int
     """Number of processes that train together."""
     data: str
-    """Fingerprint of the data set."""
+    """Fingerprint of the images, as in `fastiat.data.Loaders`."""
     best: dict[str, int] | None
     """"epoch" and "errors" (held-out images) of the best validated epoch; None before the first."""
     validated_epochs: int
@@ -60,7 +60,13 @@ def checked_position(
         position: Position = validated({n: state[n] for n in names if n in state}, Position)
     except InputError as error:
         raise Damaged(f"the checkpoint is damaged: {error}") from None
-    if position.data != own["data"]:
+    mine, theirs = (mark.partition("+") for mark in (own["data"], position.data))
+    if mine[0] == theirs[0] and mine != theirs:
+        raise InputError(
+            "the further images are not those that this run was started with: name their file with "
+            "--extra"
+        )
+    if mine != theirs:
         raise InputError(
             "the data set is not the one that this run was started with: name that one with "
             "--data-dir or --dataset"

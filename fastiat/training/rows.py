@@ -109,9 +109,12 @@ def headline(trainer: Training) -> str:
         attack = f"{attack} of the mixed batch"
     if config.awp:
         attack = f"{attack}, AWP {config.awp:g}"
+    further = ""
+    if loader.extra is not None:
+        further = f" with {len(loader.extra.labels)} further images, {loader.extra.share} a batch"
     return (
         f"{config.arch} ({models.count_parameters(trainer.model) / 1e6:.2f} M parameters), "
-        f"{_mixing(trainer)}, {attack}; {config.dataset}, {len(loader)} steps of "
+        f"{_mixing(trainer)}, {attack}; {config.dataset}{further}, {len(loader)} steps of "
         f"{config.batch_size} an epoch; {trainer.device}, {trainer.engine}, {trainer.arithmetic}"
     )
 

@@ -79,7 +79,7 @@ class Session:
             return False
         # Paths and --resume are not compared. `check_same` also makes the first rank wait, before
         # it writes a checkpoint, until every rank has looked for one.
-        settings = replace(trainer.config, out=None, data_dir=None, resume=False)
+        settings = replace(trainer.config, out=None, data_dir=None, extra=None, resume=False)
         weights = trainer.model.state_dict().values()
         trainer.ranks.check_same(
             "settings, data and weights", settings, trainer.fingerprint, trainer.step, *weights

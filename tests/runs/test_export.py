@@ -128,6 +128,16 @@ def test_the_metadata_for_robustbench_has_the_measured_figures(run, capsys):
     assert (metadata["norm"], metadata["eps"], metadata["dataset"]) == ("Linf", "0.03", "digits")
     assert metadata["autoattack_acc"] is None and "--autoattack" in out
     assert "clean_acc is measured on 360 test images" in out
+    assert metadata["additional_data"] is False
+
+
+def test_the_metadata_for_robustbench_leave_open_whether_further_images_were_real(run, capsys):
+    config = json.loads((run / "config.json").read_text()) | {"extra": "/data/1m.npz"}
+    (run / "config.json").write_text(json.dumps(config))
+    assert cli.main(["robustbench", str(run)]) == 0
+    out = capsys.readouterr().out
+    metadata = json.loads(out[out.index("\n{") : out.rindex("}") + 1])
+    assert metadata["additional_data"] is None and "further images, 1m.npz." in metadata["footnote"]
 
 
 def test_the_loaded_network_has_the_interface_that_robustbench_measures(run):

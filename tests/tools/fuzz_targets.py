@@ -13,6 +13,7 @@ import re
 import signal
 import struct
 import xml.etree.ElementTree as ElementTree
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from torchvision.datasets import CIFAR10, SVHN, FashionMNIST
 import fastiat
 from fastiat import cli, data
 from fastiat.images import beton, beton_writer
+from fastiat.images.extra import load_extra
 from fastiat.images.ffcv import installed
 from fastiat.measuring import verdicts
 from fastiat.measuring.norms import NORMS, read_norms
@@ -79,6 +81,10 @@ class World:
         self.seeds["table3.json"] = [(finished.parent / "table3.json").read_bytes()]
         for folder_of, name in (("images", "digits.npz"), ("paper", "tables.csv")):
             self.seeds[name] = [(Path(fastiat.__file__).parent / folder_of / name).read_bytes()]
+        digits = data.load("digits").test
+        content = io.BytesIO()
+        np.savez(content, image=digits.images[:6].numpy(), label=digits.labels[:6].numpy())
+        self.seeds["extra.npz"] = [content.getvalue()]
         # The first report starts programs and takes long; here, the guard is not active yet.
         command("report", other)
         self.betons = [beton_of(folder / f"{kind}.beton", kind) for kind in ("raw", "jpeg")]
@@ -262,17 +268,25 @@ def use_image(place: Path, content: bytes, random: Random) -> None:
     data.load("folder", place / "tree", progress=False)
 
 
-def make_digits(random: Random, world: World) -> bytes:
-    """Damage digits.npz, its arrays' headers among others."""
+def make_npz(random: Random, seeds: Sequence[bytes], name: str) -> bytes:
+    """Damage a .npz, the header of its array `name` among others."""
     if random.random() < 0.6:
-        return damage.of_zip(random, world.seeds["digits.npz"])
+        return damage.of_zip(random, seeds)
     shape = random.choice(
         ("(4, 8, 8)", "(4, 9000, 9000)", f"({2**40}, 8, 8)", "(4, -8, 8)", f"({10**30},)", "()",
          "(4, 0, 0)", "(4, 8, 8, 1, 1)", "'x'", "(4, 8, 9)", "(" * 200)
     )  # fmt: skip
     dtype = random.choice(("'|u1'", "'|u1'", "'<f8'", "'|O'", "'|V100000'", "'<U1000000'", "[]"))
     pixels = damage.npy(shape, dtype, bytes(random.choice((0, 256, 300, 4096))))
-    return damage.zip_of([("images.npy", pixels)])
+    with zipfile.ZipFile(io.BytesIO(seeds[0])) as archive:
+        others = [(n, archive.read(n)) for n in archive.namelist() if n != f"{name}.npy"]
+    return damage.zip_of([(f"{name}.npy", pixels), *others])
+
+
+def use_extra(place: Path, content: bytes, random: Random) -> None:
+    """Read further images for digits from this file."""
+    (place / "extra.npz").write_bytes(content)
+    load_extra(place / "extra.npz", data.load("digits"), None)
 
 
 def command(*argv: object) -> None:
@@ -628,8 +642,16 @@ TARGETS = (
         lambda world: b"test_32x32.mat\n" + world.data_files["test_32x32.mat"],
     ),
     Target(
-        "digits.npz", 4, "images", make_digits, use_packaged("digits.npz"),
-        _first("digits.npz"),
+        "digits.npz", 4, "images",
+        lambda random, world: make_npz(random, world.seeds["digits.npz"], "images"),
+        use_packaged("digits.npz"), _first("digits.npz"),
+    ),
+    Target(
+        "extra.npz", 4, "images",
+        lambda random, world: make_npz(
+            random, world.seeds["extra.npz"], random.choice(("image", "label"))
+        ),
+        use_extra, _first("extra.npz"),
     ),
     Target(
         "tables.csv", 4, "images", _of("tables.csv", damage.of_bytes), use_packaged("tables.csv"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torture import equal
 from trainings import assert_same, signal_in
@@ -104,6 +105,16 @@ def test_every_step_of_a_residual_network_can_be_resumed_from(
     monkeypatch.setattr(engine, "compile_once", lambda function: function)
     config = TrainConfig(**{**TINY, **RESNET, "precision": precision, **change})
     assert_resumable_at_every_step(config, tmp_path / "state")
+
+
+@pytest.mark.parametrize("count", [30, 100, 360])
+def test_every_step_with_further_images_can_be_resumed_from(count, tmp_path):
+    """Seven updates an epoch, with 51 further images each: a pass over them ends anywhere."""
+    images, labels = (tensor[:count].numpy() for tensor in (DIGITS.test.images, DIGITS.test.labels))
+    np.savez(tmp_path / "extra.npz", image=images, label=labels)
+    extra = {"extra": str(tmp_path / "extra.npz"), "extra_fraction": 0.2}
+    config = TrainConfig(**TINY, **MLP, **extra, precision="fp32")
+    assert_resumable_at_every_step(config, tmp_path / "state", 14)
 
 
 def test_a_training_that_stops_early_stops_as_early_when_resumed(tmp_path):
