@@ -245,8 +245,8 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     nothing; otherwise a mean and then a standard deviation for each channel, such as six numbers
     (default: image; that of their weights for torchvision and timm; none for your own)."""
     mix: Literal["none", "mixup", "manifold", "cutmix"] = "manifold"
-    """Mixing of the clean and the adversarial batch: none, mixup, manifold mixup, or CutMix, which
-    pastes a box of another image (Yun et al. 2019)."""
+    """Interpolation of the clean and the adversarial batch: none, mixup, manifold mixup, or CutMix,
+    which pastes a box of another image (Yun et al. 2019)."""
     adv: Literal["none", "fgsm", "pgd", "n-fgsm"] = "pgd"
     """Attack that makes the adversarial batch; "none" trains on the clean batch alone. "n-fgsm" is
     one step of length --eps from a random point, and the result may lie outside of the ball (de
@@ -396,7 +396,7 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     @property
     def method(self) -> str:
         """Name of what is trained besides the mixing: for Algorithm 1, the attack."""
-        parts = [self.adv if self.objective == "at" else self.objective]
+        parts: list[str] = [self.adv if self.objective == "at" else self.objective]
         if self.objective != "at" and self.adv != "pgd":
             parts.append(self.adv)
         parts += ["mixed"] * self.attack_mixed + ["awp"] * (self.awp > 0)
@@ -577,10 +577,11 @@ def strong() -> TrainConfig:
 
     TRADES with beta 6, 10 attack steps and AWP 0.005 after 10 epochs is the published recipe of Wu
     et al. 2020. RobustBench lists their WRN-34-10 at an error of 43.8 % under AutoAttack, and that
-    of TRADES alone at 46.9 %. AWP delays overfitting to the attack, so longer training pays: 100 epochs,
-    of which the best on held-out images is kept. The weights are averaged (Gowal et al. 2020). No
-    mixing: AWP is a regulariser already, and that CutMix adds to it (Rebuffi et al. 2021) is shown
-    for wide networks and averaged weights alone. These choices are the papers', not measured here.
+    of TRADES alone at 46.9 %. AWP delays overfitting to the attack, so longer training pays: 100
+    epochs, of which the best on held-out images is kept. The weights are averaged (Gowal et al.
+    2020). No mixing: AWP is a regulariser already, and that CutMix adds to it (Rebuffi et al. 2021)
+    is shown for wide networks and averaged weights alone. These choices are the papers', not
+    measured here.
     """
     return replace(
         modern(),

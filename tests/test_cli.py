@@ -51,9 +51,9 @@ def test_help_shows_every_presets_defaults_as_one_would_type_them(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "(default: 0.03; authors: 8/255; modern: 8/255)" in words
-    assert "(default: 0.0075; authors: 2/255; modern: 2/255)" in words
-    assert "(default: 200; modern: 40)" in words
+    assert "(default: 0.03; authors: 8/255; modern: 8/255; strong: 8/255)" in words
+    assert "(default: 0.0075; authors: 2/255; modern: 2/255; strong: 2/255)" in words
+    assert "(default: 200; modern: 40; strong: 100)" in words
 
 
 def test_help_version_and_wrong_flags_do_not_wait_for_torch(tmp_path):
@@ -154,7 +154,7 @@ def test_python_m_fastiat_works_outside_the_checkout(tmp_path):
         ("convert digits x.bin", "'x.bin' is not the name of a .beton file: end it with .beton"),
         ("convert digits x.beton --max-side 7", "--max-side is 7: give at least 8"),
         ("convert digits x.beton --quality 101", "--quality is 101: give at most 100"),
-        ("train --mix cutmix", "'mixup', 'manifold'"),
+        ("train --mix cutmux", "'mixup', 'manifold'"),
         ("train --width", "--width"),
         ("train --width 1.5", "--width"),
         ("train --eps abc", "--eps: 'abc' is not a number such as 0.03 or 8/255"),
