@@ -232,6 +232,11 @@ def _trial(
             f"{tuple(logits.shape)} for {IMAGES} images of {num_classes} classes: make it return "
             f"logits of shape ({IMAGES}, {num_classes})"
         )
+    if logits.isnan().any():
+        raise InputError(
+            f"the network {type(model).__name__} returns NaN for random pixels in {mode} mode: "
+            f"check its weights and its running statistics"
+        )
     if not torch.equal(x, pixels):
         raise InputError(
             f"the network {type(model).__name__} changes its input in place: make it work on a "

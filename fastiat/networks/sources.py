@@ -213,7 +213,7 @@ def own_network(arch: str, num_classes: int, in_channels: int, image_size: int) 
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         given = {k: v for k, v in given.items() if k in parameters or takes_all}
         network = function(**{"num_classes": num_classes} | given)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # The user's own code may raise anything; the traceback stays with the cause.
         raise InputError(
             f"--arch {arch}: {function_name}({', '.join(f'{k}={v}' for k, v in given.items())}) "
@@ -243,18 +243,27 @@ def _import(name: str, arch: str) -> ModuleType:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules.setdefault(file.stem, module)  # pickling and dataclasses look it up there
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            if sys.modules.get(file.stem) is module:  # half imported
+                del sys.modules[file.stem]
+            raise
         return module
     except InputError:
         raise
     except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise InputError(f"--arch {arch}: {name} needs {one_line(error)[:100]}") from error
+        missing = error.name or one_line(error)[:100]
+        if name.endswith(".py") or not f"{name}.".startswith(f"{missing}."):
+            raise InputError(
+                f"--arch {arch}: {name} needs the module {missing}, which cannot be found: install "
+                f"its package"
+            ) from error
         raise InputError(
             f"--arch {arch}: there is no module {name} in {here} or among the installed packages: "
             f"give torchvision:NAME, timm:NAME, MODULE:FUNCTION or FILE.py:FUNCTION"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may parse arguments and exit
         raise InputError(
             f"--arch {arch}: importing {name} fails: {type(error).__name__}: "
             f"{one_line(error)[:150]}"

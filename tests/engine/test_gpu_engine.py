@@ -258,8 +258,8 @@ def test_replayed_step_is_bit_equal_to_algorithm_1_for_every_mix_layer(device, a
     if device == "cuda":
         # A graph for each layer of each pass and one for the optimizer, from one pool.
         assert step._captured is not None
-        halves = {("clean", pair[0]) for pair in layers}
-        halves |= {("adversarial", pair[1]) for pair in layers if attacked}
+        halves = {("clean", pair[0], False) for pair in layers}
+        halves |= {("adversarial", pair[1], False) for pair in layers if attacked}
         assert set(step._captured) == {*halves, "optimizer"}
         captured = [piece.graph for piece in step._captured.values()]
         assert {graph.pool() for graph in captured if graph} == {step.pool}
@@ -317,6 +317,27 @@ def test_training_under_graph_stays_beside_the_eager_one_in_fp32():
     for (name, p), q in zip(plain.model.named_parameters(), fast.model.parameters(), strict=True):
         assert (p - q).norm() <= 0.02 * p.norm() + 1e-4, name
     assert torch.equal(fast.random["attack"].get_state(), plain.random["attack"].get_state())
+
+
+METHODS = {
+    "trades, awp": {"objective": "trades", "awp": 0.01},
+    "mart": {"objective": "mart", "mix": "cutmix"},
+    "awp, later": {"awp": 0.01, "awp_warmup": 1, "epochs": 3},
+    "mixed": {"attack_mixed": True, "mix": "cutmix", "awp": 0.01, "lam_per_sample": True},
+    "n-fgsm": {"adv": "n-fgsm"},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_replayed_training_is_bit_equal_to_its_uncaptured_twin(method, precision, monkeypatch):
+    monkeypatch.setattr(graphs, "compile_once", lambda function: function)
+    changes = {"device": "cuda", "deterministic": True, "precision": precision, **METHODS[method]}
+    config = replace(TRAINING, **changes)
+    twin, captured = (_trained(replace(config, engine=name), 5) for name in ("compile", "graph"))
+    assert torch.equal(captured.totals, twin.totals)
+    assert_same_state(captured.model, state_of(twin.model))
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -54,6 +54,13 @@ class InPlace(nn.Module):
         return x.mul_(2)
 
 
+class NotANumber(nn.Module):
+    """Returns NaN in place of the first value."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.index_fill(1, torch.tensor([0]), torch.nan)
+
+
 class Cut(nn.Module):
     """Passes no gradient on."""
 
@@ -107,6 +114,7 @@ def test_a_network_is_accepted_and_left_as_it_was():
         (lambda: network(classes=4), (), "returns torch.float32 of shape (2, 4) for 2 images of 5"),
         (lambda: nn.Sequential(network(), Pair()), (), "returns a tuple in training mode: make it"),
         (lambda: nn.Sequential(InPlace(), network()), (), "changes its input in place"),
+        (lambda: nn.Sequential(network(), NotANumber()), (), "returns NaN for random pixels"),
         (lambda: network().half(), (), "is torch.float16: give a network in float32"),
         (lambda: network().double(), (), "is torch.float64: give a network in float32"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), (), "call the network on a batch of images"),

@@ -123,6 +123,25 @@ def test_other_functions_of_the_user_are_refused(arch, words, nets):
 
 
 @pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("import sys; sys.exit(3)", "importing own.py fails: SystemExit: 3"),
+        ("import argparse; argparse.ArgumentParser().parse_args(['-x'])", "fails: SystemExit: 2"),
+        ("import ow", "own.py needs the module ow, which cannot be found"),
+        ("import own_parts", "own.py needs the module own_parts, which cannot be found"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".py", ""])
+def test_a_module_that_exits_or_lacks_another_one_is_refused(suffix, line, words, nets):
+    module = f"own{len(line)}"  # Python imports a name once
+    (nets / f"{module}.py").write_text(line.replace("own_", f"{module}_"))
+    with pytest.raises(InputError) as raised:
+        sources.own_network(f"{module}{suffix}:net", 3, 3, 16)
+    expected = words.replace("own_", f"{module}_").replace("own.py", f"{module}{suffix}")
+    assert expected in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"arch": "resnet18"}, "--arch 'resnet18': choose from preact18"),
