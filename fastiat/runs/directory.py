@@ -348,10 +348,13 @@ def load(
     The network takes pixels in [0, 1], (B, C, H, W), and returns logits, (B, num_classes), as
     attack libraries expect. A network of your own needs `model`, the network that the weights are
     loaded into: a file never names code to import. Raises `InputError` if the file is missing or
-    damaged, or if its weights do not fit its card.
+    damaged, if its weights do not fit its card, and for a `model` that it has no use for.
     """
     own = None if model is None else lambda card: card.behind_normalisation(model)
-    return load_with_card(path, device, own=own)[0]
+    loaded, card = load_with_card(path, device, own=own)
+    if model is not None and not is_own_arch(card.arch):
+        raise InputError(f"{path} holds {card.arch}, which fastiat builds itself: leave out model")
+    return loaded
 
 
 @own_defaults()

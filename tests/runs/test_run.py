@@ -298,6 +298,11 @@ def test_a_run_that_cannot_be_made_leaves_no_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_that_is_given_for_a_run_of_a_built_in_one_is_refused(run):
+    with pytest.raises(InputError, match="which fastiat builds itself: leave out model"):
+        fastiat.load(run, model=torch.nn.Linear(1, 1))
+
+
 def test_a_loaded_network_gives_gradients_and_is_in_eval_mode(run):
     model = fastiat.load(run)
     assert not model.training and all(p.requires_grad for p in model.parameters())
