@@ -394,7 +394,7 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     """Continue the run in --out from its last checkpoint, with the settings of that run."""
 
     @property
-    def method(self) -> str:
+    def method_name(self) -> str:
         """Name of what is trained besides the mixing: for Algorithm 1, the attack."""
         parts: list[str] = [self.adv if self.objective == "at" else self.objective]
         if self.objective != "at" and self.adv != "pgd":

@@ -36,7 +36,7 @@ def label(runs: Sequence[Run]) -> dict[Path, Label]:
 
     If two different trainings belong to one row, their runs are named after their directories.
     """
-    keys = {run.path: row_of(run.config.method, run.config.mix) for run in runs}
+    keys = {run.path: row_of(run.config.method_name, run.config.mix) for run in runs}
     trainings = {run.path: _without_seed(run) for run in runs}
     of_row = Counter(key for key, _ in {(keys[path], of) for path, of in trainings.items()})
     seeds = Counter(trainings.values())

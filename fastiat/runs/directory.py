@@ -54,7 +54,7 @@ def default_out(config: TrainConfig) -> Path:
     # "nets/mine.py:make_net" becomes "mine-make_net", "torchvision:resnet50" "resnet50".
     module, _, name = config.arch.rpartition(":")
     arch = f"{Path(module).stem}-{name}" if is_own_arch(config.arch) else name
-    return Path("runs") / f"{images}-{arch}-{config.method}-{config.mix}-s{config.seed}"
+    return Path("runs") / f"{images}-{arch}-{config.method_name}-{config.mix}-s{config.seed}"
 
 
 class Run:

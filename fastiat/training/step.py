@@ -246,11 +246,9 @@ class Step:
 
     def _mix(self, which: int, layer: int | None) -> Mix | None:
         """Return draw `which`, in its buffers, as a mixing at `layer` (None: no mixing)."""
-        return (
-            None
-            if layer is None
-            else Mix(layer, self.perm[which], self.lam[which], self.box[which])
-        )
+        if layer is None:
+            return None
+        return Mix(layer, self.perm[which], self.lam[which], self.box[which])
 
     def _backward(self, kind: Pass, which: int, layer: int | None, perturbs: bool = False) -> None:
         """Compute a part of the loss, mixed at `layer` by draw `which`, and its gradient."""
