@@ -108,7 +108,8 @@ def headline(trainer: Training) -> str:
     if config.attack_mixed:
         attack = f"{attack} of the mixed batch"
     if config.awp:
-        attack = f"{attack}, AWP {config.awp:g}"
+        late = f" after {config.awp_warmup} epochs" if config.awp_warmup else ""
+        attack = f"{attack}, AWP {config.awp:g}{late}"
     further = ""
     if loader.extra is not None:
         further = f" with {len(loader.extra.labels)} further images, {loader.extra.share} a batch"
