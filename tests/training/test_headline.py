@@ -63,6 +63,7 @@ def test_the_default_recipe_without_its_attack_lowers_the_loss(photographs, monk
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_authors_recipe_at_full_width_lowers_its_loss(photographs, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTIAT_CACHE", str(tmp_path))
     found = losses(photographs, FEW, "--preset", "authors", "--adv", "none")[:, 0]
