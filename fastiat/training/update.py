@@ -126,10 +126,11 @@ def mart_loss(clean: Tensor, adv: Tensor, y: Tensor, mix: Mix | None, beta: floa
     With `mix` it is the mean of lam l(y) + (1 - lam) l(y[perm]), for logits of batches that were
     mixed by the same draw.
     """
-    p, q = clean.softmax(1), adv.softmax(1)
+    log_p, q = F.log_softmax(clean, 1), adv.softmax(1)
+    p = log_p.exp()
     # The constants 1.0001, 1e-12 and 1.0000001 are those of the authors' published code. They bound
-    # the logarithms.
-    divergence = F.kl_div((q + 1e-12).log(), p, reduction="none").sum(1)
+    # the logarithms. `log_p` is finite where p is 0, so the gradient is, too.
+    divergence = (p * (log_p - (q + 1e-12).log())).sum(1)
 
     def values(y: Tensor) -> Tensor:
         check_labels(y, *clean.shape)

@@ -22,6 +22,7 @@ from fastiat.system.errors import InputError
 from fastiat.train import Trainer, algorithm1, joint_update, mixed_attack_update, train
 from fastiat.training.awp import WeightPerturbation
 from fastiat.training.rows import overfitted
+from fastiat.training.update import mart_loss, trades_terms
 
 CLASSES, BETA, GAMMA = 3, 4.0, 0.3
 Y = torch.tensor([0, 1, 2, 2, 0])
@@ -150,6 +151,16 @@ def test_gradient_is_that_of_finite_differences(method, perturbs):
             flat[place] = kept
             slope = (values[0] - values[1]) / (2 * h)
             assert float(p.grad.view(-1)[place]) == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("loss", [trades_terms, mart_loss])
+def test_gradients_are_finite_where_a_probability_is_zero_in_fp32(loss):
+    clean = torch.tensor([[200.0, 0.0, 1.0]]).requires_grad_()
+    adv = torch.tensor([[0.0, 300.0, 1.0]]).requires_grad_()
+    found = loss(clean, adv, torch.tensor([0]), None, BETA)
+    total = sum(found) if isinstance(found, tuple) else found
+    for grad in torch.autograd.grad(total, (clean, adv)):
+        assert grad.isfinite().all()
 
 
 def test_awp_leaves_running_statistics_to_the_pass_at_the_perturbed_weights():
