@@ -72,10 +72,7 @@ def algorithm1(
     Returns the two losses and the numbers of correct images.
     """
 
-    def forward(x: Tensor) -> Tensor:
-        with precision():
-            return model(x)
-
+    forward = _forward(model, precision)
     # Autocast caches its copies of the weights until the outermost autocast context ends. A
     # disabled context around all passes keeps the cache, so that each weight is cast once.
     with torch.autocast(x.device.type, torch.bfloat16, enabled=False):
@@ -133,10 +130,7 @@ def joint_update(
     The other arguments, and the result, are those of `algorithm1`.
     """
 
-    def forward(x: Tensor) -> Tensor:
-        with precision():
-            return model(x)
-
+    forward = _forward(model, precision)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=False):
         with precision():
             x_adv = attack(x, y)
@@ -178,10 +172,7 @@ def mixed_attack_update(
     The other arguments, and the result, are those of `algorithm1`.
     """
 
-    def forward(x: Tensor) -> Tensor:
-        with precision():
-            return model(x)
-
+    forward = _forward(model, precision)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=False):
         mix = draw()
         assert mix is not None
@@ -196,6 +187,18 @@ def mixed_attack_update(
             adv_loss.backward()
         zero = torch.zeros_like(adv_correct)
         return Update(zero, adv_loss.detach(), zero, adv_correct)
+
+
+def _forward(
+    model: nn.Module, precision: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[Tensor], Tensor]:
+    """Return the forward pass of `model` inside the context that `precision` returns."""
+
+    def forward(x: Tensor) -> Tensor:
+        with precision():
+            return model(x)
+
+    return forward
 
 
 def _perturbed(

@@ -304,16 +304,24 @@ def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(own, dynamic=False, backend=BACKEND)
 
 
+@contextmanager
+def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restore the values of `tensors` at the end, in place."""
+    kept = [(tensor.detach(), tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, before in kept:
+            tensor.copy_(before)
+
+
 def with_state_restored(
     function: Callable[[], object], state: Iterable[Tensor], times: int
 ) -> None:
     """Call `function` `times` times, then restore the tensors of `state` in place."""
-    state = [tensor.detach() for tensor in state]
-    before = [tensor.clone() for tensor in state]
-    for _ in range(times):
-        function()
-    for tensor, kept in zip(state, before, strict=True):
-        tensor.copy_(kept)
+    with restored(state):
+        for _ in range(times):
+            function()
 
 
 @cache

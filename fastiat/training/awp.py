@@ -1,11 +1,13 @@
 """Adversarial weight perturbation (AWP): the gradient is taken at weights that raise the loss."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from fastiat.engine.graphs import restored
 
 
 @torch.no_grad()
@@ -25,17 +27,6 @@ def ascend_(weights: Sequence[Tensor], grads: Sequence[Tensor], gamma: float) ->
         for own, ascent in zip(torch._foreach_norm(kept), torch._foreach_norm(along), strict=True)
     ]
     torch._foreach_add_(kept, torch._foreach_mul(along, lengths))
-
-
-@contextmanager
-def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore the values of `tensors` at the end, in place."""
-    kept = [(tensor.detach(), tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    finally:
-        for tensor, before in kept:
-            tensor.copy_(before)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fastiat.engine import graphs
 from fastiat.engine.modes import attack_mode
 from fastiat.mix import Mix, MixPoints, soft_labels
 from fastiat.models import running_statistics
-from fastiat.training.awp import ascend_, restored
+from fastiat.training.awp import ascend_
 from fastiat.training.update import Update, joint_pass, mixed_pass
 
 Method = Literal["at", "trades", "mart", "mixed"]
@@ -260,7 +260,7 @@ class Step:
 
     def _ascent(self, kind: Pass, which: int, layer: int | None) -> None:
         """Write the ascent gradient of AWP to `adv_grads`, and restore the network's buffers."""
-        with restored(self.model.buffers()):
+        with graphs.restored(self.model.buffers()):
             grads, _ = self._differentiate(kind, which, layer, 1.0)
         _copy(self.adv_grads, grads)
 
@@ -274,7 +274,7 @@ class Step:
             # The optimizer changed the parameters after the last update. The refresh is inside the
             # captured piece, so that every replay repeats it.
             self.weights.refresh()
-        with restored(self.trained if perturbs else ()):
+        with graphs.restored(self.trained if perturbs else ()):
             if perturbs:
                 ascend_(self.trained, self.adv_grads, self.gamma)
                 self.weights.refresh()
