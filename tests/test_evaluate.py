@@ -173,6 +173,7 @@ def test_memory_that_runs_out_while_measuring_names_the_batch_size_to_give(
 
     monkeypatch.setattr("fastiat.measuring.one_pass.input_gradient", refuse)
     monkeypatch.setattr("fastiat.attack.input_gradient", refuse)
+    monkeypatch.setattr("fastiat.attacks.loop.input_gradient", refuse)
     line = complaint(*argv, *CPU[:2])
     assert "measuring 64 images at a time takes more memory than there is" in line
     assert f"fastiat {argv[0]} {run}" in line and "--batch-size 32" in line

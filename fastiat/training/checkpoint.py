@@ -47,7 +47,7 @@ def checked_position(
 ) -> Position:
     """Check that all of `state` fits a training, and return its position.
 
-    state: the checkpoint, as `fastiat.train.Trainer.state_dict` returns it.
+    state: the checkpoint, as `Trainer.state_dict` returns it.
     own: the state of the training that will load the checkpoint.
     epochs, steps_per_epoch: the length of that training.
     generators: the generators whose states are in `state["random"]`.

@@ -26,9 +26,9 @@ In N-FGSM trainings that stay robust the two differ by a few points. After catas
 
 
 class Training(Protocol):
-    """The attributes of `fastiat.train.Trainer` that this package uses; `Trainer` documents them.
+    """The attributes of a training that this module and `session` use; `Trainer` documents them.
 
-    A protocol, because `fastiat.train` imports this package.
+    A protocol, because `fastiat.training.trainer` imports this module.
     """
 
     config: TrainConfig

@@ -1,6 +1,6 @@
 """One update in fixed buffers, which can be captured as CUDA graphs.
 
-`fastiat.train.algorithm1` is the same update in eager PyTorch.
+`fastiat.training.eager.algorithm1` is the same update in eager PyTorch.
 """
 
 from collections.abc import Callable, Hashable
@@ -75,8 +75,8 @@ class Step:
     accept: returns whether the gradients of an update may be used; called before the optimizer's
         step.
 
-    The other arguments are those of `fastiat.train.algorithm1`. Without `compiled`, the results
-    equal those of the eager functions (`Method`) bit for bit.
+    The other arguments are those of `algorithm1`. Without `compiled`, the results equal those of
+    the eager functions (`Method`) bit for bit.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastiat import attack, data
 from fastiat.attack import PGD, pgd
+from fastiat.attacks import starts
 from fastiat.config import TrainConfig
 from fastiat.mix import Mix, MixPoints, draw, draw_boxes, mixed_loss, paste, soft_labels
 from fastiat.runs.directory import Run
@@ -180,7 +181,7 @@ def test_the_attack_of_trades_follows_the_divergence_from_normal_noise():
     generator = torch.Generator().manual_seed(5)
     found = pgd(model, x, Y, generator=generator, **settings)
     seed = torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(5))
-    x_adv = x + std * attack.start_from_seed(x * 0, 1.0, "linf", (-9, 9), seed, noise="normal")
+    x_adv = x + std * starts.start_from_seed(x * 0, 1.0, "linf", (-9, 9), seed, noise="normal")
     x_adv = x_adv.clamp(0, 1)
     p = model(x).softmax(1).detach()
     for _ in range(steps):
@@ -194,7 +195,7 @@ def test_the_attack_of_trades_follows_the_divergence_from_normal_noise():
 def test_normal_starts_have_the_moments_of_the_normal_distribution():
     x = torch.full((8, 3, 64, 64), 0.5)
     seed = torch.tensor(3)
-    noise = attack.start_from_seed(x, 0.01, "linf", (0.0, 1.0), seed, noise="normal") - x
+    noise = starts.start_from_seed(x, 0.01, "linf", (0.0, 1.0), seed, noise="normal") - x
     count = noise.numel()
     assert abs(float(noise.mean())) < 5 * 0.01 / count**0.5
     assert float(noise.std()) == pytest.approx(0.01, rel=5 / (2 * count) ** 0.5)
