@@ -30,12 +30,13 @@ PAGES = {
 RUN = "runs/cifar10-preact18-pgd-manifold-s0"
 SMALLER = {
     '"cifar10"': '"digits"',
+    'build("preact18", width=8), 3': 'build("mlp6", width=8), 3',
     "(5, 3, 32, 32)": "(5, 1, 8, 8)",
     "steps=20": "steps=2",
     '"pgd-20"': '"pgd-2"',
     "epochs=1,": 'epochs=1, steps=1, device="cpu",',
 }
-"""What the run of the tests cannot be: the blocks show CIFAR-10 and attacks of usual strength."""
+"""The blocks show CIFAR-10, real networks and attacks of usual strength; the tests take seconds."""
 
 
 def _blocks(page, *languages):
