@@ -5,6 +5,7 @@
 # make test-gpu  the tests that need a CUDA device, real kernels included
 # make test-oldest TESTS=tests/engine/test_engine.py   with every dependency at its lower bound
 # make lint      ruff and mypy
+# make docs      the documentation site, into site/
 # make bench     throughput of attack, training step and kernels
 # make gpu       tests and measurements that need a GPU, in nine minutes; installs nothing
 # make gpu-train DATA=DIR RUN=DIR   train IAT on an image tree for a given time, and measure it
@@ -43,7 +44,7 @@ ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DATA ?= my-images
 RUN ?= runs/gpu-train
 
-.PHONY: demo test test-all quick torture test-gpu test-oldest lint bench gpu gpu-train gpu-results clean FORCE
+.PHONY: demo test test-all quick torture test-gpu test-oldest lint docs bench gpu gpu-train gpu-results clean FORCE
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -76,6 +77,9 @@ lint: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(TOOLS)
+	$(BIN)/python -m mkdocs build --strict
+
 bench: $(TOOLS)
 	$(BIN)/python -m pytest bench --benchmark-only
 
@@ -89,7 +93,7 @@ gpu-results:
 	$(ANY) bench/gpu/sessions.py --data-dir $(DATA) --out $(RUN) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build site *.egg-info
 
 $(OLDEST)/.installed: pyproject.toml tests/tools/oldest.py
 	$(PYTHON) -m venv --clear $(OLDEST)
