@@ -106,7 +106,7 @@ def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]:
         if is_endless(file):
             raise InputError(f"it is a pipe or a device: {LAYOUT}")
         if not zipfile.is_zipfile(file) and not _starts_as_zip(file):
-            raise InputError(f"it is {kind_of(file) or 'another kind of file'}: {LAYOUT}")
+            raise InputError(f"it is {kind_of(file) or 'a safetensors file'}: {LAYOUT}")
         arrays = read_npz(file, free_memory(torch.device("cpu")), names=("image", "label"))
     except InputError:
         raise
