@@ -2,14 +2,12 @@
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fastiat.measuring.rows import read_rows, write_rows
+from fastiat.measuring.rows import read_rows
 
 NORMS = "norms.json"
 
@@ -77,8 +75,3 @@ def read_norms(run_dir: str | os.PathLike[str]) -> list[WeightNorms]:
     Raises `InputError` for a damaged norms.json.
     """
     return read_rows(run_dir, NORMS, WeightNorms)
-
-
-def write_norms(run_dir: Path, layers: Sequence[WeightNorms]) -> None:
-    """Write norms.json atomically: the whole file or nothing."""
-    write_rows(run_dir / NORMS, layers)

@@ -8,13 +8,12 @@ import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from scipy.stats import binomtest
 from torch import Tensor
 
-from fastiat.measuring.rows import read_rows, write_rows
+from fastiat.measuring.rows import read_rows
 
 DIAGNOSIS = "diagnosis.json"
 Verdict = Literal["pass", "warn", "fail", "not done"]
@@ -75,11 +74,6 @@ def read_diagnosis(run_dir: str | os.PathLike[str]) -> list[Finding]:
     Raises `InputError` for a damaged diagnosis.json.
     """
     return read_rows(run_dir, DIAGNOSIS, Finding)
-
-
-def write_diagnosis(run_dir: Path, findings: Sequence[Finding]) -> None:
-    """Write diagnosis.json atomically: the whole file or nothing."""
-    write_rows(run_dir / DIAGNOSIS, findings)
 
 
 def fgsm_weaker(fgsm: Tensor, pgd: Tensor) -> Finding:
