@@ -6,7 +6,7 @@ a `Finding`. "Points" are percentage points of error.
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 

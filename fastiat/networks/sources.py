@@ -23,8 +23,6 @@ from fastiat.networks.normalise import IMAGENET
 from fastiat.system.errors import InputError, one_line
 from fastiat.system.settings import did_you_mean
 
-LIBRARIES = ("torchvision", "timm")
-
 
 def from_library(
     arch: str, num_classes: int, in_channels: int, *, pretrained: bool = False

@@ -17,8 +17,6 @@ from fastiat.runs.results import read_results
 from fastiat.system.errors import InputError
 from fastiat.system.settings import is_own_arch
 
-DATASETS = {"cifar10": "cifar10", "cifar100": "cifar100"}
-"""RobustBench's names of data sets that fastiat has."""
 THREATS = {"linf": "Linf", "l2": "L2"}
 
 HEAD = """\
@@ -71,7 +69,7 @@ def robustbench(config: RobustBenchConfig) -> tuple[str, dict[str, Any]]:
         # RobustBench counts real images, not generated ones; a run does not know which it had.
         "additional_data": None if settings.extra else False,
         "number_forward_passes": 1,
-        "dataset": DATASETS.get(settings.dataset, settings.dataset),
+        "dataset": settings.dataset,
         "venue": None,
         "architecture": card.arch,
         "norm": THREATS[settings.norm],
