@@ -1,6 +1,5 @@
 """The data stage: load a data set, make batches of its images, convert a data set to a .beton."""
 
-import os
 import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,6 +32,7 @@ from fastiat.images.ffcv_batches import FFCVBatches
 from fastiat.images.load import check_folder, default_dir, fits, load
 from fastiat.kernels import crop_flip
 from fastiat.system.errors import InputError
+from fastiat.system.files import check_new
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import DATASETS, IN_PYTHON, is_beton
 
@@ -68,12 +68,7 @@ def convert(config: ConvertConfig) -> beton.Card:
     """
     config.check()
     out = Path(config.out).absolute()
-    if os.path.lexists(out) and not config.force:
-        raise InputError(f"{out} exists already: choose another name, or replace it with --force")
-    if not out.parent.is_dir():
-        raise InputError(f"the folder {out.parent} does not exist: create it, or choose another")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder: name a file in it")
+    check_new(out, config.force)
     named = config.dataset in DATASETS
     if config.data_dir is not None and not named:
         raise InputError(
@@ -94,6 +89,8 @@ def convert(config: ConvertConfig) -> beton.Card:
 
 Kind = Literal["resident", "ffcv"]
 """Kind of a loader, see `Loader`."""
+Wanted = Literal["auto", "resident", "ffcv"]
+"""Kind of a loader that a user asks for, see `choose_loader`."""
 
 
 class Shard(NamedTuple):
@@ -201,13 +198,13 @@ class Loader:
         """Images of the split in a training batch."""
         if train and self.share > len(split):
             raise InputError(
-                f"a batch of {batch_size} is larger than the {len(split)} training images: "
-                f"give a batch size of {len(split)} or less"
+                f"--batch-size {batch_size} takes {self.share} training images, more than the "
+                f"{len(split)} that there are: give less"
             )
         if train and (batch_size % shard.ranks or self.share % shard.ranks):
             raise InputError(
-                f"a batch of {batch_size} images cannot be shared equally by {shard.ranks} "
-                f"processes: give a multiple of {shard.ranks}"
+                f"--batch-size {batch_size} cannot be shared equally by {shard.ranks} processes: "
+                f"give a multiple of {shard.ranks}, or start another number of them"
             )
         self.labels = split.labels.to(device)
         self.device = self.labels.device
@@ -312,10 +309,8 @@ class Loader:
         return torch.randint(high, shape, generator=self.augment, device=self.device)
 
 
-def choose_loader(
-    wanted: Literal["auto", "resident", "ffcv"], dataset: Dataset, device: torch.device
-) -> tuple[Kind, str]:
-    """Return the kind of loader for a data set, and the reason in words.
+def choose_loader(wanted: Wanted, dataset: Dataset, device: torch.device) -> Kind:
+    """Return the kind of loader for a data set.
 
     If FFCV is installed, "auto" chooses "ffcv" for a .beton and for images that take more than half
     of the device's free memory; otherwise "resident". Raises `InputError` for "ffcv" if FFCV cannot
@@ -324,34 +319,27 @@ def choose_loader(
     if wanted == "ffcv" and (reason := obstacle()):
         raise InputError(f"--loader ffcv: {reason}")
     if wanted != "auto":
-        return wanted, "it was requested"
-    if dataset.stored:
-        return ("ffcv", "it is a .beton") if installed() else ("resident", "FFCV is not installed")
-    if fits(dataset.nbytes, device, in_memory=True):
-        return "resident", "the images fit into memory"
-    if installed():
-        return "ffcv", f"it takes more than half of the memory that is free on {device}"
-    return "resident", "FFCV is not installed"
+        return wanted
+    streamed = dataset.stored or not fits(dataset.nbytes, device, in_memory=True)
+    return "ffcv" if streamed and installed() else "resident"
 
 
 def convert_if_needed(
-    dataset: Dataset, wanted: Literal["auto", "resident", "ffcv"], device: torch.device
-) -> tuple[Dataset, Kind, str]:
-    """Return the data set, the kind of its loader, and the reason for that kind in words.
-
-    For "ffcv", a data set in memory is converted to a .beton in the cache, and returned from there.
+    dataset: Dataset, wanted: Wanted, device: torch.device
+) -> tuple[Dataset, Kind]:
+    """Return the data set and the kind of its loader; for "ffcv" it is a .beton in the cache.
 
     All ranks of a job must call this function together. Raises the errors of `choose_loader`, and
     `InputError` if the cache cannot be written.
     """
-    kind, reason = choose_loader(wanted, dataset, device)
+    kind = choose_loader(wanted, dataset, device)
     # Free memory may differ between ranks. If any rank streams from the .beton, all do.
     if ranks().all_reduce_max(kind == "ffcv")[0]:
         kind = "ffcv"
     if kind == "ffcv" and not dataset.stored:
         with ranks().local_rank_first():
             dataset = cached(dataset_source(dataset))
-    return dataset, kind, reason
+    return dataset, kind
 
 
 def make_loader(
@@ -399,16 +387,14 @@ def open_loaders(
 
     The training images are limited (`--train-limit`, `--class-limit`) before `--holdout` takes its
     images from them. All ranks of a job must call this function together. Raises `InputError` if
-    the settings leave no image to train on, if `--pad` is not less than the side of an image, and
-    for a batch size that is larger than the training set or not a multiple of the number of ranks.
-    It also raises the errors of `load_extra`, and `InputError` for a share of `--extra` that leaves
-    a rank without images of one kind or that the ranks cannot divide.
+    the settings leave no image to train on, if `--pad` is not less than the side of an image, for
+    a share of `--extra` that leaves a rank without images of one kind or that the ranks cannot
+    divide, and for the errors of `Loader` and `load_extra`.
     """
-    dataset, kind, _ = convert_if_needed(dataset, config.loader, device)
+    dataset, kind = convert_if_needed(dataset, config.loader, device)
     side = dataset.test.shape[1]
     train = limited(dataset.train, config.train_limit, config.class_limit, config.seed)
-    test, held_out = dataset.test, None
-    kept_out = config.holdout
+    test, held_out, kept_out = dataset.test, None, config.holdout
     if kept_out is None or (kept_out == 0 and config.adv == "n-fgsm"):
         kept_out = min(1000, len(train) // 10)
     if kept_out >= len(train):
@@ -427,22 +413,6 @@ def open_loaders(
         )
     shard = Shard(ranks().rank, ranks().count)
     share = _extra_share(config, shard.ranks)
-    if share and config.batch_size - share > len(train):
-        raise InputError(
-            f"--batch-size {config.batch_size} is {share} images of --extra and "
-            f"{config.batch_size - share} training images, more than the {len(train)} that there "
-            f"are: give less"
-        )
-    if not share and config.batch_size > len(train):
-        raise InputError(
-            f"--batch-size {config.batch_size} is more than the {len(train)} training images: "
-            f"give {len(train)} or less"
-        )
-    if config.batch_size % shard.ranks:
-        raise InputError(
-            f"--batch-size {config.batch_size} cannot be shared equally by {shard.ranks} "
-            f"processes: give a multiple of {shard.ranks}, or start another number of them"
-        )
     flip = config.flip
     if flip is None:
         flip = dataset.flip and config.augment != "none"
@@ -459,9 +429,7 @@ def open_loaders(
             config.batch_size,
             train=True,
             pad=config.pad if shifts else 0,
-            flip=(dataset.flip and config.augment != "none")
-            if config.flip is None
-            else config.flip,
+            flip=flip,
             crop=side if config.augment == "resized-crop" else None,
             order=order,
             augment=augment,

@@ -258,7 +258,7 @@ def _load_data(
         fetch=fetch,
         image_size=own.image_size if own else None,
     )
-    dataset, *_ = data.convert_if_needed(dataset, "auto", pick_device(config.device))
+    dataset, _ = data.convert_if_needed(dataset, "auto", pick_device(config.device))
     return dataset
 
 

@@ -4,7 +4,6 @@ import importlib
 import io
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from fastiat.engine.device import own_defaults
 from fastiat.models import ModelCard
 from fastiat.runs.directory import load_with_card
 from fastiat.system.errors import InputError, one_line
-from fastiat.system.files import check_writable, write
+from fastiat.system.files import check_new, check_writable, write
 
 TRACED, CHECKED = 2, 5
 """Batch sizes that the network is traced with and that the written program is checked with."""
@@ -36,10 +35,7 @@ def export(config: ExportConfig) -> Path:
     """
     config.check()
     out = Path(config.out).absolute()
-    if os.path.lexists(out) and not config.force:
-        raise InputError(f"{out} exists already: choose another name, or replace it with --force")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder: name a file in it")
+    check_new(out, config.force)
     check_writable(out.parent)
     as_onnx = out.suffix == ".onnx"
     if as_onnx:

@@ -68,6 +68,16 @@ def _keep(file: Path, older: Path) -> None:
     beside.unlink(missing_ok=True)
 
 
+def check_new(file: Path, force: bool) -> None:
+    """Raise `InputError` unless `file` can be made; with `force` it may be a file already."""
+    if os.path.lexists(file) and not force:
+        raise InputError(f"{file} exists already: choose another name, or replace it with --force")
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: name a file in it")
+    if not file.parent.is_dir():
+        raise InputError(f"the folder of {file} does not exist: create it, or choose another")
+
+
 def check_place(file: Path) -> None:
     """Raise `InputError` unless a file can be written at `file`; its folder may not exist yet."""
     if file.is_dir():
