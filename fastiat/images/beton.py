@@ -203,8 +203,6 @@ def _open(path: Path, file: IO[bytes]) -> Beton:
             raise refusal(path, "it is truncated")
         return np.fromfile(file, dtype, count, offset=at - file.tell())
 
-    if size < HEADER.itemsize + field_table().nbytes:
-        raise refusal(path, "it is truncated" if size else "it is empty")
     header = read(HEADER, 1, 0)[0]
     n, page, table = (int(header[name]) for name in ("num_samples", "page_size", "alloc_table_ptr"))
     fields = read(FIELD, len(FIELDS), HEADER.itemsize)
@@ -217,13 +215,10 @@ def _open(path: Path, file: IO[bytes]) -> Beton:
         raise refusal(path, "it is not a .beton of fastiat, with an image and a label field")
     if page & (page - 1) or not SMALLEST_PAGE <= page <= LARGEST_PAGE:
         raise refusal(path, f"its page size is {page}")
-    if n < 2 or table == 0 or table + n * ALLOCATION.itemsize > size:
-        raise refusal(path, "it is truncated")
     if table + n * ALLOCATION.itemsize < size:
         raise refusal(path, "it has bytes after its end")
-    start = data_start(n, page)
-    tail = len(MAGIC) + 8
-    if table < start + tail:
+    start, tail = data_start(n, page), len(MAGIC) + 8
+    if n < 2 or table < start + tail:
         raise refusal(path, "it is truncated")
     ending = read(np.uint8, tail, table - tail).tobytes()
     length = int.from_bytes(ending[:8], "little")

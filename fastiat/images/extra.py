@@ -5,7 +5,6 @@ numbers. Every batch takes the same number of its images, as in Gowal et al. 202
 """
 
 import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,9 @@ def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]:
             raise InputError(f"it is a folder: {LAYOUT}")
         if is_endless(file):
             raise InputError(f"it is a pipe or a device: {LAYOUT}")
-        if not zipfile.is_zipfile(file) and not _starts_as_zip(file):
+        with open(file, "rb") as opened:
+            is_zip = opened.read(2) == b"PK"
+        if not is_zip:
             raise InputError(f"it is {kind_of(file) or 'a safetensors file'}: {LAYOUT}")
         arrays = read_npz(file, free_memory(torch.device("cpu")), names=("image", "label"))
     except InputError:
@@ -132,9 +133,3 @@ def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]:
 def _named(array: NDArray[Any]) -> str:
     """Return the type and shape of an array, as text."""
     return f"{printable(array.dtype)[:50]} of shape {array.shape}"
-
-
-def _starts_as_zip(file: Path) -> bool:
-    """Whether a file that `zipfile` does not take starts as an archive, such as one cut short."""
-    with open(file, "rb") as opened:
-        return opened.read(4) == b"PK\3\4"

@@ -1,28 +1,13 @@
 """The FFCV package: whether it is usable, what is missing, and its import without side effects."""
 
-import shutil
-import subprocess
 from functools import cache
 
 import torch
 
 from fastiat.system.errors import InputError, one_line
 
-LIBRARIES = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}
-"""The C libraries that FFCV is built with: {pkg-config name: Debian package}."""
-
-
-def _install_first() -> str:
-    """Return the command that installs the Debian packages missing for a build of FFCV, or ""."""
-    if shutil.which("pkg-config") is None:
-        missing = ["pkg-config", *LIBRARIES.values()]
-    else:
-        missing = [
-            package
-            for library, package in LIBRARIES.items()
-            if subprocess.run(["pkg-config", "--exists", library], capture_output=True).returncode
-        ]
-    return f"apt-get install {' '.join(missing)}, then " if missing else ""
+BUILD = "apt-get install pkg-config libturbojpeg0-dev libopencv-dev, then "
+"""The Debian packages that FFCV is built with."""
 
 
 def obstacle() -> str | None:
@@ -58,12 +43,10 @@ def import_ffcv() -> None:
     # Incompatible versions of FFCV, numba, NumPy and the C libraries raise errors of any type.
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "ffcv") == "ffcv":
-            raise InputError(
-                f"FFCV is not installed: {_install_first()}pip install 'fastiat[ffcv]'"
-            ) from None
+            raise InputError(f"FFCV is not installed: {BUILD}pip install 'fastiat[ffcv]'") from None
         reason = one_line(error) or type(error).__name__
         raise InputError(
-            f"FFCV is installed but cannot be imported ({reason}): {_install_first()}"
+            f"FFCV is installed but cannot be imported ({reason}): {BUILD}"
             "pip install --force-reinstall --no-deps ffcv"
         ) from None
     finally:

@@ -352,13 +352,12 @@ def test_what_does_not_fit_is_converted_by_itself(tmp_path, monkeypatch, trained
 
 
 def test_without_ffcv_one_line_says_what_to_install(
-    digits, tmp_path, small, complaint, capsys, monkeypatch, without_ffcv
+    digits, tmp_path, small, complaint, capsys, without_ffcv
 ) -> None:
     told = complaint("train", *small, "--loader", "ffcv", "--out", tmp_path / "run")
     assert "FFCV is not installed" in told and "pip install 'fastiat[ffcv]'" in told
     assert not (tmp_path / "run").exists()
     call("train", *small[2:], "--dataset", digits, "--out", tmp_path / "run")
-    monkeypatch.setenv("PATH", str(tmp_path))  # no pkg-config, so nothing can be found by it
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loader")]
     assert "resident" in row
