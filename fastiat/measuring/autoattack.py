@@ -21,7 +21,7 @@ from fastiat.config import MeasureConfig
 from fastiat.engine.device import pick_device
 from fastiat.measuring.one_pass import default_batch
 from fastiat.models import correct, to_pixels
-from fastiat.system.errors import InputError
+from fastiat.system.errors import InputError, optional
 from fastiat.system.progress import Progress
 from fastiat.system.ranks import ranks
 
@@ -44,13 +44,7 @@ class Outcome:
 
 def library_version() -> str:
     """Return the library's name and version; raise `InputError` if it is not installed."""
-    try:
-        import pyautoattack
-    except ImportError:
-        raise InputError(
-            "--autoattack needs a library that is not installed: pip install fastiat[autoattack]"
-        ) from None
-    return f"pyautoattack {pyautoattack.__version__}"
+    return f"pyautoattack {optional('pyautoattack', 'autoattack').__version__}"
 
 
 def check_classes(name: str, classes: int) -> None:
@@ -82,8 +76,7 @@ def autoattack(
     The examples are the same as those of one call of the library on all images with this batch
     size. The ranks of a job share the batches. Raises `InputError` if the library is not installed.
     """
-    library_version()
-    import pyautoattack
+    pyautoattack = optional("pyautoattack", "autoattack")
     from pyautoattack.checks import check_square_sr
 
     device = pick_device(config.device)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastiat.networks.normalise import IMAGENET
-from fastiat.system.errors import InputError, one_line
+from fastiat.system.errors import InputError, one_line, optional
 from fastiat.system.settings import did_you_mean
 
 
@@ -77,30 +77,22 @@ def torchvision_options(name: str) -> dict[str, bool]:
     return {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
 
 
-def _timm() -> Any:
-    try:
-        return importlib.import_module("timm")
-    except ImportError:
-        raise InputError(
-            "networks of timm need the package timm: install it with pip install 'fastiat[timm]'"
-        ) from None
-
-
 def _from_timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
-    timm = _timm()
+    timm = optional("timm", "timm")
     # Registered names only: timm also accepts "hf-hub:..." and downloads what that says.
     if not timm.is_model(name):
         raise InputError(
             f"timm has no network {name!r}: choose one of timm.list_models()"
             f"{did_you_mean(name, timm.list_models())}"
         )
-    options = {"num_classes": num_classes, "in_chans": in_channels}
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     try:
         # Without a network it warns a dozen times, and then raises the error below.
         hub.setLevel(logging.ERROR)
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        model: nn.Module = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels
+        )
     except Exception as error:
         # The hub's client raises errors of many types where there is no network.
         if not pretrained:
@@ -122,7 +114,7 @@ def library_normalise(arch: str, in_channels: int) -> tuple[str, ...]:
     library, _, name = arch.partition(":")
     if library == "torchvision":
         return ("imagenet",)
-    config = _timm().get_pretrained_cfg(name)
+    config = optional("timm", "timm").get_pretrained_cfg(name)
     mean, std = (tuple(getattr(config, key, None) or ()) for key in ("mean", "std"))
     if len(mean) != 3 or len(std) != 3:
         mean, std = IMAGENET[:3], IMAGENET[3:]

@@ -19,7 +19,7 @@ from fastiat.runs.directory import MODEL
 from fastiat.runs.results import fingerprint, measures, wilson
 from fastiat.system.errors import InputError
 from fastiat.system.files import write
-from fastiat.system.settings import flag_of
+from fastiat.system.settings import flag_of, number_text
 from fastiat.system.tables import csv_text, markdown
 from fastiat.system.untrusted import read_as
 
@@ -178,13 +178,6 @@ def command_of(name: str, config: Any, default: Any) -> str:
         elif isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
-            words += [flag, *(shlex.quote(_word(one)) for one in values)]
+            texts = (number_text(v) if isinstance(v, float) else str(v) for v in values)
+            words += [flag, *map(shlex.quote, texts)]
     return " ".join(words)
-
-
-def _word(value: Any) -> str:
-    """Format a value so that the command line parses it to the same value."""
-    if isinstance(value, float):
-        levels = round(255 * value)
-        return f"{levels}/255" if 0 < levels < 255 and value == levels / 255 else repr(value)
-    return str(value)

@@ -34,15 +34,9 @@ from fastiat.system.ranks import ranks
 from fastiat.system.settings import ARCHS, expanded, flag_of, is_beton, is_own_arch
 from fastiat.system.untrusted import kind_of, read_as
 
-CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
-    "config.json",
-    "metrics.jsonl",
-    "model.safetensors",
-    "state.safetensors",
-    "state.previous.safetensors",
-    "stdout.log",
-    ".lock",
-)
+CONFIG, METRICS, LOG, LOCK = "config.json", "metrics.jsonl", "stdout.log", ".lock"
+MODEL, STATE = "model.safetensors", "state.safetensors"
+PREVIOUS = "state.previous.safetensors"
 T = TypeVar("T")
 MOVABLE = {"init", "out", "data_dir", "loader", "resume", "checkpoint_every", "on_nan"}
 """Settings that a resume may change, because they do not change the weights."""
@@ -107,9 +101,7 @@ class Run:
         except FileNotFoundError:
             raise InputError(f"{path} holds no run: there is no {CONFIG} in it") from None
         except (NotADirectoryError, IsADirectoryError):
-            raise InputError(
-                f"{path} is not a run directory: name the directory of a run"
-            ) from None
+            raise InputError(f"{path} is no run: name the directory of a run") from None
         try:
             config.check()
         except InputError as error:
@@ -290,14 +282,9 @@ class Run:
 def _text(config: TrainConfig) -> bytes:
     """Return the content of config.json: the settings, with absolute paths to the data."""
     kept = asdict(config) | {"out": None, "resume": False}
-    if config.init is not None:
-        kept["init"] = os.path.abspath(config.init)
-    if config.data_dir is not None:
-        kept["data_dir"] = os.path.abspath(config.data_dir)
-    if config.extra is not None:
-        kept["extra"] = os.path.abspath(config.extra)
-    if is_beton(config.dataset):
-        kept["dataset"] = os.path.abspath(config.dataset)
+    for name in ("init", "data_dir", "extra", *(["dataset"] if is_beton(config.dataset) else [])):
+        if kept[name] is not None:
+            kept[name] = os.path.abspath(kept[name])
     return json.dumps(kept, indent=1).encode() + b"\n"
 
 
@@ -326,9 +313,7 @@ def check_free(path: Path) -> None:
     """Raise `InputError` unless a new run can be made at `path`."""
     if (path / CONFIG).exists():
         check_unused(path / LOCK)
-        raise InputError(
-            f"{path} already holds a run: continue it with --resume, or choose another --out"
-        )
+        raise InputError(f"{path} already holds a run: add --resume, or choose another --out")
     # A process that was killed in `create` may have left its lock and a temporary config file.
     if path.is_dir() and any(
         file.name != LOCK and not file.name.startswith(f".{CONFIG}.") for file in path.iterdir()

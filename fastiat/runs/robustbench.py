@@ -15,7 +15,7 @@ from fastiat.networks.sources import torchvision_options
 from fastiat.runs.directory import MODEL, Run, load_with_card
 from fastiat.runs.results import read_results
 from fastiat.system.errors import InputError
-from fastiat.system.settings import is_own_arch
+from fastiat.system.settings import is_own_arch, number_text
 
 THREATS = {"linf": "Linf", "l2": "L2"}
 
@@ -60,8 +60,6 @@ def robustbench(config: RobustBenchConfig) -> tuple[str, dict[str, Any]]:
     settings = run.config
     measured = {entry["attack"]: entry for entry in read_results(path) if _counts(entry, run)}
     clean, strong = (_accuracy(measured.get(name)) for name in ("none", "autoattack"))
-    eps = round(255 * settings.eps)
-    exact = settings.norm == "linf" and settings.eps == eps / 255
     metadata = {
         "link": None,
         "name": None,
@@ -73,7 +71,7 @@ def robustbench(config: RobustBenchConfig) -> tuple[str, dict[str, Any]]:
         "venue": None,
         "architecture": card.arch,
         "norm": THREATS[settings.norm],
-        "eps": f"{eps}/255" if exact else f"{settings.eps:g}",
+        "eps": number_text(settings.eps, "g"),
         "clean_acc": clean,
         "reported": strong,
         "autoattack_acc": strong,

@@ -108,7 +108,7 @@ def read_model(file: Path, own: OwnNetwork | None = None) -> tuple[nn.Module, Mo
 def pack_model(weights: Mapping[str, Tensor], card: ModelCard) -> bytes:
     """Return the content of a model.safetensors; equal weights and cards give equal bytes."""
     metadata = {"format": "pt", "fastiat": __version__, "card": json.dumps(asdict(card))}
-    return _pack(weights, lambda data: metadata)
+    return _pack(weights, metadata)
 
 
 def pack_state(state: Mapping[str, Any]) -> bytes:
@@ -126,15 +126,7 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
             tensors |= {f"{name}/{key}": tensor for key, tensor in group.items()}
         else:
             values[name] = value
-    text = json.dumps(values)
-
-    def describe(data: memoryview) -> dict[str, str]:
-        # Names and shapes need no checksum: `alike` compares them with the training's own.
-        checksum = hashlib.sha256(text.encode())
-        checksum.update(data)
-        return {"state": text, "sha256": checksum.hexdigest()}
-
-    return _pack(tensors, describe)
+    return _pack(tensors, {"state": json.dumps(values)})
 
 
 @_explains_damage
@@ -173,8 +165,8 @@ def data_sha256(file: Path, text: str = "") -> str:
     return checksum.hexdigest()
 
 
-def _pack(tensors: Mapping[str, Tensor], describe: Callable[[memoryview], dict[str, str]]) -> bytes:
-    """Return the content of a safetensors file; `describe` returns the metadata of a data section.
+def _pack(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return the content of a safetensors file; with "state" in its metadata, with their "sha256".
 
     safetensors writes metadata in an order that differs between calls, so they are sorted here.
     """
@@ -189,7 +181,12 @@ def _pack(tensors: Mapping[str, Tensor], describe: Callable[[memoryview], dict[s
     packed = safetensors.torch.save(apart)
     start = 8 + int.from_bytes(packed[:8], "little")
     header, data = json.loads(packed[8:start]), memoryview(packed)[start:]
-    header = {"__metadata__": dict(sorted(describe(data).items()))} | header
+    if "state" in metadata:
+        # Names and shapes need no checksum: `alike` compares them with the training's own.
+        checksum = hashlib.sha256(metadata["state"].encode())
+        checksum.update(data)
+        metadata = metadata | {"sha256": checksum.hexdigest()}
+    header = {"__metadata__": dict(sorted(metadata.items()))} | header
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the data section to 8 bytes, as safetensors does
     return len(text).to_bytes(8, "little") + text + data

@@ -1,8 +1,10 @@
 """Exceptions that the command line reports in one line, and functions that write the line."""
 
 import errno
+import importlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 LONGEST_LINE = 2000
 """Maximum length of a message, in characters."""
@@ -26,6 +28,16 @@ class InputError(ValueError):
     The command line prints it as one line and exits with status 2. Python callers may catch it as
     `ValueError`.
     """
+
+
+def optional(package: str, extra: str) -> Any:
+    """Import a package of one of fastiat's extras; raise `InputError` if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(
+            f"this needs the package {package}: install it with pip install 'fastiat[{extra}]'"
+        ) from None
 
 
 class RankLostError(Exception):

@@ -128,6 +128,13 @@ def number(text: str) -> float:
         raise ValueError(f"{text!r} is not a number such as 0.03 or 8/255") from None
 
 
+def number_text(value: float, form: str = "") -> str:
+    """Return a number as text that `number` reads: k/255 if it is that exactly, else in `form`."""
+    levels = round(255 * value)
+    exact = 0 < levels < 255 and value == levels / 255
+    return f"{levels}/255" if exact else format(value, form)
+
+
 def check_types(config: Any) -> None:
     """Raise `InputError`, which names the flag, unless every field fits its annotation."""
     for name, hint in hints_of(type(config)).items():
