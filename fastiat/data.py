@@ -71,9 +71,7 @@ def convert(config: ConvertConfig) -> beton.Card:
     check_new(out, config.force)
     named = config.dataset in DATASETS
     if config.data_dir is not None and not named:
-        raise InputError(
-            f"--data-dir is only for a data set given by name: leave it out with {config.dataset}"
-        )
+        raise InputError(f"--data-dir is for data sets by name: leave it out with {config.dataset}")
     if (named and config.dataset != "folder") or is_beton(config.dataset):
         source = dataset_source(load(config.dataset, config.data_dir))
     else:
@@ -143,32 +141,24 @@ class Loader:
     """Passes over labelled uint8 images, from memory of the device or, with FFCV, from a .beton.
 
     Iterating yields (x, y): x (B, C, H, W) uint8 and channels-last, y (B,) int64, both on
-    `device`. With `train`, a pass is shuffled and its partial last batch is dropped. Every image is
-    shifted by up to `pad` pixels in each direction, filled with zeros, and, with `flip`, mirrored
-    with probability 0.5 (section 4.1 of the IAT paper, after Madry et al. 2018). Without `train`,
-    images are unchanged and in the order of the split, and the last batch may be smaller; do not
-    write to x, which may then be a view of the split.
+    `device`. Making a batch does not wait for the device. With `train`, a pass is shuffled and
+    drops its partial last batch. Without it, images are unchanged and in the order of the split,
+    and the last batch may be smaller; x may be a view of the split, so do not write to it.
 
-    `order`, a CPU generator, draws the permutation of each pass. `augment`, a generator on
-    `device`, draws the shifts and flips of each batch. None means torch's default generators. Both
-    kinds of loader draw the same numbers, so the same seeds give the same batches. Making a batch
-    does not wait for the device.
-
-    With a `shard`, a training loader yields this rank's slice of every batch of `batch_size`
-    images. If the generators of all ranks have equal states, their slices form the batch that a
-    single process would yield. Without `train`, the loader yields every `ranks`-th batch, from
-    number `rank` on.
-
-    With a `crop` in pixels, a training image is a part of 25 to 100 % of the area of the image in
-    the split, resized to that side (`fastiat.images.resized_crop`), instead of a shifted image.
-
-    With `extra`, a training batch is `batch_size - extra.share` images of the split, of which a
-    pass uses each once, followed by `extra.share` further images; both are augmented alike. A
-    rank's part is its slice of both. For every `kind`, the further images are in the memory of the
-    device.
-
-    `kind` says where the images are: "resident" copies the split to the device (154 MB for
-    CIFAR-10); "ffcv" reads a `StoredSplit` from its .beton during the training.
+    kind: "resident" copies the split to the device (154 MB for CIFAR-10); "ffcv" reads a
+        `StoredSplit` from its .beton during the training. Equal seeds give equal batches.
+    pad, flip: every training image is shifted by up to `pad` pixels in each direction, filled with
+        zeros, and, with `flip`, mirrored with probability 0.5 (section 4.1 of the IAT paper, after
+        Madry et al. 2018).
+    crop: side in pixels; a training image is then a part of 25 to 100 % of the area of the image in
+        the split, resized to that side (`fastiat.images.resized_crop`), instead of a shifted image.
+    order, augment: a CPU generator for the permutation of each pass, and one on `device` for the
+        augmentation of each batch. None means torch's default generators.
+    shard: with `train`, this rank's slice of every batch; if the generators of all ranks have equal
+        states, the slices form the batch of a single process. Otherwise every `ranks`-th batch,
+        from number `rank` on.
+    extra: a training batch is `batch_size - extra.share` images of the split, of which a pass uses
+        each once, followed by `extra.share` further images, which are in the device's memory.
 
     Raises `InputError` for a `batch_size` below 1, a negative `pad`, fewer training images than a
     batch takes, and parts of a training batch that are not multiples of the number of ranks.
@@ -191,9 +181,7 @@ class Loader:
         extra: ExtraImages | None = None,
     ) -> None:
         if batch_size < 1 or pad < 0:
-            raise InputError(
-                f"batch size {batch_size} with padding {pad}: give at least 1 and at least 0"
-            )
+            raise InputError(f"batch size {batch_size} with padding {pad}: give at least 1 and 0")
         self.share = batch_size - (extra.share if extra else 0)
         """Images of the split in a training batch."""
         if train and self.share > len(split):
@@ -398,9 +386,7 @@ def open_loaders(
     if kept_out is None or (kept_out == 0 and config.adv == "n-fgsm"):
         kept_out = min(1000, len(train) // 10)
     if kept_out >= len(train):
-        raise InputError(
-            f"--holdout {kept_out} leaves none of the {len(train)} training images: give less"
-        )
+        raise InputError(f"--holdout {kept_out} leaves none of the {len(train)} training images")
     if kept_out:
         train, held_out = holdout(train, kept_out, config.seed)
         held_out = centred(held_out, side)
@@ -408,9 +394,7 @@ def open_loaders(
         test = draw(test, config.eval_limit, config.seed)
     shifts = config.augment == "crop"
     if shifts and config.pad >= side:
-        raise InputError(
-            f"--pad {config.pad} can shift all pixels out of an image of side {side}: give less"
-        )
+        raise InputError(f"--pad {config.pad} can shift all pixels out of an image of side {side}")
     shard = Shard(ranks().rank, ranks().count)
     share = _extra_share(config, shard.ranks)
     flip = config.flip

@@ -173,9 +173,8 @@ class Dataset:
                 raise InputError(f"{self.name} has a split without images")
             low, high = int(split.labels.min()), int(split.labels.max())
             if low < 0 or high >= len(self.classes):
-                raise InputError(
-                    f"{self.name} has labels from {low} to {high} for {len(self.classes)} classes"
-                )
+                count = len(self.classes)
+                raise InputError(f"{self.name} has labels from {low} to {high} for {count} classes")
         larger = self.context and self.train.shape[1] >= self.test.shape[1]
         if self.train.shape != self.test.shape and not larger:
             raise InputError(
@@ -260,8 +259,7 @@ def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
 def draw(split: Split, n: int, seed: int) -> Split:
     """Return `n` images of `split`, in its order, stratified by class as in `holdout`.
 
-    If `n` is at least the number of classes, every class has at least one image. Raises
-    `InputError` unless 0 < n <= len(split).
+    Every class has at least one, if `n` allows it. Raises `InputError` unless 0 < n <= len(split).
     """
     if not 0 < n <= len(split):
         raise InputError(f"cannot draw {n} of {len(split)} images: give 1 to {len(split)}")
@@ -315,7 +313,6 @@ def limited(split: Split, total: int | None, per_class: int | None, seed: int) -
     present = int((counts > 0).sum())
     if total < present:
         raise InputError(
-            f"{total} training images cannot cover {present} classes: give --train-limit at least "
-            f"{present}"
+            f"--train-limit {total} cannot cover {present} classes: give {present} or more"
         )
     return draw(split, total, seed)

@@ -100,9 +100,7 @@ def cache_folder(name: str, variable: str, purpose: str) -> Path:
     try:
         cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     except InputError:
-        raise NoFolder(
-            f"there is no home folder (HOME is not set): name a folder for {purpose}"
-        ) from None
+        raise NoFolder(f"there is no home folder: name a folder for {purpose}") from None
     return Path(cache) / "fastiat" / name
 
 
@@ -121,7 +119,7 @@ def warn_ignored(listing: "Listing") -> None:
 def looks_like(root: Path) -> str:
     """Return which part of an image tree a folder seems to be, with a remedy; "" for neither."""
     inside = _entries(root)
-    if _is_tree(root):
+    if is_tree(root):
         return "is an image tree (train/<class>/*, test/<class>/*): add --dataset folder"
     if inner := _tree_below(root):
         return f"holds the image tree {inner}: give --dataset folder --data-dir {inner}"
@@ -141,7 +139,8 @@ def looks_like(root: Path) -> str:
     )
 
 
-def _is_tree(folder: Path) -> bool:
+def is_tree(folder: Path) -> bool:
+    """Whether a folder has the two folders of an image tree."""
     return all(os.path.isdir(folder / split) for split in SPLITS)
 
 
@@ -149,7 +148,7 @@ def _tree_below(root: Path) -> Path | None:
     """Return the first image tree one or two levels below a folder, or None."""
     below = [root / name for name in _entries(root)]
     inner = (place / name for place in below for name in _entries(place)[:10])
-    return next(filter(_is_tree, itertools.chain(below, inner)), None)
+    return next(filter(is_tree, itertools.chain(below, inner)), None)
 
 
 def _entries(folder: Path) -> list[str]:
@@ -283,9 +282,7 @@ def _visible(
             named_like_image = entry.name.lower().endswith(EXTENSIONS)
             wanted = of_classes or (named_like_image and not hidden)
             if wanted and entry.is_symlink() and not os.path.exists(entry.path):
-                raise InputError(
-                    f"{entry.path} is a link to nothing: mount what it leads to, or remove it"
-                )
+                raise InputError(f"{entry.path} is a link to nothing: mount or remove it")
             if not hidden:
                 yield entry
             elif not entry.is_dir():
@@ -347,9 +344,7 @@ def mapped(
     try:
         yield results()
     except BrokenProcessPool:
-        raise InputError(
-            "a process that decodes images was killed: free memory, then run again"
-        ) from None
+        raise InputError("a process that decodes images was killed: free some memory") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -44,14 +44,8 @@ def weight_norms(model: nn.Module) -> list[WeightNorms]:
         if weight.dim() < 2:
             continue
         matrix = weight.detach().flatten(1).double()
-        layers.append(
-            WeightNorms(
-                name=name,
-                shape=tuple(weight.shape),
-                frobenius=float(torch.linalg.matrix_norm(matrix)),
-                spectral=spectral_norm(matrix),
-            )
-        )
+        frobenius = float(torch.linalg.matrix_norm(matrix))
+        layers.append(WeightNorms(name, tuple(weight.shape), frobenius, spectral_norm(matrix)))
     return layers
 
 

@@ -39,8 +39,6 @@ def default_batch(side: int, batch_size: int | None = None) -> int:
     side: height and width of an image in pixels.
     batch_size: batch size of the training, summed over all processes of the job. None (a model file
         without its run) gives a batch with as many pixels as 64 images of 64 x 64 pixels.
-
-    The result is at least 1 and at most `MOST_AT_A_TIME`.
     """
     fitting = 64 * 64**2 // side**2 if batch_size is None else batch_size // ranks().count
     return max(min(MOST_AT_A_TIME, fitting), 1)
@@ -50,9 +48,7 @@ def default_batch(side: int, batch_size: int | None = None) -> int:
 def within_memory(command: str, runs: Iterable[str], batch_size: int) -> Iterator[None]:
     """Turn an out-of-memory error in the block into `InputError` that names a smaller batch size.
 
-    command: name of the command, for the message.
-    runs: the runs that it measures.
-    batch_size: images attacked at a time.
+    `batch_size` images are attacked at a time; `command` and `runs` are for the message.
     """
     try:
         yield
@@ -78,11 +74,10 @@ def batches(
     starts: Starts,
     shard: data.Shard = data.WHOLE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pixels (B, C, H, W) in [0, 1] and labels (B,) of a shard, on `device`.
+    """Yield pixels (B, C, H, W) in [0, 1] and labels (B,) of a shard, on `device`; B is `size`.
 
-    `size` is the batch size. Before each batch, `starts.first` is set to the index of the batch's
-    first image in the split, so that an image's random start depends neither on the batch size nor
-    on the rank that attacks it.
+    Before each batch, `starts.first` is set to the index of its first image in the split, so that
+    an image's random start depends neither on the batch size nor on the rank.
     """
     loader = data.make_loader(split, size, device=device, train=False, shard=shard)
     # A shard has every `shard.ranks`-th batch of the split; only the last batch of the split may be

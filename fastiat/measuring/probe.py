@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastiat import data
-from fastiat.attack import (
-    Norm,
-    Starts,
-    attack_mode,
-    input_gradient,
-    per_image,
-    pgd,
-    start_in_ball,
-)
+from fastiat.attack import Norm, Starts, attack_mode, input_gradient, per_image, pgd, start_in_ball
 from fastiat.attacks.starts import gaussian_noise
 from fastiat.config import EvaluateConfig
 from fastiat.measuring import verdicts
@@ -138,9 +130,8 @@ class _Probe:
         self, attacks: list[str], eps: float, loss: Literal["ce", "margin"] = "ce"
     ) -> dict[str, Tensor]:
         """Return which images each attack fools, {attack: (N,) bool}, from one pass."""
-        alpha = self.alpha
-        if eps > self.eps:
-            alpha = max(alpha, CROSSING * eps / USUAL_STEPS)
+        crossing = CROSSING * eps / USUAL_STEPS if eps > self.eps else 0.0
+        alpha = max(self.alpha, crossing)
         config = replace(self.config, attack_loss=loss)
         return fooled(self.model, self.split, attacks, eps=eps, alpha=alpha, config=config)
 
