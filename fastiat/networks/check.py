@@ -77,10 +77,8 @@ def check_network(
     choose = "" if chosen else "with --mix-at, "
     for name in points:
         if name != "input" and name not in known:
-            raise InputError(
-                f"{asked} {name}: the network has no module of this name: "
-                f"{choose_module(name, known)}"
-            )
+            names = choose_module(name, known)
+            raise InputError(f"{asked} {name}: the network has no module of this name: {names}")
     tensors = (*parameters.values(), *model.buffers())
     device = tensors[0].device if tensors else "cpu"
     pixels = torch.rand(IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -115,9 +113,7 @@ def _check_trainable(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise _refusal(model, "is TorchScript: give the nn.Module it was made from")
     if not any(p.requires_grad for p in model.parameters()):
-        raise _refusal(
-            model, "has no parameter that requires a gradient: there is nothing to train"
-        )
+        raise _refusal(model, "has no parameter that requires a gradient: nothing can be trained")
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise _refusal(
@@ -221,10 +217,8 @@ def _trial(
             buffer.copy_(kept)
     mode = "training" if training else "eval"
     if not isinstance(logits, Tensor):
-        raise _refusal(
-            model,
-            f"returns a {type(logits).__name__} in {mode} mode: make it return the logits alone",
-        )
+        kind = type(logits).__name__
+        raise _refusal(model, f"returns a {kind} in {mode} mode: make it return the logits alone")
     if logits.shape != (IMAGES, num_classes) or not logits.is_floating_point():
         raise _refusal(
             model,
@@ -232,13 +226,8 @@ def _trial(
             f"{num_classes} classes: make it return logits of shape ({IMAGES}, {num_classes})",
         )
     if logits.isnan().any():
-        raise _refusal(
-            model,
-            f"returns NaN for random pixels in {mode} mode: check its weights and its running "
-            f"statistics",
-        )
+        fault = f"returns NaN for random pixels in {mode} mode"
+        raise _refusal(model, f"{fault}: check its weights and its running statistics")
     if not torch.equal(x, pixels):
-        raise _refusal(
-            model, "changes its input in place: make it work on a copy, such as x = x * 1"
-        )
+        raise _refusal(model, "changes its input in place: make it copy it, such as x = x * 1")
     return outputs

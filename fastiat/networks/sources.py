@@ -193,10 +193,8 @@ def own_network(arch: str, num_classes: int, in_channels: int, image_size: int) 
         function = getattr(function, part, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
-        raise InputError(
-            f"--arch {arch}: {module_name} has no function {function_name}"
-            f"{did_you_mean(function_name, names)}"
-        )
+        close = did_you_mean(function_name, names)
+        raise InputError(f"--arch {arch}: {module_name} has no function {function_name}{close}")
     given = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     try:
         parameters = inspect.signature(function).parameters
@@ -210,10 +208,8 @@ def own_network(arch: str, num_classes: int, in_channels: int, image_size: int) 
             f"fails: {type(error).__name__}: {one_line(error)[:150]}"
         ) from error
     if not isinstance(network, nn.Module):
-        raise InputError(
-            f"--arch {arch}: {function_name} returns a {type(network).__name__}: make it return an "
-            f"nn.Module"
-        )
+        kind = type(network).__name__
+        raise InputError(f"--arch {arch}: {function_name} returns a {kind}, not an nn.Module")
     return network
 
 

@@ -54,9 +54,8 @@ def default_out(config: TrainConfig) -> Path:
 class Run:
     """A run directory, `path`, and the configuration in it.
 
-    A training holds the lock of the directory, from `create` or `lock` to `unlock`. If several
-    processes train together, only one writes; in the others `writes` is False, and methods that
-    write or lock do nothing.
+    A training holds the lock of the directory, from `create` or `lock` to `unlock`. Of several
+    processes one writes; in the others `writes` is False: methods that write or lock do nothing.
     """
 
     def __init__(self, path: Path, config: TrainConfig, writes: bool = True) -> None:
@@ -68,10 +67,9 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> "Run":
-        """Make the directory, lock it and write config.json.
+        """Make the directory, lock it and write config.json; an error leaves no directory behind.
 
-        Raises `InputError` if the directory holds a run or other files, or is a file. After an
-        error the directories that this call has made are removed.
+        Raises `InputError` if the directory holds a run or other files, or is a file.
         """
         check_free(path)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -214,10 +212,7 @@ class Run:
             write(self.path / MODEL, pack_model(weights, card))
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint, state.safetensors; the previous one is kept as PREVIOUS.
-
-        `state` holds tensors, dictionaries of tensors, and values for JSON.
-        """
+        """Write a checkpoint, state.safetensors, and keep the previous one; see `pack_state`."""
         if not self.writes:
             return
         self._check_there()
@@ -237,11 +232,10 @@ class Run:
         return (self.path / STATE).exists() or (self.path / PREVIOUS).exists()
 
     def load_state(self, take: Callable[[dict[str, Any]], T]) -> T:
-        """Call `take` with the checkpoint and return its result.
+        """Call `take` with STATE, or with PREVIOUS if STATE is damaged, and return its result.
 
-        The checkpoint is STATE or, if STATE is missing or damaged, PREVIOUS, with one line of
-        warning. `take` may raise `Damaged` for a checkpoint that it cannot use. Raises `InputError`
-        if there is no usable checkpoint, or if the checkpoint belongs to another run.
+        `take` may raise `Damaged` for a checkpoint that it cannot use. Raises `InputError` if there
+        is no usable checkpoint, or if it belongs to another run.
         """
         if not self.has_state():
             raise InputError(f"{self.path} has no checkpoint yet: resume it, or remove the folder")
@@ -367,9 +361,8 @@ def load_with_card(
 def load_initial(model: nn.Module, path: str) -> list[str]:
     """Copy the weights at `path`, a run or a .safetensors file, into `model`.
 
-    The normalisation of `model` stays as it is, and that of the file is not read. A file of the
-    network itself, without fastiat's normalisation, fits too. Returns the names of the classifier's
-    tensors if they are left as they are, see `sources.load_weights`.
+    The normalisation of `model` stays as it is; the file need not have one. Returns the names of
+    the classifier's tensors if they are left as they are, see `sources.load_weights`.
     """
     file = model_file(path)
     try:

@@ -23,9 +23,7 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(_lines(file), 1):
         row = _row(line)
         if row is None and line.endswith("\n"):
-            raise InputError(
-                f"{file}, line {number} is damaged: it is not a JSON object; remove it"
-            )
+            raise InputError(f"{file}, line {number} is damaged, it is no JSON object: remove it")
         if row is not None:
             yield row
 

@@ -196,7 +196,7 @@ class Rate:
         return 100 * self.errors / self.n
 
     def interval(self) -> tuple[float, float]:
-        """Return the 95 % confidence interval in percent (Wilson 1927)."""
+        """Return the 95 % confidence interval in percent, see `wilson`."""
         return wilson(self.errors / self.n, self.n)
 
     def __str__(self) -> str:
@@ -205,10 +205,7 @@ class Rate:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval, in percent, of a share in [0, 1] of `n` images.
-
-    It is the score interval of Wilson (1927), which stays within 0 to 100.
-    """
+    """Return Wilson's (1927) 95 % interval, in percent, of a share in [0, 1] of `n` images."""
     z = 1.959964
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -216,10 +213,10 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def read_results(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the entries of a run's evaluation.json, oldest first; [] if there are none.
+    """Return the entries of a run's evaluation.json, see `Entry`, oldest first.
 
-    `Entry` documents their fields. Entries of weights that the run no longer has are left out.
-    Raises `InputError` for a file that fastiat did not write.
+    Entries of weights that the run no longer has are left out. Raises `InputError` for a file that
+    fastiat did not write.
     """
     run_dir = Path(expanded(run_dir))
     model = run_dir / MODEL

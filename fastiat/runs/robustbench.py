@@ -60,6 +60,7 @@ def robustbench(config: RobustBenchConfig) -> tuple[str, dict[str, Any]]:
     settings = run.config
     measured = {entry["attack"]: entry for entry in read_results(path) if _counts(entry, run)}
     clean, strong = (_accuracy(measured.get(name)) for name in ("none", "autoattack"))
+    further = f" Uses further images, {Path(settings.extra).name}." if settings.extra else ""
     metadata = {
         "link": None,
         "name": None,
@@ -75,12 +76,8 @@ def robustbench(config: RobustBenchConfig) -> tuple[str, dict[str, Any]]:
         "clean_acc": clean,
         "reported": strong,
         "autoattack_acc": strong,
-        "footnote": f"Interpolated Adversarial Training ({settings.mix}), fastiat.",
+        "footnote": f"Interpolated Adversarial Training ({settings.mix}), fastiat.{further}",
     }
-    if settings.extra:
-        metadata["footnote"] = (
-            f"{metadata['footnote']} Uses further images, {Path(settings.extra).name}."
-        )
     print(f"# The network; its weights are {path / MODEL}\n{code}")
     print(f"# model_info/{metadata['dataset']}/{metadata['norm']}/NAME.json")
     print(json.dumps(metadata, indent=2))

@@ -64,9 +64,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], ModelCard | None]:
         return tensors, None
     card: ModelCard = validated(_parsed(metadata["card"]), ModelCard)
     if len(card.classes) != card.num_classes:
-        raise InputError(
-            f"its card names {len(card.classes)} classes instead of {card.num_classes}"
-        )
+        raise InputError(f"its card names {len(card.classes)} classes, not {card.num_classes}")
     return tensors, card
 
 
@@ -83,9 +81,7 @@ def read_model(file: Path, own: OwnNetwork | None = None) -> tuple[nn.Module, Mo
         with safe_open(file, "pt") as opened:
             state = "state" in (opened.metadata() or {})
         what = "the training state of a run" if state else "a safetensors file"
-        raise InputError(
-            f"it is {what}, not a model of fastiat: it does not say which network; {EXPECTED}"
-        )
+        raise InputError(f"it is {what}, which does not say which network: {EXPECTED}")
     if is_own_arch(card.arch) and own is not None:
         model = own(card)
         card.check(model)
@@ -131,10 +127,9 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
 
 @_explains_damage
 def read_state(file: Path) -> dict[str, Any]:
-    """Return the state in a state.safetensors, see `pack_state`.
+    """Return the state in a state.safetensors, see `pack_state`; raise `Damaged` for other files.
 
-    Raises `Damaged` for a file that is damaged or not a checkpoint. The caller has to check names,
-    shapes and values.
+    The caller has to check names, shapes and values.
     """
     if is_endless(file):
         raise Damaged("it is a pipe or a device")

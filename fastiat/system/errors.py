@@ -25,8 +25,7 @@ REMEDIES = {
 class InputError(ValueError):
     """The input is wrong; the message says what is wrong and how to correct it.
 
-    The command line prints it as one line and exits with status 2. Python callers may catch it as
-    `ValueError`.
+    The command line prints it as one line and exits with status 2.
     """
 
 

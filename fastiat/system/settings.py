@@ -219,9 +219,7 @@ def check_dataset(name: str | None) -> None:
     """Raise `InputError` unless a data set is one of `DATASETS`, a path to a .beton, or None."""
     if name is not None and name not in (*DATASETS, IN_PYTHON) and not is_beton(name):
         if os.path.isdir(name):
-            raise InputError(
-                f"--dataset {name} is a folder: give --dataset folder --data-dir {name}"
-            )
+            raise InputError(f"{name} is a folder: give --dataset folder --data-dir {name}")
         names = ", ".join(map(repr, DATASETS))
         close = did_you_mean(name, DATASETS)
         raise InputError(f"--dataset {name!r}: choose from {names}, or name a .beton file{close}")
@@ -260,7 +258,7 @@ def check_unit(config: Any) -> None:
         for value in given if isinstance(given, tuple) else (given,):
             if value is not None and value > 1:
                 raise InputError(
-                    f"--{name} is {value:g}, but pixels are in [0, 1]: give, say, {value:g}/255"
+                    f"--{name} is {value:g} for pixels in [0, 1]: give, say, {value:g}/255"
                 )
 
 

@@ -56,9 +56,7 @@ def read_json(file: Path, remedy: str = "restore the original file") -> Any:
         raise InputError(f"{file}: {error}") from None
     # Deep nesting raises a RecursionError; text that is not UTF-8 raises a ValueError.
     except (ValueError, RecursionError):
-        raise InputError(
-            f"{file} is damaged: it is not JSON with finite numbers; {remedy}"
-        ) from None
+        raise InputError(f"{file} is damaged, not JSON with finite numbers: {remedy}") from None
 
 
 def read_as(file: Path, kind: type[T], remedy: str = "restore the original file") -> T:
@@ -88,12 +86,9 @@ def read_npz(
     arrays = {}
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
-        for name in names or ():
-            if name not in entries:
-                held = ", ".join(map(printable, entries))[:200] or "no array"
-                raise InputError(
-                    f"it has no array {name!r}, it has {held}: give {' and '.join(names or ())}"
-                )
+        if absent := set(names or ()) - entries.keys():
+            held = ", ".join(map(printable, entries))[:200] or "no array"
+            raise InputError(f"it has no array {min(absent)!r}, it has {held}")
         for name in names or entries:
             with archive.open(entries[name]) as member:
                 arrays[name] = _array(member, entries[name], largest)

@@ -198,7 +198,7 @@ def test_limited_repeats_by_seed_and_refuses_fewer_images_than_classes() -> None
     first, again, other = (data.limited(split, 100, None, seed) for seed in (0, 0, 1))
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, other.images)
-    with pytest.raises(InputError, match="--train-limit at least 10"):
+    with pytest.raises(InputError, match="cannot cover 10 classes"):
         data.limited(split, 9, None, 0)
 
 
