@@ -123,9 +123,8 @@ class Beton:
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the images at `index`, (M,), as (M, H, W, C) uint8.
 
-        FFCV's decoder decodes JPEGs, so that the pixels equal those of FFCV's loader. Raises
-        `InputError` for a damaged JPEG, for a truncated file, and for any JPEG if FFCV is not
-        installed.
+        JPEGs need FFCV, whose decoder gives the pixels of its loader. Raises `InputError` if it is
+        not installed, for a damaged JPEG and for a truncated file.
         """
         side, channels = self.card.side, self.card.channels
         images = np.empty((len(index), side, side, channels), np.uint8)
@@ -167,11 +166,10 @@ def jpeg_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
 
 
 def open_beton(path: str | os.PathLike[str]) -> Beton:
-    """Open a .beton and check every position and size in it.
+    """Open a .beton and check every position and size in it: FFCV would crash for a wrong one.
 
-    FFCV maps the file into memory and does not check positions and sizes: a wrong value would
-    crash the process. Raises `InputError`, in one line that names the file, if the file is missing,
-    unreadable or damaged, or was not written by fastiat.
+    Raises `InputError`, in one line that names the file, if the file is missing, unreadable or
+    damaged, or was not written by fastiat.
     """
     path = Path(expanded(path)).absolute()
     try:

@@ -98,10 +98,6 @@ def load_extra(path: str | os.PathLike[str], dataset: Dataset, image_size: int |
 def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]:
     """Return the images and labels in a .npz file; an `InputError` does not name the file."""
     try:
-        if not os.path.exists(file):  # Path.exists raises for a path that is too long
-            raise InputError(f"there is no such file: {LAYOUT}")
-        if file.is_dir():
-            raise InputError(f"it is a folder: {LAYOUT}")
         if is_endless(file):
             raise InputError(f"it is a pipe or a device: {LAYOUT}")
         with open(file, "rb") as opened:
@@ -116,10 +112,9 @@ def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]:
         if out_of_memory(error):
             raise InputError("its images do not fit into memory: give fewer") from None
         if isinstance(error, OSError) and error.errno:
-            raise InputError(f"it cannot be read: {error.strerror}") from None
-        raise InputError(
-            f"it is damaged ({one_line(error)[:100]}): download or write it again"
-        ) from None
+            raise InputError(f"it cannot be read ({error.strerror}): {LAYOUT}") from None
+        reason = one_line(error)[:100]
+        raise InputError(f"it is damaged ({reason}): download or write it again") from None
     images, labels = arrays["image"], arrays["label"]
     if images.dtype != np.uint8 or images.ndim != 4:
         raise InputError(f"image is {_named(images)}: {LAYOUT}")

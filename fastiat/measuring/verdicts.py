@@ -189,18 +189,12 @@ def noise_weaker(clean: Tensor, noise: Tensor, pgd: Tensor, *, eps: float, point
         "Random noise of the same size adds about as many errors as the attack: the gradients do "
         "not help the attack.",
     )
+    verdict: Verdict = "fail" if share is None else at_most(share, NOISE_SHARE)
     return _finding(
-        "noise far weaker than gradients",
-        "fail" if share is None else at_most(share, NOISE_SHARE),
-        sentences,
-        pgd,
-        eps=eps,
-        points=points,
-        clean_error_percent=percent(clean),
-        noise_error_percent=percent(noise),
-        pgd_error_percent=percent(pgd),
-        share_of_pgds_gain=share,
-    )
+        "noise far weaker than gradients", verdict, sentences, pgd, eps=eps, points=points,
+        clean_error_percent=percent(clean), noise_error_percent=percent(noise),
+        pgd_error_percent=percent(pgd), share_of_pgds_gain=share,
+    )  # fmt: skip
 
 
 def gradients(norms: Tensor) -> Finding:
@@ -213,15 +207,12 @@ def gradients(norms: Tensor) -> Finding:
         "Gradients are zero or not finite: an attack cannot follow them, and its failure says "
         "nothing about robustness.",
     )
+    verdict: Verdict = "fail" if broken else at_most(zero, ZERO_PERCENT)
     return _finding(
-        "gradients are there",
-        "fail" if broken else at_most(zero, ZERO_PERCENT),
-        sentences,
-        norms,
-        zero_percent=zero,
-        not_finite_percent=broken,
+        "gradients are there", verdict, sentences, norms,
+        zero_percent=zero, not_finite_percent=broken,
         median_norm=float(finite.median()) if len(finite) else None,
-    )
+    )  # fmt: skip
 
 
 def surface(along: Tensor, aside: Tensor, linearity: Tensor, fractions: list[float]) -> Finding:
@@ -306,8 +297,8 @@ def _finding(
 def outranks(stronger: Tensor, weaker: Tensor) -> Verdict:
     """Check that the attack `stronger` is not weaker than `weaker`; (N,) bool on the same images.
 
-    A difference of up to `CHANCE_POINTS` passes. A larger difference fails if a sign test on the
-    images on which the two attacks differ gives a p-value below `CHANCE`, and warns otherwise.
+    A difference of up to `CHANCE_POINTS` passes. A larger one fails if a sign test on the images on
+    which the two differ gives a p-value below `CHANCE`, and warns otherwise.
     """
     if percent(weaker) - percent(stronger) <= CHANCE_POINTS:
         return "pass"

@@ -258,7 +258,7 @@ def check_unit(config: Any) -> None:
         for value in given if isinstance(given, tuple) else (given,):
             if value is not None and value > 1:
                 raise InputError(
-                    f"--{name} is {value:g} for pixels in [0, 1]: give, say, {value:g}/255"
+                    f"--{name} is {value:g}, but pixels are in [0, 1]: give, say, {value:g}/255"
                 )
 
 

@@ -212,9 +212,9 @@ def test_files_of_other_kinds_are_refused_in_one_line(extra, tmp_path, complaint
     damaged[1000] ^= 1
     (tmp_path / "damaged.npz").write_bytes(damaged)
     for name, named in {
-        "none.npz": "there is no such file: give a .npz file with image, (N, H, W, C) uint8, and",
-        f"{'x' * 300}.npz": "there is no such file",
-        ".": "it is a folder: give a .npz file",
+        "none.npz": "(No such file or directory): give a .npz file with image, (N, H, W, C) uint8,",
+        f"{'x' * 300}.npz": "it cannot be read (File name too long)",
+        ".": "it cannot be read (Is a directory): give a .npz file",
         "empty.npz": "it is an empty file: give a .npz file",
         "text.npz": "it is a text file: give a .npz file",
         "array.npy": "it is a NumPy array: give a .npz file",
