@@ -124,16 +124,11 @@ def resized(split: Split, side: int) -> Split:
     """Return the split of all images resized to `side`, bilinearly and without aliasing."""
     if split.shape[1:] == (side, side):
         return split
-    parts = [
-        F.interpolate(
-            images.permute(0, 3, 1, 2).float(), (side, side), mode="bilinear", antialias=True
-        )
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1)
-        for images in split.images.split(1024)
-    ]
+    parts = []
+    for images in split.images.split(1024):
+        pixels = images.permute(0, 3, 1, 2).float()
+        pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        parts.append(pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
     return Split(torch.cat(parts).contiguous(), split.labels)
 
 
@@ -198,9 +193,7 @@ class Dataset:
         For a raw .beton it equals that of the same images in memory; for a .beton of JPEGs it is
         computed over the encoded bytes.
         """
-        if self.known_fingerprint:
-            return self.known_fingerprint
-        return fingerprint_of(self.train, self.test)
+        return self.known_fingerprint or fingerprint_of(self.train, self.test)
 
 
 def stored(path: str | os.PathLike) -> Dataset:
@@ -240,9 +233,9 @@ def in_memory(dataset: Dataset) -> Dataset:
 def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     """Divide `split` into (the remaining images, `n` held-out images), each in its order.
 
-    The held-out images are stratified: each class gives its share of `n`, rounded by the largest
-    remainder method, and keeps at least one image. The choice depends only on `seed` and the
-    labels. Raises `InputError` if the classes cannot give `n` images.
+    Each class gives its share of `n`, rounded by the largest remainder method, and keeps an image.
+    The choice depends only on `seed` and the labels. Raises `InputError` if the classes cannot give
+    `n` images.
     """
     counts = torch.bincount(split.labels)
     spare = (counts - 1).clamp(min=0)
@@ -299,11 +292,9 @@ def _drawn(split: Split, quota: Tensor, seed: int) -> Tensor:
 
 
 def limited(split: Split, total: int | None, per_class: int | None, seed: int) -> Split:
-    """Limit `split` to `per_class` images of each class, then to `total` images, in its order.
+    """Limit `split` to `per_class` images of each class, then to `total` images, see `draw`.
 
-    The draw of `total` images is stratified and gives every class at least one image. The choice
-    depends only on `seed` and the labels. None means no limit. Raises `InputError` for a `total`
-    below the number of classes.
+    None means no limit. Raises `InputError` for a `total` below the number of classes.
     """
     counts = torch.bincount(split.labels)
     if per_class is not None and per_class < int(counts.max()):

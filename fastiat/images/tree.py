@@ -89,11 +89,9 @@ class NoFolder(InputError):
 
 
 def cache_folder(name: str, variable: str, purpose: str) -> Path:
-    """Return the folder in the environment variable `variable`, else fastiat's user cache folder.
+    """Return the folder `$variable`, else `$XDG_CACHE_HOME/fastiat/name`, else in `~/.cache`.
 
-    The latter is `$XDG_CACHE_HOME/fastiat/name`, else `~/.cache/fastiat/name`. The folder need not
-    exist. `purpose` completes the error message. Raises `NoFolder` if none of `variable`,
-    `$XDG_CACHE_HOME` and the home folder is set.
+    It need not exist. Raises `NoFolder`, whose message `purpose` completes, if none of them is set.
     """
     if given := os.environ.get(variable):
         return Path(expanded(given))
@@ -273,8 +271,7 @@ def _visible(
 ) -> Iterator[os.DirEntry[str]]:
     """Yield the entries of a folder that are not hidden, and add hidden images to `ignored`.
 
-    Raises `InputError` for a broken link that may be an image or, in a folder `of_classes`, a
-    class.
+    Raises `InputError` for a broken link that may be an image or, with `of_classes`, a class.
     """
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -319,9 +316,8 @@ def mapped(
 ) -> Iterator[Iterable[T]]:
     """Yield the results of `work` on `paths`, one result for each chunk of paths, in order.
 
-    Worker processes compute the results if there are `PARALLEL_FROM` or more paths. At most four
-    chunks per worker are submitted ahead, so memory stays bounded. Raises `InputError` if a worker
-    process was killed.
+    Worker processes compute them if there are `PARALLEL_FROM` or more paths, at most four chunks
+    per worker ahead, to bound the memory. Raises `InputError` if a worker was killed.
     """
     chunks = (paths[i : i + chunk] for i in range(0, len(paths), chunk))
     workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1

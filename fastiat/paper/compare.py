@@ -142,11 +142,9 @@ def find(
 def line(cell: Cell, found: Sequence[dict[str, Any] | None]) -> Line:
     """Put the results of a cell, one for each seed, next to the paper's error rate.
 
-    The line has no error rate of ours until all seeds are measured. Its interval has two parts.
-    The first is for the choice of images: Wilson's interval (1927) with the number of images of
-    one seed, because all seeds share the images. The second, with several seeds, is for the spread
-    of trainings: the interval of the mean by Student's t. The two are independent, so their
-    half-widths add in quadrature.
+    The line has no error rate of ours until all seeds are measured. Seeds share the images, so
+    Wilson's interval (1927) uses the number of images of one. With several seeds, Student's t gives
+    the interval of the mean over trainings. The two are independent: half-widths add in quadrature.
     """
     title, measured = ROWS[cell.row].title, [row for row in found if row is not None]
     seeds = len(measured)

@@ -1,7 +1,7 @@
 """The error rates of a run, with their intervals: evaluation.json.
 
-The file is a JSON list of entries, one object for each measured error rate. An entry has the fields
-of `Entry`; a field that has no meaning for the entry's attack is null. An entry may also have
+The file is a JSON list of entries, one for each error rate, with the fields of `Entry`; a field
+that has no meaning for the entry's attack is null. An entry may also have
 
     errors_after  "autoattack": {attack: errors after this and all earlier attacks}, "none" first
     warnings      "autoattack": the warnings of the library
@@ -237,10 +237,11 @@ def add_results(run_dir: Path, entries: Iterable[dict[str, Any]]) -> None:
         for entry in entries
     ]
     with alone(run_dir):
-        kept = {_identity(entry): entry for entry in read_results(run_dir)}
-        for entry in new:
-            kept.pop(_identity(entry), None)
-            kept[_identity(entry)] = entry
+        kept: dict[str, dict[str, Any]] = {}
+        for entry in (*read_results(run_dir), *new):
+            identity = json.dumps([entry.get(name) for name in IDENTITY])
+            kept.pop(identity, None)  # so that the new entry comes last
+            kept[identity] = entry
         # One entry on each line, so that diffs are readable.
         lines = ",\n".join(json.dumps(entry) for entry in kept.values())
         write(run_dir / EVALUATION, f"[\n{lines}\n]\n".encode())
@@ -290,23 +291,18 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def _identity(entry: dict[str, Any]) -> str:
-    return json.dumps([entry.get(name) for name in IDENTITY])
-
-
 def _read(file: Path) -> list[dict[str, Any]]:
     remedy = "remove it and measure again"
     try:
         entries = read_json(file, remedy)
     except FileNotFoundError:
         return []
-    if not (isinstance(entries, list) and all(map(_is_entry, entries))):
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and set(IDENTITY) <= entry.keys() and is_figure(entry)
+        for entry in entries
+    ):
         raise InputError(f"{file} was not written by fastiat: {remedy}")
     return entries
-
-
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and set(IDENTITY) <= entry.keys() and is_figure(entry)
 
 
 def is_figure(entry: dict[str, Any]) -> bool:
