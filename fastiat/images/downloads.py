@@ -45,11 +45,6 @@ class Download:
     """Returns ({archive: MD5}, {unpacked file: MD5}); the MD5 is "" if it is not known."""
     classes: int = 10
 
-    def held_in(self, root: Path) -> bool:
-        """Whether the folder `root` has an archive or the folder of unpacked files."""
-        archives, unpacked = self.files()
-        return any((root / Path(file).parts[0]).exists() for file in archives | unpacked)
-
 
 def _parse_cifar(kind: str, root: Path, train: bool, fetch: bool) -> Parsed:
     from torchvision import datasets  # type: ignore[import-untyped]
@@ -124,8 +119,12 @@ DOWNLOADS = {
 
 
 def held(root: Path) -> list[str]:
-    """Return the names of the downloadable data sets that have a file in the folder `root`."""
-    return [name for name, download in DOWNLOADS.items() if download.held_in(root)]
+    """Return the names of the downloadable data sets that have a file or folder in `root`."""
+    return [
+        name
+        for name, download in DOWNLOADS.items()
+        if any((root / file.split("/")[0]).exists() for files in download.files() for file in files)
+    ]
 
 
 def looks_like(root: Path) -> str:

@@ -107,9 +107,9 @@ def fooled(
 ) -> dict[str, Tensor]:
     """Return {attack: which images of `split` are misclassified under it, (N,) bool on the CPU}.
 
-    attacks: names such as "none", "fgsm" and "pgd-20". The result of an attack does not depend on
-        the other attacks. For every number of steps and every batch size, PGD's random starts are
-        those of one call of `fastiat.attack.pgd` on all images with a generator of the seed.
+    attacks: names such as "none", "fgsm" and "pgd-20"; none changes the result of another. PGD's
+        random starts are those of one call of `fastiat.attack.pgd` on all images with a generator
+        of the seed, for every number of steps and batch size.
     eps, alpha: radius and PGD step size, for pixels in [0, 1].
     config: gives norm, loss, restarts, random start, seed, batch size, device and precision.
     worst: skip images that are misclassified already, so that only the union over the attacks is
@@ -177,7 +177,10 @@ class _Pass:
         if "fgsm" in self.rows:
             left = index[~found.any(0)] if self.worst else index
             if len(left):
-                self._fgsm(found[self.rows["fgsm"]], x[left], y[left], left)
+                norm, loss = self.config.ball, self.config.attack_loss
+                with autocast(x.device, self.precision):
+                    x_adv = fgsm(self.model, x[left], y[left], eps=self.eps, norm=norm, loss=loss)
+                self._classify(found[self.rows["fgsm"]], x_adv, y[left], left)
         for targeted in self.stops:
             # Every kind of attack gets the same random starts, so that the result of one does not
             # depend on the other.
@@ -186,12 +189,6 @@ class _Pass:
                 self._pgd(found, x, y, index, restart, targeted)
         self._show(len(y))
         return found
-
-    def _fgsm(self, found: Tensor, x: Tensor, y: Tensor, index: Tensor) -> None:
-        norm, loss = self.config.ball, self.config.attack_loss
-        with autocast(x.device, self.precision):
-            x_adv = fgsm(self.model, x, y, eps=self.eps, norm=norm, loss=loss)
-        self._classify(found, x_adv, y, index)
 
     def _pgd(
         self, found: Tensor, x: Tensor, y: Tensor, index: Tensor, restart: int, targeted: bool
