@@ -387,7 +387,9 @@ def open_loaders(
     if kept_out is None or (kept_out == 0 and config.adv == "n-fgsm"):
         kept_out = min(1000, len(train) // 10)
     if kept_out >= len(train):
-        raise InputError(f"--holdout {kept_out} leaves none of the {len(train)} training images")
+        raise InputError(
+            f"--holdout {kept_out} leaves none of the {len(train)} training images: give less"
+        )
     if kept_out:
         train, held_out = holdout(train, kept_out, config.seed)
         held_out = centred(held_out, side)
@@ -395,7 +397,9 @@ def open_loaders(
         test = draw(test, config.eval_limit, config.seed)
     shifts = config.augment == "crop"
     if shifts and config.pad >= side:
-        raise InputError(f"--pad {config.pad} can shift all pixels out of an image of side {side}")
+        raise InputError(
+            f"--pad {config.pad} can shift all pixels out of an image of side {side}: give less"
+        )
     shard = Shard(ranks().rank, ranks().count)
     share = _extra_share(config, shard.ranks)
     flip = config.flip

@@ -110,5 +110,7 @@ def make_normalise(words: Sequence[str], channels: int) -> nn.Module:
             f"{channels}: give {channels} means, then {channels} standard deviations"
         )
     if not all(map(math.isfinite, numbers)) or min(std) <= 0:
-        raise InputError(f"--normalise {' '.join(words)}: give finite means and stds above 0")
+        raise InputError(
+            f"--normalise {' '.join(words)}: give finite means and standard deviations above 0"
+        )
     return NormalizeChannels(mean, std)

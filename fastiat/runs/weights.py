@@ -81,7 +81,9 @@ def read_model(file: Path, own: OwnNetwork | None = None) -> tuple[nn.Module, Mo
         with safe_open(file, "pt") as opened:
             state = "state" in (opened.metadata() or {})
         what = "the training state of a run" if state else "a safetensors file"
-        raise InputError(f"it is {what}, which does not say which network: {EXPECTED}")
+        raise InputError(
+            f"it is {what}, not a model of fastiat: it does not say which network; {EXPECTED}"
+        )
     if is_own_arch(card.arch) and own is not None:
         model = own(card)
         card.check(model)

@@ -88,7 +88,8 @@ def read_npz(
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
         if absent := set(names or ()) - entries.keys():
             held = ", ".join(map(printable, entries))[:200] or "no array"
-            raise InputError(f"it has no array {min(absent)!r}, it has {held}")
+            wanted = " and ".join(names or ())
+            raise InputError(f"it has no array {min(absent)!r}, it has {held}: give {wanted}")
         for name in names or entries:
             with archive.open(entries[name]) as member:
                 arrays[name] = _array(member, entries[name], largest)

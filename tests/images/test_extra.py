@@ -315,7 +315,7 @@ def test_a_resume_takes_the_moved_file_and_no_other(tmp_path, extra, complaint):
     assert cli.main(flags_of(out, extra)) == 0
     extra.rename(moved)
     line = complaint("train", "--resume", "--out", out)
-    assert f"--extra {extra}: there is no such file" in line
+    assert f"--extra {extra}: it cannot be read (No such file" in line
     other = write(tmp_path / "other.npz", 99)
     line = complaint("train", "--resume", "--out", out, "--extra", other)
     assert "the further images are not those that this run was started with" in line
