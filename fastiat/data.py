@@ -308,8 +308,7 @@ def choose_loader(wanted: Wanted, dataset: Dataset, device: torch.device) -> Kin
         raise InputError(f"--loader ffcv: {reason}")
     if wanted != "auto":
         return wanted
-    # On the CPU, images that are in memory need no further memory.
-    streamed = dataset.stored or (device.type != "cpu" and not fits(dataset.nbytes, device))
+    streamed = dataset.stored or not fits(dataset.nbytes, device, in_memory=True)
     return "ffcv" if streamed and installed() else "resident"
 
 

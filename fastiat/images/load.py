@@ -214,6 +214,11 @@ def _digits() -> Dataset:
         ) from error
 
 
-def fits(nbytes: int, device: torch.device) -> bool:
-    """Whether images of `nbytes` bytes take at most half of the device's free memory."""
+def fits(nbytes: int, device: torch.device, *, in_memory: bool = False) -> bool:
+    """Whether images of `nbytes` bytes take at most half of the device's free memory.
+
+    Images that are `in_memory` already always fit on the CPU.
+    """
+    if in_memory and device.type == "cpu":
+        return True
     return nbytes <= free_memory(device) // 2
