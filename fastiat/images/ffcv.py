@@ -11,10 +11,9 @@ BUILD = "apt-get install pkg-config libturbojpeg0-dev libopencv-dev, then "
 
 
 def obstacle() -> str | None:
-    """Return one line that says why FFCV cannot be used and how to correct that, or None.
+    """Return one line that says why FFCV cannot be used and how to correct that, else None.
 
-    None means that FFCV can be used. This function imports FFCV, which takes a few seconds the
-    first time.
+    The first call imports FFCV, which takes a few seconds.
     """
     try:
         import_ffcv()
@@ -29,13 +28,11 @@ def installed() -> bool:
 
 
 def import_ffcv() -> None:
-    """Import FFCV without its side effects on torch.
+    """Import FFCV without its side effects on torch; raise `InputError` if that is not possible.
 
-    FFCV sets torch's number of threads, when it is imported and in every pass over the data. That
-    would change results on the CPU. On a machine with a CUDA device, FFCV's thread also records
-    events on the stream of the training, which would break a CUDA graph capture in progress;
-    fastiat uses FFCV only to decode into host memory, which needs no events. Raises `InputError` if
-    FFCV cannot be imported.
+    When it is imported and in every pass, FFCV sets torch's number of threads, which would change
+    results on the CPU. With CUDA, its thread also records events on the stream of the training,
+    which would break a CUDA graph capture; decoding into host memory needs no events.
     """
     threads = torch.get_num_threads()
     try:

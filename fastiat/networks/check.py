@@ -19,10 +19,9 @@ IMAGES = 2
 
 
 def named_points(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules whose outputs can be mixed, by the names that a user gives.
+    """Return the modules whose outputs can be mixed, by their names in `named_modules`.
 
-    The names are those of `named_modules`. In a `Normalised` network they are relative to the
-    network itself.
+    In a `Normalised` network the names are relative to the network itself.
     """
     inner = model.network if isinstance(model, Normalised) else model
     return {name: module for name, module in inner.named_modules() if name}

@@ -128,10 +128,9 @@ def library_normalise(arch: str, in_channels: int) -> tuple[str, ...]:
 def library_points(network: nn.Module) -> tuple[str, ...]:
     """Return the mix points of a network of torchvision or timm: the input and two stages.
 
-    The stages are the first two that have a name of their own: of timm's `feature_info`, `layer1`
-    and `layer2`, `stage2` and `stage3`, or the blocks of a transformer after a quarter and after
-    half of them; in a network with `features`, the last modules before the first two changes of
-    resolution after its stem. A network without such stages has its input alone.
+    The stages are the first two of timm's `feature_info`, `layer1` and `layer2`, `stage2` and
+    `stage3`, the blocks of a transformer after a quarter and a half of them, or, in `features`, the
+    last modules before the first two changes of resolution after the stem; else none.
     """
     known = dict(network.named_modules())
     info = getattr(network, "feature_info", None)
@@ -182,9 +181,9 @@ def own_network(arch: str, num_classes: int, in_channels: int, image_size: int) 
 
     MODULE is a module that Python finds from the current directory, or the path of a .py file. The
     function is called with `num_classes`, and with `in_channels` and `image_size` where its
-    signature takes them. Importing runs the user's code, so call this only for a name that the user
-    has typed, never for a name from a file. Raises `InputError` if there is no such function, if it
-    fails, and if it returns something else than an `nn.Module`.
+    signature takes them. This runs the user's code: call it only for a name that the user has
+    typed, never for a name from a file. Raises `InputError` if there is no such function, if it
+    fails, and if it returns no `nn.Module`.
     """
     module_name, _, function_name = arch.rpartition(":")
     module = _import(module_name, arch)
