@@ -256,8 +256,8 @@ def cached(
 
     photo: as for `write_beton`; every side has a file of its own.
 
-    Of several processes only one writes the file. Raises `tree.NoFolder` if the cache folder cannot
-    be written to, and the errors of `write_beton`.
+    Of several processes only one writes the file. Raises `tree.NoFolderError` if the cache folder
+    cannot be written to, and the errors of `write_beton`.
     """
     folder = tree.cache_folder("betons", "FASTIAT_CACHE", "converted images with FASTIAT_CACHE")
     file = folder / f"{source.cache_name}{f'-{photo}' if photo else ''}.beton"
@@ -270,7 +270,7 @@ def cached(
     except OSError as error:
         if _holds(file, origins):  # a shared cache may be read-only
             return stored(file)
-        raise tree.NoFolder(
+        raise tree.NoFolderError(
             f"{folder} cannot be written to ({error.strerror}): "
             "name another folder for converted images with FASTIAT_CACHE"
         ) from None

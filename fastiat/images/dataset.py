@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastiat.images import beton
-from fastiat.system.errors import Damaged, InputError
+from fastiat.system.errors import DamagedError, InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,8 +211,8 @@ def stored(path: str | os.PathLike) -> Dataset:
 def in_memory(dataset: Dataset) -> Dataset:
     """Read all images of a data set in a raw .beton into memory.
 
-    Raises `Damaged` if the images differ from those that were written, and `InputError` if they do
-    not fit into memory.
+    Raises `DamagedError` if the images differ from those that were written, and `InputError` if
+    they do not fit into memory.
     """
     split = dataset.train
     assert isinstance(split, StoredSplit)
@@ -226,7 +226,7 @@ def in_memory(dataset: Dataset) -> Dataset:
         ) from None
     read = Dataset(dataset.name, dataset.classes, train, test, dataset.flip)
     if read.fingerprint() != dataset.fingerprint():
-        raise Damaged(f"{split.file.path} holds images that differ from those written to it")
+        raise DamagedError(f"{split.file.path} holds images that differ from those written to it")
     return read
 
 

@@ -17,7 +17,7 @@ from fastiat.images import downloads, tree
 from fastiat.images.convert import cached, decoded, tree_source
 from fastiat.images.dataset import Dataset, Split, StoredSplit, centred, in_memory, resized, stored
 from fastiat.images.ffcv import installed
-from fastiat.system.errors import Damaged, InputError, one_line
+from fastiat.system.errors import DamagedError, InputError, one_line
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import DATASETS, IN_PYTHON, expanded, is_beton
 from fastiat.system.untrusted import read_npz
@@ -142,7 +142,7 @@ def _load_tree(root: Path, loader: str, progress: bool, photo: int | None = None
     write = partial(cached, source, resize=loader == "ffcv", progress=progress, photo=photo)
     try:
         dataset = write()
-    except (tree.NoFolder, OSError) as error:  # `OSError`: for example, the disk is full
+    except (tree.NoFolderError, OSError) as error:  # `OSError`: for example, the disk is full
         if loader == "ffcv":
             raise
         log.warning("no cache of the images (%s): the next run decodes them again", error)
@@ -152,7 +152,7 @@ def _load_tree(root: Path, loader: str, progress: bool, photo: int | None = None
         return dataset
     try:
         return in_memory(dataset)
-    except Damaged as error:
+    except DamagedError as error:
         log.warning("the cache %s: it is written again", error)
         assert isinstance(dataset.train, StoredSplit)
         with suppress(OSError):  # a shared cache may be read-only

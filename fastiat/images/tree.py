@@ -84,21 +84,21 @@ def root_of(data_dir: str | os.PathLike | None) -> Path:
     return root
 
 
-class NoFolder(InputError):
+class NoFolderError(InputError):
     """No folder is available for a cache to be written to."""
 
 
 def cache_folder(name: str, variable: str, purpose: str) -> Path:
     """Return the folder `$variable`, else `$XDG_CACHE_HOME/fastiat/name`, else in `~/.cache`.
 
-    It need not exist. Raises `NoFolder`, whose message `purpose` completes, if none of them is set.
+    It need not exist. Raises `NoFolderError`, whose message `purpose` completes, if none is set.
     """
     if given := os.environ.get(variable):
         return Path(expanded(given))
     try:
         cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     except InputError:
-        raise NoFolder(f"there is no home folder: name a folder for {purpose}") from None
+        raise NoFolderError(f"there is no home folder: name a folder for {purpose}") from None
     return Path(cache) / "fastiat" / name
 
 

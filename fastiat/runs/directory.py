@@ -28,7 +28,7 @@ from fastiat.runs.weights import (
     read_state,
     read_weights,
 )
-from fastiat.system.errors import Damaged, InputError, one_line, printable_lines
+from fastiat.system.errors import DamagedError, InputError, one_line, printable_lines
 from fastiat.system.files import check_writable, no_link, write
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import ARCHS, expanded, flag_of, is_beton, is_own_arch
@@ -234,8 +234,8 @@ class Run:
     def load_state(self, take: Callable[[dict[str, Any]], T]) -> T:
         """Call `take` with STATE, or with PREVIOUS if STATE is damaged, and return its result.
 
-        `take` may raise `Damaged` for a checkpoint that it cannot use. Raises `InputError` if there
-        is no usable checkpoint, or if it belongs to another run.
+        `take` may raise `DamagedError` for a checkpoint that it cannot use. Raises `InputError` if
+        there is no usable checkpoint, or if it belongs to another run.
         """
         if not self.has_state():
             raise InputError(f"{self.path} has no checkpoint yet: resume it, or remove the folder")
@@ -243,9 +243,9 @@ class Run:
         for file in (self.path / STATE, self.path / PREVIOUS):
             try:
                 if not file.exists():
-                    raise Damaged("it is missing")
+                    raise DamagedError("it is missing")
                 taken = take(self._read_state(file))
-            except Damaged as error:
+            except DamagedError as error:
                 wrong.append(f"{file}: {error}")
                 continue
             except InputError as error:
@@ -262,7 +262,7 @@ class Run:
         state = read_state(file)
         config = state.get("config")
         if not isinstance(config, dict):
-            raise Damaged("it is not a checkpoint of fastiat")
+            raise DamagedError("it is not a checkpoint of fastiat")
         difference = _difference(_settings(self.config), config)
         if difference:
             name, mine, theirs = difference

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastiat import __version__
 from fastiat.models import ModelCard
 from fastiat.networks.sources import put_tensors
-from fastiat.system.errors import Damaged, InputError, printable
+from fastiat.system.errors import DamagedError, InputError, printable
 from fastiat.system.settings import ARCHS, is_own_arch, validated
 from fastiat.system.untrusted import LARGEST_JSON, finite_json, is_endless
 
@@ -37,7 +37,7 @@ OwnNetwork = Callable[[ModelCard], nn.Module]
 
 
 def _explains_damage(reader: Callable[P, T]) -> Callable[P, T]:
-    """Decorate `reader` to raise `Damaged` instead of the errors that a damaged file causes.
+    """Decorate `reader` to raise `DamagedError` instead of the errors that a damaged file causes.
 
     `InputError` is raised unchanged, and so is `OSError`, which is a fault of the disk.
     """
@@ -51,7 +51,7 @@ def _explains_damage(reader: Callable[P, T]) -> Callable[P, T]:
         # Damaged files cause too many errors to list, in safetensors and in our own code.
         except Exception as error:
             reason = printable((str(error).splitlines() or [type(error).__name__])[0])
-            raise Damaged(f"it is damaged or truncated ({reason[:100]})") from None
+            raise DamagedError(f"it is damaged or truncated ({reason[:100]})") from None
 
     return read
 
@@ -129,18 +129,18 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
 
 @_explains_damage
 def read_state(file: Path) -> dict[str, Any]:
-    """Return the state in a state.safetensors, see `pack_state`; raise `Damaged` for other files.
+    """Return the state in a state.safetensors, see `pack_state`.
 
-    The caller has to check names, shapes and values.
+    Raises `DamagedError` for other files. The caller has to check names, shapes and values.
     """
     if is_endless(file):
-        raise Damaged("it is a pipe or a device")
+        raise DamagedError("it is a pipe or a device")
     metadata, tensors = _unpack(file)
     text = metadata.get("state")
     if text is None:
-        raise Damaged("it is not a checkpoint of fastiat")
+        raise DamagedError("it is not a checkpoint of fastiat")
     if metadata.get("sha256") != data_sha256(file, text):
-        raise Damaged("it is damaged: it has a wrong checksum")
+        raise DamagedError("it is damaged: it has a wrong checksum")
     state = _parsed(text)
     for name, tensor in tensors.items():
         group, slash, key = name.partition("/")
@@ -193,7 +193,7 @@ def _unpack(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return the metadata and the tensors of a safetensors file."""
     with open(file, "rb") as opened:
         if int.from_bytes(opened.read(8), "little") > LARGEST_JSON:
-            raise Damaged("it is damaged: its header is larger than any that fastiat writes")
+            raise DamagedError("it is damaged: its header is larger than any that fastiat writes")
     with safe_open(file, "pt") as opened:
         names = opened.keys()
         # Cloned, as safetensors maps the file into memory: if the file is truncated later, SIGBUS
@@ -202,10 +202,10 @@ def _unpack(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """Return the JSON object in a metadata text; raise `Damaged` for another JSON value."""
+    """Return the JSON object in a metadata text; raise `DamagedError` for another JSON value."""
     values = finite_json(text)
     if not isinstance(values, dict):
-        raise Damaged("it is damaged: its metadata is not a JSON object")
+        raise DamagedError("it is damaged: its metadata is not a JSON object")
     return values
 
 

@@ -53,7 +53,7 @@ def complain(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-class Damaged(InputError):
+class DamagedError(InputError):
     """A file that fastiat wrote is damaged; the caller may read an older copy of it instead."""
 
 

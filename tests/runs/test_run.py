@@ -28,7 +28,7 @@ from fastiat.runs.directory import (
     load_with_card,
 )
 from fastiat.runs.weights import alike, pack_state, read_state
-from fastiat.system.errors import Damaged, InputError
+from fastiat.system.errors import DamagedError, InputError
 from fastiat.system.files import write
 
 
@@ -223,7 +223,7 @@ def test_every_single_wrong_bit_of_a_state_is_noticed(tmp_path):
             file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
             try:
                 found = read_state(file)
-            except Damaged:
+            except DamagedError:
                 continue
             # A name is compared by whoever takes the state over.
             assert not alike(found.get("model"), state["model"]), (at, bit)

@@ -295,10 +295,10 @@ def command(*argv: object) -> None:
     status = cli.main([str(part) for part in argv])
     assert status in (0, 2), f"status {status}"
     if status == 2:
-        raise Refused
+        raise RefusedError
 
 
-class Refused(InputError):
+class RefusedError(InputError):
     """The command line refused the input and has printed the reason."""
 
 
