@@ -50,7 +50,7 @@ def contest(request: pytest.FixtureRequest, case: tuple[str, int]) -> Iterator[C
     for name in names:
         try:
             call = rivals.prepare(name, model, x, y)
-        except rivals.Absent as reason:
+        except rivals.AbsentError as reason:
             results[name] = str(reason)
             continue
         calls[name] = lambda name=name, call=call: last.update({name: call()})

@@ -20,15 +20,15 @@ EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7
 Attack = Callable[[Tensor, Tensor], Tensor]
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """An implementation cannot run here; the message says why."""
 
 
 def _fastiat(model: nn.Module, engine: str, precision: str) -> Attack:
     if engine != "eager" and not graphs.has_compiler(DEVICE):
-        raise Absent("torch.compile needs a C++ compiler, and there is none")
+        raise AbsentError("torch.compile needs a C++ compiler, and there is none")
     if precision == "bf16" and fast_arithmetic() != "bf16":
-        raise Absent(f"{DEVICE} has no fast bf16")
+        raise AbsentError(f"{DEVICE} has no fast bf16")
     settings = {"eps": EPS, "alpha": ALPHA, "steps": STEPS}
     return PGD(model, engine=engine, precision=precision, **settings)  # type: ignore[arg-type]
 
@@ -135,9 +135,10 @@ def arithmetic(name: str) -> str:
 
 
 def prepare(name: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    """Return a call of the named implementation on these pixels; raise `Absent` if it cannot run.
+    """Return a call of the named implementation on these pixels.
 
-    Compiled attacks have been compiled and captured for this shape; others have run once.
+    Compiled attacks have been compiled and captured for this shape; others have run once. Raises
+    `AbsentError` if the implementation cannot run.
     """
     own = copy.deepcopy(model)
     ours = fastiats().get(name)
@@ -146,7 +147,7 @@ def prepare(name: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], T
     try:
         attack = implementations()[name](own)
     except ImportError as error:
-        raise Absent(f"fastiat[bench] is not installed ({error})") from None
+        raise AbsentError(f"fastiat[bench] is not installed ({error})") from None
     first = slice(None) if ON_GPU or (ours and ours[0] != "eager") else slice(2)
     attack(x[first], y[first])
     return lambda: attack(x, y)

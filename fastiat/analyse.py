@@ -16,10 +16,11 @@ from fastiat.engine.device import own_defaults, pick_device
 from fastiat.evaluate import table
 from fastiat.measuring.autoattack import library_version
 from fastiat.measuring.jobs import Job, open_jobs
-from fastiat.measuring.norms import WeightNorms, weight_norms, write_norms
+from fastiat.measuring.norms import NORMS, WeightNorms, weight_norms
 from fastiat.measuring.one_pass import within_memory
 from fastiat.measuring.probe import CROSSING, USUAL_STEPS, examine
-from fastiat.measuring.verdicts import Finding, write_diagnosis
+from fastiat.measuring.rows import write_rows
+from fastiat.measuring.verdicts import DIAGNOSIS, Finding
 from fastiat.models import ModelCard
 from fastiat.page import figure1
 from fastiat.runs.directory import Run, load_with_card
@@ -55,7 +56,7 @@ def norms(config: NormsConfig) -> dict[str, list[WeightNorms]]:
     check_place(chart.with_name(f"{chart.name}-{figure1.KINDS[0]}.png"))
     for name, layers in found.items():
         if Path(name).is_dir() and os.access(name, os.W_OK):
-            write_norms(Path(name), layers)
+            write_rows(Path(name) / NORMS, layers)
     labelled = dict(zip(_labels(config.runs), found.values(), strict=True))
     for kind in figure1.KINDS:
         print(_norms_table(kind, labelled))
@@ -153,7 +154,7 @@ def diagnose(config: DiagnoseConfig) -> list[Finding]:
     if job.writable:
         assert job.run is not None
         library = {"autoattack": library_version()} if config.autoattack else {}
-        write_diagnosis(job.run.path, findings)
+        write_rows(job.run.path / DIAGNOSIS, findings)
         job.run.log(
             "diagnosis",
             verdicts={finding.check: finding.verdict for finding in findings},

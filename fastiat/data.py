@@ -1,6 +1,5 @@
 """The data stage: load a data set, make batches of its images, convert a data set to a .beton."""
 
-import os
 import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,6 +32,7 @@ from fastiat.images.ffcv_batches import FFCVBatches
 from fastiat.images.load import check_folder, default_dir, fits, load
 from fastiat.kernels import crop_flip
 from fastiat.system.errors import InputError
+from fastiat.system.files import check_new
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import DATASETS, IN_PYTHON, is_beton
 
@@ -68,17 +68,10 @@ def convert(config: ConvertConfig) -> beton.Card:
     """
     config.check()
     out = Path(config.out).absolute()
-    if os.path.lexists(out) and not config.force:
-        raise InputError(f"{out} exists already: choose another name, or replace it with --force")
-    if not out.parent.is_dir():
-        raise InputError(f"the folder {out.parent} does not exist: create it, or choose another")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder: name a file in it")
+    check_new(out, config.force)
     named = config.dataset in DATASETS
     if config.data_dir is not None and not named:
-        raise InputError(
-            f"--data-dir is only for a data set given by name: leave it out with {config.dataset}"
-        )
+        raise InputError(f"--data-dir is for data sets by name: leave it out with {config.dataset}")
     if (named and config.dataset != "folder") or is_beton(config.dataset):
         source = dataset_source(load(config.dataset, config.data_dir))
     else:
@@ -94,6 +87,8 @@ def convert(config: ConvertConfig) -> beton.Card:
 
 Kind = Literal["resident", "ffcv"]
 """Kind of a loader, see `Loader`."""
+Wanted = Literal["auto", "resident", "ffcv"]
+"""Kind of a loader that a user asks for, see `choose_loader`."""
 
 
 class Shard(NamedTuple):
@@ -146,32 +141,24 @@ class Loader:
     """Passes over labelled uint8 images, from memory of the device or, with FFCV, from a .beton.
 
     Iterating yields (x, y): x (B, C, H, W) uint8 and channels-last, y (B,) int64, both on
-    `device`. With `train`, a pass is shuffled and its partial last batch is dropped. Every image is
-    shifted by up to `pad` pixels in each direction, filled with zeros, and, with `flip`, mirrored
-    with probability 0.5 (section 4.1 of the IAT paper, after Madry et al. 2018). Without `train`,
-    images are unchanged and in the order of the split, and the last batch may be smaller; do not
-    write to x, which may then be a view of the split.
+    `device`. Making a batch does not wait for the device. With `train`, a pass is shuffled and
+    drops its partial last batch. Without it, images are unchanged and in the order of the split,
+    and the last batch may be smaller; x may be a view of the split, so do not write to it.
 
-    `order`, a CPU generator, draws the permutation of each pass. `augment`, a generator on
-    `device`, draws the shifts and flips of each batch. None means torch's default generators. Both
-    kinds of loader draw the same numbers, so the same seeds give the same batches. Making a batch
-    does not wait for the device.
-
-    With a `shard`, a training loader yields this rank's slice of every batch of `batch_size`
-    images. If the generators of all ranks have equal states, their slices form the batch that a
-    single process would yield. Without `train`, the loader yields every `ranks`-th batch, from
-    number `rank` on.
-
-    With a `crop` in pixels, a training image is a part of 25 to 100 % of the area of the image in
-    the split, resized to that side (`fastiat.images.resized_crop`), instead of a shifted image.
-
-    With `extra`, a training batch is `batch_size - extra.share` images of the split, of which a
-    pass uses each once, followed by `extra.share` further images; both are augmented alike. A
-    rank's part is its slice of both. For every `kind`, the further images are in the memory of the
-    device.
-
-    `kind` says where the images are: "resident" copies the split to the device (154 MB for
-    CIFAR-10); "ffcv" reads a `StoredSplit` from its .beton during the training.
+    kind: "resident" copies the split to the device (154 MB for CIFAR-10); "ffcv" reads a
+        `StoredSplit` from its .beton during the training. Equal seeds give equal batches.
+    pad, flip: every training image is shifted by up to `pad` pixels in each direction, filled with
+        zeros, and, with `flip`, mirrored with probability 0.5 (section 4.1 of the IAT paper, after
+        Madry et al. 2018).
+    crop: side in pixels; a training image is then a part of 25 to 100 % of the area of the image in
+        the split, resized to that side (`fastiat.images.resized_crop`), instead of a shifted image.
+    order, augment: a CPU generator for the permutation of each pass, and one on `device` for the
+        augmentation of each batch. None means torch's default generators.
+    shard: with `train`, this rank's slice of every batch; if the generators of all ranks have equal
+        states, the slices form the batch of a single process. Otherwise every `ranks`-th batch,
+        from number `rank` on.
+    extra: a training batch is `batch_size - extra.share` images of the split, of which a pass uses
+        each once, followed by `extra.share` further images, which are in the device's memory.
 
     Raises `InputError` for a `batch_size` below 1, a negative `pad`, fewer training images than a
     batch takes, and parts of a training batch that are not multiples of the number of ranks.
@@ -194,20 +181,18 @@ class Loader:
         extra: ExtraImages | None = None,
     ) -> None:
         if batch_size < 1 or pad < 0:
-            raise InputError(
-                f"batch size {batch_size} with padding {pad}: give at least 1 and at least 0"
-            )
+            raise InputError(f"batch size {batch_size} with padding {pad}: give at least 1 and 0")
         self.share = batch_size - (extra.share if extra else 0)
         """Images of the split in a training batch."""
         if train and self.share > len(split):
             raise InputError(
-                f"a batch of {batch_size} is larger than the {len(split)} training images: "
-                f"give a batch size of {len(split)} or less"
+                f"--batch-size {batch_size} takes {self.share} training images, more than the "
+                f"{len(split)} that there are: give less"
             )
         if train and (batch_size % shard.ranks or self.share % shard.ranks):
             raise InputError(
-                f"a batch of {batch_size} images cannot be shared equally by {shard.ranks} "
-                f"processes: give a multiple of {shard.ranks}"
+                f"--batch-size {batch_size} cannot be shared equally by {shard.ranks} processes: "
+                f"give a multiple of {shard.ranks}, or start another number of them"
             )
         self.labels = split.labels.to(device)
         self.device = self.labels.device
@@ -312,10 +297,8 @@ class Loader:
         return torch.randint(high, shape, generator=self.augment, device=self.device)
 
 
-def choose_loader(
-    wanted: Literal["auto", "resident", "ffcv"], dataset: Dataset, device: torch.device
-) -> tuple[Kind, str]:
-    """Return the kind of loader for a data set, and the reason in words.
+def choose_loader(wanted: Wanted, dataset: Dataset, device: torch.device) -> Kind:
+    """Return the kind of loader for a data set.
 
     If FFCV is installed, "auto" chooses "ffcv" for a .beton and for images that take more than half
     of the device's free memory; otherwise "resident". Raises `InputError` for "ffcv" if FFCV cannot
@@ -324,34 +307,27 @@ def choose_loader(
     if wanted == "ffcv" and (reason := obstacle()):
         raise InputError(f"--loader ffcv: {reason}")
     if wanted != "auto":
-        return wanted, "it was requested"
-    if dataset.stored:
-        return ("ffcv", "it is a .beton") if installed() else ("resident", "FFCV is not installed")
-    if fits(dataset.nbytes, device, in_memory=True):
-        return "resident", "the images fit into memory"
-    if installed():
-        return "ffcv", f"it takes more than half of the memory that is free on {device}"
-    return "resident", "FFCV is not installed"
+        return wanted
+    streamed = dataset.stored or not fits(dataset.nbytes, device, in_memory=True)
+    return "ffcv" if streamed and installed() else "resident"
 
 
 def convert_if_needed(
-    dataset: Dataset, wanted: Literal["auto", "resident", "ffcv"], device: torch.device
-) -> tuple[Dataset, Kind, str]:
-    """Return the data set, the kind of its loader, and the reason for that kind in words.
-
-    For "ffcv", a data set in memory is converted to a .beton in the cache, and returned from there.
+    dataset: Dataset, wanted: Wanted, device: torch.device
+) -> tuple[Dataset, Kind]:
+    """Return the data set and the kind of its loader; for "ffcv" it is a .beton in the cache.
 
     All ranks of a job must call this function together. Raises the errors of `choose_loader`, and
     `InputError` if the cache cannot be written.
     """
-    kind, reason = choose_loader(wanted, dataset, device)
+    kind = choose_loader(wanted, dataset, device)
     # Free memory may differ between ranks. If any rank streams from the .beton, all do.
     if ranks().all_reduce_max(kind == "ffcv")[0]:
         kind = "ffcv"
     if kind == "ffcv" and not dataset.stored:
         with ranks().local_rank_first():
             dataset = cached(dataset_source(dataset))
-    return dataset, kind, reason
+    return dataset, kind
 
 
 def make_loader(
@@ -399,16 +375,14 @@ def open_loaders(
 
     The training images are limited (`--train-limit`, `--class-limit`) before `--holdout` takes its
     images from them. All ranks of a job must call this function together. Raises `InputError` if
-    the settings leave no image to train on, if `--pad` is not less than the side of an image, and
-    for a batch size that is larger than the training set or not a multiple of the number of ranks.
-    It also raises the errors of `load_extra`, and `InputError` for a share of `--extra` that leaves
-    a rank without images of one kind or that the ranks cannot divide.
+    the settings leave no image to train on, if `--pad` is not less than the side of an image, for
+    a share of `--extra` that leaves a rank without images of one kind or that the ranks cannot
+    divide, and for the errors of `Loader` and `load_extra`.
     """
-    dataset, kind, _ = convert_if_needed(dataset, config.loader, device)
+    dataset, kind = convert_if_needed(dataset, config.loader, device)
     side = dataset.test.shape[1]
     train = limited(dataset.train, config.train_limit, config.class_limit, config.seed)
-    test, held_out = dataset.test, None
-    kept_out = config.holdout
+    test, held_out, kept_out = dataset.test, None, config.holdout
     if kept_out is None or (kept_out == 0 and config.adv == "n-fgsm"):
         kept_out = min(1000, len(train) // 10)
     if kept_out >= len(train):
@@ -427,22 +401,6 @@ def open_loaders(
         )
     shard = Shard(ranks().rank, ranks().count)
     share = _extra_share(config, shard.ranks)
-    if share and config.batch_size - share > len(train):
-        raise InputError(
-            f"--batch-size {config.batch_size} is {share} images of --extra and "
-            f"{config.batch_size - share} training images, more than the {len(train)} that there "
-            f"are: give less"
-        )
-    if not share and config.batch_size > len(train):
-        raise InputError(
-            f"--batch-size {config.batch_size} is more than the {len(train)} training images: "
-            f"give {len(train)} or less"
-        )
-    if config.batch_size % shard.ranks:
-        raise InputError(
-            f"--batch-size {config.batch_size} cannot be shared equally by {shard.ranks} "
-            f"processes: give a multiple of {shard.ranks}, or start another number of them"
-        )
     flip = config.flip
     if flip is None:
         flip = dataset.flip and config.augment != "none"
@@ -459,9 +417,7 @@ def open_loaders(
             config.batch_size,
             train=True,
             pad=config.pad if shifts else 0,
-            flip=(dataset.flip and config.augment != "none")
-            if config.flip is None
-            else config.flip,
+            flip=flip,
             crop=side if config.augment == "resized-crop" else None,
             order=order,
             augment=augment,

@@ -19,7 +19,8 @@ from fastiat.config import (
 )
 from fastiat.engine.device import own_defaults
 from fastiat.evaluate import evaluate, sweep, transfer
-from fastiat.measuring.norms import WeightNorms, weight_norms, write_norms
+from fastiat.measuring.norms import NORMS, WeightNorms, weight_norms
+from fastiat.measuring.rows import write_rows
 from fastiat.page import figure1
 from fastiat.paper.estimate import Speed, speed
 from fastiat.paper.plan import Job, Plan
@@ -132,7 +133,7 @@ def _figure(plan: Plan) -> str:
     trainings: dict[str, list[list[WeightNorms]]] = {}
     for job in plan.jobs:
         layers = weight_norms(load(job.path))
-        write_norms(job.path, layers)
+        write_rows(job.path / NORMS, layers)
         trainings.setdefault(ROWS[job.row].title, []).append(layers)
     colours = {ROWS[row].title: number for number, row in enumerate(TRAINED)}
     caption = f"{plan.caption()} Made by `{plan.command()}`."

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from fastiat import cli, models
 from fastiat.measuring.norms import NORMS, read_norms, spectral_norm, weight_norms
-from fastiat.measuring.verdicts import DIAGNOSIS, Finding, read_diagnosis, write_diagnosis
+from fastiat.measuring.rows import write_rows
+from fastiat.measuring.verdicts import DIAGNOSIS, Finding, read_diagnosis
 from fastiat.page.figures import COLOURS
 from fastiat.runs.directory import MODEL
 
@@ -148,7 +149,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
         Finding("a", "warn", {"eps": [0.1, 1.0], "error_percent": [5.0, 100.0], "n": 20}, "So."),
         Finding("b", "not done", {}, "Not."),
     ]
-    write_diagnosis(tmp_path, findings)
+    write_rows(tmp_path / DIAGNOSIS, findings)
     assert read_diagnosis(tmp_path) == findings
     rows = json.loads((tmp_path / DIAGNOSIS).read_text())
     assert [sorted(row) for row in rows] == [["check", "figures", "sentence", "verdict"]] * 2

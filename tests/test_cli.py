@@ -275,7 +275,7 @@ def make_tree(root: Path, mode: str = "L", count: int = 1) -> None:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--batch-size 5000", "--batch-size 5000 is more than the 1437 training images"),
+        ("--batch-size 5000", "--batch-size 5000 takes 5000 training images, more than the 1437"),
         ("--holdout 5000", "--holdout 5000 leaves none of the 1437 training images"),
         ("--device tpu", "choose from auto, cpu, cuda, cuda:N"),
         ("--device cuda:7", "use --device cpu or auto"),

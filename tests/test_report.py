@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from fastiat import cli, report
-from fastiat.measuring.verdicts import Finding, write_diagnosis
+from fastiat.measuring.rows import write_rows
+from fastiat.measuring.verdicts import DIAGNOSIS, Finding
 from fastiat.page import charts, figures
 from fastiat.page.figures import COLOURS, Series
 from fastiat.paper import compare
@@ -187,7 +188,7 @@ def test_sweeps_norms_and_a_diagnosis_have_their_sections(run):
         add_results(run, [real | changed])
     assert cli.main(["norms", str(run)]) == 0
     finding = Finding("more steps", "fail", {"error_percent": [1.5, 2.0]}, "It <breaks>.")
-    write_diagnosis(run, [finding])
+    write_rows(run / DIAGNOSIS, [finding])
     assert cli.main(["report", str(run)]) == 0
     shown = Page(run / "report.html")
     assert {"robustness", "norms", "diagnosis", "examples"} <= set(shown.ids)

@@ -18,19 +18,19 @@ BOTH = [signal.SIGINT, signal.SIGTERM]
 
 @pytest.fixture(autouse=True)
 def earlier():
-    """Handlers that raise `Earlier` stand for those of the caller; the real ones come back."""
+    """Handlers that raise `EarlierError` stand for those of the caller; the real ones come back."""
     before = {number: signal.signal(number, _raise_earlier) for number in BOTH}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-class Earlier(Exception):
+class EarlierError(Exception):
     pass
 
 
 def _raise_earlier(*_: object) -> None:
-    raise Earlier
+    raise EarlierError
 
 
 def send(number: int) -> None:
@@ -43,9 +43,9 @@ def test_the_first_signal_is_recorded_and_a_second_one_gets_the_earlier_handler(
         assert signals.received == 0
         send(number)
         assert signals.received == number
-        with pytest.raises(Earlier):
+        with pytest.raises(EarlierError):
             send(number)
-    with pytest.raises(Earlier):
+    with pytest.raises(EarlierError):
         send(number)
 
 
@@ -71,7 +71,7 @@ def test_under_torchrun_a_second_signal_is_recorded_until_a_block_ends_well(numb
         send(number)
         send(number)
     assert signals.received == number
-    with pytest.raises(Earlier):
+    with pytest.raises(EarlierError):
         send(number)
     with suppress(ValueError), Signals(second_ends=False) as signals:
         raise ValueError

@@ -52,7 +52,7 @@ PART, MOST_PARTS = 15 << 20, 7
 is lent may return eight files of less than 16 MiB."""
 
 
-class StageFailed(Exception):
+class StageFailedError(Exception):
     """A command of a stage has failed."""
 
 
@@ -81,7 +81,7 @@ class Session:
         self.found["commands"].append({"argv": argv, "status": status, "seconds": seconds})
         write_report(self.report, self.found)
         if status not in (0, 143, -15):
-            raise StageFailed(f"status {status}: {' '.join(argv)}")
+            raise StageFailedError(f"status {status}: {' '.join(argv)}")
         return status == 0
 
     def speed(self) -> bool:
@@ -156,7 +156,7 @@ class Session:
         runs = [file.parent for file in (self.out / "table3").glob("*/" + CONFIG)]
         attacked = sorted(run for run in runs if any(name in run.name for name in ATTACKED))
         if len(attacked) < len(ATTACKED):
-            raise StageFailed("Table 3 is not trained: run --stages table3 first")
+            raise StageFailedError("Table 3 is not trained: run --stages table3 first")
         return attacked[:1] if self.tiny else attacked
 
     def run(self, stages: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -166,7 +166,7 @@ class Session:
             try:
                 if not getattr(self, stage)():
                     return stage, failed
-            except StageFailed as error:
+            except StageFailedError as error:
                 print(f"gpu/sessions.py: {stage} failed: {error}", file=sys.stderr)
                 failed.append(stage)
         return None, failed

@@ -5,12 +5,11 @@ import hashlib
 import io
 import json
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from PIL import Image
 
 from fastiat.images import beton
 from fastiat.system.errors import InputError
-from fastiat.system.files import flush_folder
+from fastiat.system.files import replacing, temporary_prefix
 from fastiat.system.progress import Progress
 
 
@@ -68,7 +67,8 @@ def write(
     allocations["sample_id"] = np.arange(len(labels))
     page = _page_size(draft.raw_size)
     fingerprint = Fingerprint(labels, draft)
-    with replacing(path) as (part, file):
+    remove_unfinished(path)
+    with replacing(path) as file:
         at = beton.data_start(len(labels), page)
         file.seek(at)
         shown = _shown("converting", blobs, len(labels), progress)
@@ -94,8 +94,7 @@ def write(
         file.seek(0)
         file.write(header.tobytes() + beton.field_table().tobytes() + samples.tobytes())
         file.flush()
-        os.fsync(file.fileno())
-        check(part, labels, finished, progress)
+        check(Path(file.name), labels, finished, progress)
     return finished
 
 
@@ -143,30 +142,12 @@ def _any_decoder() -> Callable[[bytes, NDArray[np.uint8]], bool]:
     return decode
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """Yield the path of a file beside `path`, and the open file.
-
-    The file is renamed to `path` if the block succeeds, and removed otherwise. Unfinished files
-    that killed processes of this machine left beside `path` are removed too.
-    """
-    host = socket.gethostname().replace(".", "-")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}.*.part"):
+def remove_unfinished(path: Path) -> None:
+    """Remove the unfinished copies of `path` that killed processes of this machine have left."""
+    for left in path.parent.glob(f"{glob.escape(temporary_prefix(path))}*.part"):
         pid = left.name.split(".")[-2]
         if pid.isdecimal() and not os.path.exists(f"/proc/{pid}") and os.path.isdir("/proc/self"):
             left.unlink(missing_ok=True)
-    part = path.with_name(f".{path.name}.{host}.{os.getpid()}.part")
-    try:
-        with open(part, "w+b") as file:
-            yield part, file
-        os.replace(part, path)
-    except BaseException as error:
-        with suppress(OSError):  # on a read-only file system this fails too
-            part.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # name the file that the user asked for
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-    flush_folder(path.parent)
 
 
 def _page_size(image: int) -> int:

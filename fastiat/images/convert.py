@@ -41,16 +41,6 @@ LARGEST_TASK = 64
 log = logging.getLogger(__name__)
 
 
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Raise `SignalInterrupt` in the block when SIGINT or SIGTERM arrives.
-
-    Code in the block that writes a file can then delete the unfinished file.
-    """
-    with Signals() as signals, signals.at_once():
-        yield
-
-
 @dataclass(frozen=True)
 class Sizes:
     """A summary of the sizes and colours of all images."""
@@ -193,7 +183,6 @@ def dataset_source(dataset: Dataset) -> Source:
     )  # fmt: skip
 
 
-@stoppable()
 def write_beton(
     out: Path, source: Source, form: beton.Format, quality: int, max_side: int | None,
     *, resize: bool = True, progress: bool = True, photo: int | None = None,
@@ -205,21 +194,23 @@ def write_beton(
     Raises `InputError` for an image that cannot be read, for images that are too large and,
     without `resize`, for images that are not all squares of one size.
     """
-    sizes = source.sizes()
-    side = with_context(photo) if photo else _side(sizes, max_side, resize)
-    name = source.name
-    # The name separates results on resized or JPEG images from results on the original images.
-    if name != "folder":
-        name += f"-{side}" * (side != sizes.widest) + "-jpeg" * (form == "jpeg")
-    encoder = Encoder(side, quality if form == "jpeg" else None, photo)
-    with source.blobs(encoder) as blobs:
-        return beton_writer.write(
-            out, source.labels, blobs, progress=progress,
-            name=name, classes=source.classes, flip=source.flip, channels=1 if sizes.grey else 3,
-            side=side, n_train=source.n_train, format=form, quality=quality,
-            source=_origin(source, photo) if photo else
-            source.digest + RESIZED * bool(sizes.mixed), fastiat=__version__,
-        )  # fmt: skip
+    # A signal is raised at once, so that the unfinished file is removed.
+    with Signals() as signals, signals.at_once():
+        sizes = source.sizes()
+        side = _side(sizes, max_side, resize, photo)
+        name = source.name
+        # The name separates results on resized or JPEG images from results on the original images.
+        if name != "folder":
+            name += f"-{side}" * (side != sizes.widest) + "-jpeg" * (form == "jpeg")
+        encoder = Encoder(side, quality if form == "jpeg" else None, photo)
+        origin = source.digest + RESIZED * bool(sizes.mixed)
+        with source.blobs(encoder) as blobs:
+            return beton_writer.write(
+                out, source.labels, blobs, progress=progress, name=name, classes=source.classes,
+                flip=source.flip, channels=1 if sizes.grey else 3, side=side,
+                n_train=source.n_train, format=form, quality=quality,
+                source=_origin(source, photo) if photo else origin, fastiat=__version__,
+            )  # fmt: skip
 
 
 def _origin(source: Source, photo: int) -> str:
@@ -228,15 +219,9 @@ def _origin(source: Source, photo: int) -> str:
 
 
 def decoded(source: Source, photo: int | None = None) -> Dataset:
-    """Decode all images of a source into memory, without writing a file.
-
-    photo: as for `write_beton`.
-
-    Raises `InputError` for an image that cannot be read, and for images that are not all squares
-    of one size.
-    """
+    """Decode all images of a source into memory; `photo` and the errors are as in `write_beton`."""
     sizes = source.sizes()
-    side = with_context(photo) if photo else _side(sizes, None, resize=False)
+    side = _side(sizes, None, resize=False, photo=photo)
     channels = 1 if sizes.grey else 3
     images = np.empty((len(source.labels), side, side, channels), np.uint8)
     with source.blobs(Encoder(side, None, photo)) as blobs:
@@ -249,8 +234,10 @@ def decoded(source: Source, photo: int | None = None) -> Dataset:
     return Dataset(source.name, source.classes, train, test, source.flip)
 
 
-def _side(sizes: Sizes, max_side: int | None, resize: bool) -> int:
+def _side(sizes: Sizes, max_side: int | None, resize: bool, photo: int | None) -> int:
     """Return the side of all converted images, in pixels; `write_beton` says which errors."""
+    if photo:
+        return with_context(photo)
     if sizes.mixed and not resize:
         raise InputError(f"{sizes.mixed}, or resize them with --image-size or fastiat convert")
     side = min(max_side or (USUAL_SIDE if sizes.mixed else sizes.widest), sizes.widest)
@@ -269,8 +256,8 @@ def cached(
 
     photo: as for `write_beton`; every side has a file of its own.
 
-    If several processes call this function at once, only one of them writes the file. Raises
-    `tree.NoFolder` if the cache folder cannot be written to, and the errors of `write_beton`.
+    Of several processes only one writes the file. Raises `tree.NoFolderError` if the cache folder
+    cannot be written to, and the errors of `write_beton`.
     """
     folder = tree.cache_folder("betons", "FASTIAT_CACHE", "converted images with FASTIAT_CACHE")
     file = folder / f"{source.cache_name}{f'-{photo}' if photo else ''}.beton"
@@ -283,7 +270,7 @@ def cached(
     except OSError as error:
         if _holds(file, origins):  # a shared cache may be read-only
             return stored(file)
-        raise tree.NoFolder(
+        raise tree.NoFolderError(
             f"{folder} cannot be written to ({error.strerror}): "
             "name another folder for converted images with FASTIAT_CACHE"
         ) from None
@@ -291,10 +278,7 @@ def cached(
         # The check comes after the lock: another process may just have written the file.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _holds(file, origins):
-            write_beton(
-                file, source, "raw", 0, None, resize=resize, progress=progress,
-                photo=photo,
-            )  # fmt: skip
+            write_beton(file, source, "raw", 0, None, resize=resize, progress=progress, photo=photo)
     return stored(file)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastiat.images import beton
-from fastiat.system.errors import Damaged, InputError
+from fastiat.system.errors import DamagedError, InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,16 +124,11 @@ def resized(split: Split, side: int) -> Split:
     """Return the split of all images resized to `side`, bilinearly and without aliasing."""
     if split.shape[1:] == (side, side):
         return split
-    parts = [
-        F.interpolate(
-            images.permute(0, 3, 1, 2).float(), (side, side), mode="bilinear", antialias=True
-        )
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1)
-        for images in split.images.split(1024)
-    ]
+    parts = []
+    for images in split.images.split(1024):
+        pixels = images.permute(0, 3, 1, 2).float()
+        pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        parts.append(pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
     return Split(torch.cat(parts).contiguous(), split.labels)
 
 
@@ -173,9 +168,8 @@ class Dataset:
                 raise InputError(f"{self.name} has a split without images")
             low, high = int(split.labels.min()), int(split.labels.max())
             if low < 0 or high >= len(self.classes):
-                raise InputError(
-                    f"{self.name} has labels from {low} to {high} for {len(self.classes)} classes"
-                )
+                count = len(self.classes)
+                raise InputError(f"{self.name} has labels from {low} to {high} for {count} classes")
         larger = self.context and self.train.shape[1] >= self.test.shape[1]
         if self.train.shape != self.test.shape and not larger:
             raise InputError(
@@ -199,9 +193,7 @@ class Dataset:
         For a raw .beton it equals that of the same images in memory; for a .beton of JPEGs it is
         computed over the encoded bytes.
         """
-        if self.known_fingerprint:
-            return self.known_fingerprint
-        return fingerprint_of(self.train, self.test)
+        return self.known_fingerprint or fingerprint_of(self.train, self.test)
 
 
 def stored(path: str | os.PathLike) -> Dataset:
@@ -219,8 +211,8 @@ def stored(path: str | os.PathLike) -> Dataset:
 def in_memory(dataset: Dataset) -> Dataset:
     """Read all images of a data set in a raw .beton into memory.
 
-    Raises `Damaged` if the images differ from those that were written, and `InputError` if they do
-    not fit into memory.
+    Raises `DamagedError` if the images differ from those that were written, and `InputError` if
+    they do not fit into memory.
     """
     split = dataset.train
     assert isinstance(split, StoredSplit)
@@ -234,16 +226,16 @@ def in_memory(dataset: Dataset) -> Dataset:
         ) from None
     read = Dataset(dataset.name, dataset.classes, train, test, dataset.flip)
     if read.fingerprint() != dataset.fingerprint():
-        raise Damaged(f"{split.file.path} holds images that differ from those written to it")
+        raise DamagedError(f"{split.file.path} holds images that differ from those written to it")
     return read
 
 
 def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     """Divide `split` into (the remaining images, `n` held-out images), each in its order.
 
-    The held-out images are stratified: each class gives its share of `n`, rounded by the largest
-    remainder method, and keeps at least one image. The choice depends only on `seed` and the
-    labels. Raises `InputError` if the classes cannot give `n` images.
+    Each class gives its share of `n`, rounded by the largest remainder method, and keeps an image.
+    The choice depends only on `seed` and the labels. Raises `InputError` if the classes cannot give
+    `n` images.
     """
     counts = torch.bincount(split.labels)
     spare = (counts - 1).clamp(min=0)
@@ -260,8 +252,7 @@ def holdout(split: Split, n: int, seed: int) -> tuple[Split, Split]:
 def draw(split: Split, n: int, seed: int) -> Split:
     """Return `n` images of `split`, in its order, stratified by class as in `holdout`.
 
-    If `n` is at least the number of classes, every class has at least one image. Raises
-    `InputError` unless 0 < n <= len(split).
+    Every class has at least one, if `n` allows it. Raises `InputError` unless 0 < n <= len(split).
     """
     if not 0 < n <= len(split):
         raise InputError(f"cannot draw {n} of {len(split)} images: give 1 to {len(split)}")
@@ -301,11 +292,9 @@ def _drawn(split: Split, quota: Tensor, seed: int) -> Tensor:
 
 
 def limited(split: Split, total: int | None, per_class: int | None, seed: int) -> Split:
-    """Limit `split` to `per_class` images of each class, then to `total` images, in its order.
+    """Limit `split` to `per_class` images of each class, then to `total` images, see `draw`.
 
-    The draw of `total` images is stratified and gives every class at least one image. The choice
-    depends only on `seed` and the labels. None means no limit. Raises `InputError` for a `total`
-    below the number of classes.
+    None means no limit. Raises `InputError` for a `total` below the number of classes.
     """
     counts = torch.bincount(split.labels)
     if per_class is not None and per_class < int(counts.max()):
@@ -315,7 +304,6 @@ def limited(split: Split, total: int | None, per_class: int | None, seed: int) -
     present = int((counts > 0).sum())
     if total < present:
         raise InputError(
-            f"{total} training images cannot cover {present} classes: give --train-limit at least "
-            f"{present}"
+            f"--train-limit {total} cannot cover {present} classes: give {present} or more"
         )
     return draw(split, total, seed)

@@ -38,10 +38,6 @@ class Download:
     channels: int
     flip: bool
     """Whether training mirrors images at random."""
-    marks: tuple[str, ...]
-    """Files and folders; if any of them exists in a folder, the folder holds this data set."""
-    test_file: str
-    """A file that exists after the data set was downloaded and unpacked."""
     parse: Callable[[Path, bool, bool], Parsed]
     """Reads a split; arguments: the folder, whether to read the training split, whether to download
     missing files."""
@@ -107,37 +103,28 @@ def _files_of_fashion_mnist() -> tuple[dict[str, str], dict[str, str]]:
 
 DOWNLOADS = {
     "cifar10": Download(
-        50_000, 10_000, 32, 3, True,
-        marks=("cifar-10-python.tar.gz", "cifar-10-batches-py"),
-        test_file="cifar-10-batches-py/test_batch",
-        parse=partial(_parse_cifar, "CIFAR10"), files=partial(_files_of_cifar, "CIFAR10"),
+        50_000, 10_000, 32, 3, True, partial(_parse_cifar, "CIFAR10"),
+        partial(_files_of_cifar, "CIFAR10"),
     ),
     "cifar100": Download(
-        50_000, 10_000, 32, 3, True,
-        marks=("cifar-100-python.tar.gz", "cifar-100-python"),
-        test_file="cifar-100-python/test",
-        parse=partial(_parse_cifar, "CIFAR100"), files=partial(_files_of_cifar, "CIFAR100"),
-        classes=100,
+        50_000, 10_000, 32, 3, True, partial(_parse_cifar, "CIFAR100"),
+        partial(_files_of_cifar, "CIFAR100"), classes=100,
     ),
-    "svhn": Download(
-        73_257, 26_032, 32, 3, False,
-        marks=("train_32x32.mat", "test_32x32.mat"),
-        test_file="test_32x32.mat",
-        parse=_parse_svhn, files=_files_of_svhn,
-    ),
+    "svhn": Download(73_257, 26_032, 32, 3, False, _parse_svhn, _files_of_svhn),
     "fashion-mnist": Download(
-        60_000, 10_000, 28, 1, False,
-        marks=("FashionMNIST",),
-        test_file="FashionMNIST/raw/t10k-images-idx3-ubyte",
-        parse=_parse_fashion_mnist, files=_files_of_fashion_mnist,
+        60_000, 10_000, 28, 1, False, _parse_fashion_mnist, _files_of_fashion_mnist
     ),
 }  # fmt: skip
 """Every data set that can be downloaded, by its name."""
 
 
 def held(root: Path) -> list[str]:
-    """Return the names of the downloadable data sets that have a file in the folder `root`."""
-    return [name for name, d in DOWNLOADS.items() if any((root / f).exists() for f in d.marks)]
+    """Return the names of the downloadable data sets that have a file or folder in `root`."""
+    return [
+        name
+        for name, download in DOWNLOADS.items()
+        if any((root / file.split("/")[0]).exists() for files in download.files() for file in files)
+    ]
 
 
 def looks_like(root: Path) -> str:

@@ -5,7 +5,6 @@ numbers. Every batch takes the same number of its images, as in Gowal et al. 202
 """
 
 import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,14 +98,12 @@ def load_extra(path: str | os.PathLike[str], dataset: Dataset, image_size: int |
 def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]:
     """Return the images and labels in a .npz file; an `InputError` does not name the file."""
     try:
-        if not os.path.exists(file):  # Path.exists raises for a path that is too long
-            raise InputError(f"there is no such file: {LAYOUT}")
-        if file.is_dir():
-            raise InputError(f"it is a folder: {LAYOUT}")
         if is_endless(file):
             raise InputError(f"it is a pipe or a device: {LAYOUT}")
-        if not zipfile.is_zipfile(file) and not _starts_as_zip(file):
-            raise InputError(f"it is {kind_of(file) or 'another kind of file'}: {LAYOUT}")
+        with open(file, "rb") as opened:
+            is_zip = opened.read(2) == b"PK"
+        if not is_zip:
+            raise InputError(f"it is {kind_of(file) or 'a safetensors file'}: {LAYOUT}")
         arrays = read_npz(file, free_memory(torch.device("cpu")), names=("image", "label"))
     except InputError:
         raise
@@ -115,10 +112,9 @@ def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]:
         if out_of_memory(error):
             raise InputError("its images do not fit into memory: give fewer") from None
         if isinstance(error, OSError) and error.errno:
-            raise InputError(f"it cannot be read: {error.strerror}") from None
-        raise InputError(
-            f"it is damaged ({one_line(error)[:100]}): download or write it again"
-        ) from None
+            raise InputError(f"it cannot be read ({error.strerror}): {LAYOUT}") from None
+        reason = one_line(error)[:100]
+        raise InputError(f"it is damaged ({reason}): download or write it again") from None
     images, labels = arrays["image"], arrays["label"]
     if images.dtype != np.uint8 or images.ndim != 4:
         raise InputError(f"image is {_named(images)}: {LAYOUT}")
@@ -132,9 +128,3 @@ def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]:
 def _named(array: NDArray[Any]) -> str:
     """Return the type and shape of an array, as text."""
     return f"{printable(array.dtype)[:50]} of shape {array.shape}"
-
-
-def _starts_as_zip(file: Path) -> bool:
-    """Whether a file that `zipfile` does not take starts as an archive, such as one cut short."""
-    with open(file, "rb") as opened:
-        return opened.read(4) == b"PK\3\4"

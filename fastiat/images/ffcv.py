@@ -1,35 +1,19 @@
 """The FFCV package: whether it is usable, what is missing, and its import without side effects."""
 
-import shutil
-import subprocess
 from functools import cache
 
 import torch
 
 from fastiat.system.errors import InputError, one_line
 
-LIBRARIES = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}
-"""The C libraries that FFCV is built with: {pkg-config name: Debian package}."""
-
-
-def _install_first() -> str:
-    """Return the command that installs the Debian packages missing for a build of FFCV, or ""."""
-    if shutil.which("pkg-config") is None:
-        missing = ["pkg-config", *LIBRARIES.values()]
-    else:
-        missing = [
-            package
-            for library, package in LIBRARIES.items()
-            if subprocess.run(["pkg-config", "--exists", library], capture_output=True).returncode
-        ]
-    return f"apt-get install {' '.join(missing)}, then " if missing else ""
+BUILD = "apt-get install pkg-config libturbojpeg0-dev libopencv-dev, then "
+"""The Debian packages that FFCV is built with."""
 
 
 def obstacle() -> str | None:
-    """Return one line that says why FFCV cannot be used and how to correct that, or None.
+    """Return one line that says why FFCV cannot be used and how to correct that, else None.
 
-    None means that FFCV can be used. This function imports FFCV, which takes a few seconds the
-    first time.
+    The first call imports FFCV, which takes a few seconds.
     """
     try:
         import_ffcv()
@@ -44,13 +28,11 @@ def installed() -> bool:
 
 
 def import_ffcv() -> None:
-    """Import FFCV without its side effects on torch.
+    """Import FFCV without its side effects on torch; raise `InputError` if that is not possible.
 
-    FFCV sets torch's number of threads, when it is imported and in every pass over the data. That
-    would change results on the CPU. On a machine with a CUDA device, FFCV's thread also records
-    events on the stream of the training, which would break a CUDA graph capture in progress;
-    fastiat uses FFCV only to decode into host memory, which needs no events. Raises `InputError` if
-    FFCV cannot be imported.
+    When it is imported and in every pass, FFCV sets torch's number of threads, which would change
+    results on the CPU. With CUDA, its thread also records events on the stream of the training,
+    which would break a CUDA graph capture; decoding into host memory needs no events.
     """
     threads = torch.get_num_threads()
     try:
@@ -58,12 +40,10 @@ def import_ffcv() -> None:
     # Incompatible versions of FFCV, numba, NumPy and the C libraries raise errors of any type.
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "ffcv") == "ffcv":
-            raise InputError(
-                f"FFCV is not installed: {_install_first()}pip install 'fastiat[ffcv]'"
-            ) from None
+            raise InputError(f"FFCV is not installed: {BUILD}pip install 'fastiat[ffcv]'") from None
         reason = one_line(error) or type(error).__name__
         raise InputError(
-            f"FFCV is installed but cannot be imported ({reason}): {_install_first()}"
+            f"FFCV is installed but cannot be imported ({reason}): {BUILD}"
             "pip install --force-reinstall --no-deps ffcv"
         ) from None
     finally:

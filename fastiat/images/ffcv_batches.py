@@ -126,8 +126,8 @@ def _compiled(path: Path, _: tuple[int, int, int, int], threads: int) -> Any:
     """Compile FFCV's pipeline for a file, once for all passes, because it takes seconds.
 
     Returns a function of (order, batch size) that starts a pass: an iterator over (images
-    (B, H, W, 3) uint8, failed (B,) bool) in the ring buffer. The caller must close the pass. The
-    argument `_` identifies the version of the file: a new version gets a new entry in the cache.
+    (B, H, W, 3) uint8, failed (B,) bool) in the ring buffer, which the caller must close. The
+    argument `_` identifies the version of the file.
     """
     import_ffcv()
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder

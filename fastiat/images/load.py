@@ -17,7 +17,7 @@ from fastiat.images import downloads, tree
 from fastiat.images.convert import cached, decoded, tree_source
 from fastiat.images.dataset import Dataset, Split, StoredSplit, centred, in_memory, resized, stored
 from fastiat.images.ffcv import installed
-from fastiat.system.errors import Damaged, InputError, one_line
+from fastiat.system.errors import DamagedError, InputError, one_line
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import DATASETS, IN_PYTHON, expanded, is_beton
 from fastiat.system.untrusted import read_npz
@@ -43,28 +43,24 @@ def load(
 ) -> Dataset:
     """Return the data set `name`: one of `DATASETS`, or the path of a .beton.
 
-    torchvision downloads `cifar10`, `svhn` (73,257 training images, without the extra images) and
-    `fashion-mnist`, and compares checksums. The files are in `data_dir`, else `$FASTIAT_DATA`, else
-    `$XDG_CACHE_HOME/fastiat/data`, else `~/.cache/fastiat/data`. `folder` is the image tree at
-    `data_dir`; `fastiat.images.tree` documents the rules for it. `digits` ships with the package:
-    scikit-learn's 1,797 scans of 8x8 pixels, with values 0..16 scaled to 0..255; 1,437 of them are
-    training images. Progress bars are shown if `progress` is set and stderr is a terminal.
+    torchvision downloads `cifar10`, `cifar100`, `svhn` (73,257 training images, without the extra
+    images) and `fashion-mnist`, and compares checksums. `folder` is an image tree, see
+    `fastiat.images.tree`; it is decoded into a .beton in the cache. `digits` ships with the
+    package: scikit-learn's 1,797 scans of 8x8 pixels, with values 0..16 scaled to 0..255; 1,437 of
+    them are training images. The images of a .beton stay in the file.
 
-    `data_dir` may also be a .beton that was made from the data set. For a .beton that was moved,
-    `data_dir` is the folder that now holds the file, or the file itself. The images of a .beton
-    stay in the file.
-
-    An image tree is decoded into a .beton in the cache. With the `loader` "ffcv", the images of the
-    tree may have any sizes, and stay in that file. With "auto", they stay in the file if FFCV is
-    installed and the images take more than half of the free memory. Otherwise they are read into
-    memory.
-
-    With `image_size`, all images are squares of that side in pixels: the images of a tree may then
-    have any sizes and shapes (see `fastiat train --help`), those of other data sets are resized.
-    With `context`, the training images of a tree are not cut to that side but keep 8/7 of it.
-
-    Without `fetch`, nothing is downloaded or unpacked: a file that names a `data_dir`, such as the
-    config.json of a run from an untrusted source, must not choose where files are written.
+    data_dir: the image tree, or the folder of downloads: else `$FASTIAT_DATA`, else
+        `$XDG_CACHE_HOME/fastiat/data`, else `~/.cache/fastiat/data`. It may also be a .beton that
+        was made from the data set, or the new folder or path of a .beton that was moved.
+    progress: show progress bars if stderr is a terminal.
+    loader: with "ffcv", the images of a tree may have any sizes, and stay in the cached file; with
+        "auto", they stay there if FFCV is installed and they take more than half of the free
+        memory. Otherwise they are read into memory.
+    fetch: False downloads and unpacks nothing: a file that names a `data_dir`, such as the
+        config.json of a run from an untrusted source, must not choose where files are written.
+    image_size: side of all images in pixels. The images of a tree may then have any sizes and
+        shapes (see `fastiat train --help`), those of other data sets are resized.
+    context: the training images of a tree are not cut to `image_size` but keep 8/7 of it.
 
     Raises `InputError`, in one line, for an unknown name, a folder that does not exist, files that
     can neither be found nor downloaded (the message says where to put them) and a damaged file.
@@ -91,7 +87,9 @@ def load(
     with ranks().local_rank_first():
         if name == "folder":
             return _load_folder(data_dir, loader, progress, image_size, context)
-        return _sized(_load(name, data_dir, progress, fetch), image_size)
+        root = default_dir() if data_dir is None else tree.root_of(data_dir)
+        bars = progress and sys.stderr.isatty()
+        return _sized(downloads.read(name, root, progress=bars, fetch=fetch), image_size)
 
 
 def _sized(dataset: Dataset, image_size: int | None) -> Dataset:
@@ -132,14 +130,6 @@ def _load_folder(
     )
 
 
-def _load(
-    name: str, data_dir: str | os.PathLike[str] | None, progress: bool, fetch: bool
-) -> Dataset:
-    root = default_dir() if data_dir is None else tree.root_of(data_dir)
-    bars = progress and sys.stderr.isatty()
-    return downloads.read(name, root, progress=bars, fetch=fetch)
-
-
 def _load_tree(root: Path, loader: str, progress: bool, photo: int | None = None) -> Dataset:
     """Return the image tree at `root`, which is decoded once into a .beton in the cache.
 
@@ -152,7 +142,7 @@ def _load_tree(root: Path, loader: str, progress: bool, photo: int | None = None
     write = partial(cached, source, resize=loader == "ffcv", progress=progress, photo=photo)
     try:
         dataset = write()
-    except (tree.NoFolder, OSError) as error:  # `OSError`: for example, the disk is full
+    except (tree.NoFolderError, OSError) as error:  # `OSError`: for example, the disk is full
         if loader == "ffcv":
             raise
         log.warning("no cache of the images (%s): the next run decodes them again", error)
@@ -162,7 +152,7 @@ def _load_tree(root: Path, loader: str, progress: bool, photo: int | None = None
         return dataset
     try:
         return in_memory(dataset)
-    except Damaged as error:
+    except DamagedError as error:
         log.warning("the cache %s: it is written again", error)
         assert isinstance(dataset.train, StoredSplit)
         with suppress(OSError):  # a shared cache may be read-only
@@ -187,9 +177,7 @@ def _stored_as(name: str, path: str) -> Dataset:
     """Return the data set in the .beton at `path`; raise `InputError` if it is not `name`."""
     dataset = stored(path)
     if name != "folder" and name != dataset.name and not dataset.name.startswith(f"{name}-"):
-        raise InputError(
-            f"{path} holds {dataset.name}, not {name}: name it with --dataset {path} alone"
-        )
+        raise InputError(f"{path} holds {dataset.name}, not {name}: give --dataset {path} alone")
     return dataset
 
 
@@ -203,9 +191,7 @@ def check_folder(name: str, data_dir: str | os.PathLike[str], *, chosen: bool = 
     root = Path(expanded(data_dir))
     if not os.path.isdir(root) or name in downloads.held(root) or name == "folder":
         return
-    is_tree = all(os.path.isdir(root / split) for split in tree.SPLITS)
-    looks = downloads.looks_like(root) if is_tree or not chosen else ""
-    if looks:
+    if (tree.is_tree(root) or not chosen) and (looks := downloads.looks_like(root)):
         raise InputError(f"--data-dir {root} {looks} (the requested data set is {name})")
 
 

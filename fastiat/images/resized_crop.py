@@ -1,8 +1,8 @@
 """Random resized crops of a batch on its device (Szegedy et al. 2015), with scale 0.25 to 1.
 
-A crop has a share of the image's area that is uniform in [0.25, 1] and a ratio of width to height
-whose logarithm is uniform in [log 3/4, log 4/3], as in torchvision's `RandomResizedCrop`, whose
-smallest share is 0.08: attacks need recognisable images.
+As in torchvision's `RandomResizedCrop`, a crop's share of the area and the logarithm of its ratio
+of width to height are uniform; but the smallest share is not 0.08: attacks need recognisable
+images.
 """
 
 import math

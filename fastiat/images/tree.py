@@ -84,25 +84,21 @@ def root_of(data_dir: str | os.PathLike | None) -> Path:
     return root
 
 
-class NoFolder(InputError):
+class NoFolderError(InputError):
     """No folder is available for a cache to be written to."""
 
 
 def cache_folder(name: str, variable: str, purpose: str) -> Path:
-    """Return the folder in the environment variable `variable`, else fastiat's user cache folder.
+    """Return the folder `$variable`, else `$XDG_CACHE_HOME/fastiat/name`, else in `~/.cache`.
 
-    The latter is `$XDG_CACHE_HOME/fastiat/name`, else `~/.cache/fastiat/name`. The folder need not
-    exist. `purpose` completes the error message. Raises `NoFolder` if none of `variable`,
-    `$XDG_CACHE_HOME` and the home folder is set.
+    It need not exist. Raises `NoFolderError`, whose message `purpose` completes, if none is set.
     """
     if given := os.environ.get(variable):
         return Path(expanded(given))
     try:
         cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     except InputError:
-        raise NoFolder(
-            f"there is no home folder (HOME is not set): name a folder for {purpose}"
-        ) from None
+        raise NoFolderError(f"there is no home folder: name a folder for {purpose}") from None
     return Path(cache) / "fastiat" / name
 
 
@@ -121,7 +117,7 @@ def warn_ignored(listing: "Listing") -> None:
 def looks_like(root: Path) -> str:
     """Return which part of an image tree a folder seems to be, with a remedy; "" for neither."""
     inside = _entries(root)
-    if _is_tree(root):
+    if is_tree(root):
         return "is an image tree (train/<class>/*, test/<class>/*): add --dataset folder"
     if inner := _tree_below(root):
         return f"holds the image tree {inner}: give --dataset folder --data-dir {inner}"
@@ -141,7 +137,8 @@ def looks_like(root: Path) -> str:
     )
 
 
-def _is_tree(folder: Path) -> bool:
+def is_tree(folder: Path) -> bool:
+    """Whether a folder has the two folders of an image tree."""
     return all(os.path.isdir(folder / split) for split in SPLITS)
 
 
@@ -149,7 +146,7 @@ def _tree_below(root: Path) -> Path | None:
     """Return the first image tree one or two levels below a folder, or None."""
     below = [root / name for name in _entries(root)]
     inner = (place / name for place in below for name in _entries(place)[:10])
-    return next(filter(_is_tree, itertools.chain(below, inner)), None)
+    return next(filter(is_tree, itertools.chain(below, inner)), None)
 
 
 def _entries(folder: Path) -> list[str]:
@@ -274,8 +271,7 @@ def _visible(
 ) -> Iterator[os.DirEntry[str]]:
     """Yield the entries of a folder that are not hidden, and add hidden images to `ignored`.
 
-    Raises `InputError` for a broken link that may be an image or, in a folder `of_classes`, a
-    class.
+    Raises `InputError` for a broken link that may be an image or, with `of_classes`, a class.
     """
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -283,9 +279,7 @@ def _visible(
             named_like_image = entry.name.lower().endswith(EXTENSIONS)
             wanted = of_classes or (named_like_image and not hidden)
             if wanted and entry.is_symlink() and not os.path.exists(entry.path):
-                raise InputError(
-                    f"{entry.path} is a link to nothing: mount what it leads to, or remove it"
-                )
+                raise InputError(f"{entry.path} is a link to nothing: mount or remove it")
             if not hidden:
                 yield entry
             elif not entry.is_dir():
@@ -322,9 +316,8 @@ def mapped(
 ) -> Iterator[Iterable[T]]:
     """Yield the results of `work` on `paths`, one result for each chunk of paths, in order.
 
-    Worker processes compute the results if there are `PARALLEL_FROM` or more paths. At most four
-    chunks per worker are submitted ahead, so memory stays bounded. Raises `InputError` if a worker
-    process was killed.
+    Worker processes compute them if there are `PARALLEL_FROM` or more paths, at most four chunks
+    per worker ahead, to bound the memory. Raises `InputError` if a worker was killed.
     """
     chunks = (paths[i : i + chunk] for i in range(0, len(paths), chunk))
     workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
@@ -347,9 +340,7 @@ def mapped(
     try:
         yield results()
     except BrokenProcessPool:
-        raise InputError(
-            "a process that decodes images was killed: free memory, then run again"
-        ) from None
+        raise InputError("a process that decodes images was killed: free some memory") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -21,7 +21,7 @@ from fastiat.config import MeasureConfig
 from fastiat.engine.device import pick_device
 from fastiat.measuring.one_pass import default_batch
 from fastiat.models import correct, to_pixels
-from fastiat.system.errors import InputError
+from fastiat.system.errors import InputError, optional
 from fastiat.system.progress import Progress
 from fastiat.system.ranks import ranks
 
@@ -44,13 +44,7 @@ class Outcome:
 
 def library_version() -> str:
     """Return the library's name and version; raise `InputError` if it is not installed."""
-    try:
-        import pyautoattack
-    except ImportError:
-        raise InputError(
-            "--autoattack needs a library that is not installed: pip install fastiat[autoattack]"
-        ) from None
-    return f"pyautoattack {pyautoattack.__version__}"
+    return f"pyautoattack {optional('pyautoattack', 'autoattack').__version__}"
 
 
 def check_classes(name: str, classes: int) -> None:
@@ -82,8 +76,7 @@ def autoattack(
     The examples are the same as those of one call of the library on all images with this batch
     size. The ranks of a job share the batches. Raises `InputError` if the library is not installed.
     """
-    library_version()
-    import pyautoattack
+    pyautoattack = optional("pyautoattack", "autoattack")
     from pyautoattack.checks import check_square_sr
 
     device = pick_device(config.device)
@@ -131,31 +124,23 @@ def autoattack(
         check_square_sr(accuracy, logger=logging.getLogger("auto-attack"))
     # Every rank has the warnings of its own batches. The lists are joined in the order of the
     # ranks, so that all ranks keep the same warnings.
-    gathered = [json.loads(text) for text in group.gather(json.dumps(list(warned.values())))]
+    gathered = [json.loads(text) for text in group.gather(json.dumps(warned))]
+    # Warnings of different batches differ only in their numbers: keep the first of each.
     unique: dict[str, str] = {}
     for warning in chain.from_iterable(gathered):
-        unique.setdefault(_without_numbers(warning), warning)
+        unique.setdefault(re.sub(r"\d+", "", warning), warning)
     outcome.warnings = list(unique.values())
     return outcome
 
 
-def _without_numbers(text: str) -> str:
-    """Return `text` without digits: warnings of different batches differ only in their numbers."""
-    return re.sub(r"\d+", "", text)
-
-
 @contextmanager
-def _warnings() -> Iterator[dict[str, str]]:
-    """Collect the warnings that the library would print after every batch.
-
-    Yields {warning without its numbers: first warning with these words}.
-    """
-    found: dict[str, str] = {}
+def _warnings() -> Iterator[list[str]]:
+    """Collect the warnings that the library would print after every batch."""
+    found: list[str] = []
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            text = record.getMessage().partition(" See flags_doc.md")[0]
-            found.setdefault(_without_numbers(text), text)
+            found.append(record.getMessage().partition(" See flags_doc.md")[0])
 
     logger, handler = logging.getLogger("auto-attack"), Collect(logging.WARNING)
     propagate = logger.propagate

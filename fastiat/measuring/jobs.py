@@ -109,24 +109,19 @@ class Job:
     ) -> Rate:
         """Return the error rate, and add it to the run's metrics.jsonl and evaluation.json.
 
-        kind: "evaluation", "sweep", "transfer" or "autoattack".
+        kind, eps, more: fields of the entry, see `fastiat.runs.results`.
         wrong: (N,) bool, which images of `split` are misclassified under `attack`.
-        eps: radius of the attack, for pixels in [0, 1].
         started: `time.monotonic()` at the beginning of the measurement.
-        more: further fields of the entry, or other values of its fields; see
-            `fastiat.runs.results`.
         """
         rate = Rate.of(wrong)
         if not self.writable:
             return rate
         assert self.run is not None
         config, device = self.config, pick_device(self.config.device)
-        started_at_random = config.random_start and attack not in ("none", "fgsm")
-        library = (
-            {"autoattack": library_version()}
-            if "autoattack" in (attack, *more.get("attacks", ()))
-            else {}
-        )
+        drawn = config.random_start and attack not in ("none", "fgsm")
+        seeded = drawn or self.is_sample(split) or attack == "autoattack"
+        with_autoattack = "autoattack" in (attack, *more.get("attacks", ()))
+        library = {"autoattack": library_version()} if with_autoattack else {}
         entry = {
             "kind": kind,
             "dataset": self.dataset.name,
@@ -141,9 +136,7 @@ class Job:
             "restarts": config.restarts,
             "random_start": config.random_start,
             "precision": pick_precision(config.precision, device),
-            "seed": config.seed
-            if self.is_sample(split) or started_at_random or attack == "autoattack"
-            else None,
+            "seed": config.seed if seeded else None,
             "batch_size": self.batch_size,
             "model": self.fingerprint,
             **figures(rate),
@@ -168,10 +161,9 @@ class Job:
 def open_jobs(config: MeasureConfig, *, same_data: bool = False) -> list[Job]:
     """Load the networks of `config.runs` and the images to measure each of them on.
 
-    All networks and images are loaded and checked before the first measurement, so that no
-    measurement is lost because another run is missing. With `same_data`, all networks get the
-    images of the first run. Raises `InputError` if a network or its images are missing or damaged,
-    or do not fit each other.
+    All are loaded and checked before the first measurement, so that none is lost because another
+    run is missing. With `same_data`, all networks get the images of the first run. Raises
+    `InputError` if a network or its images are missing or damaged, or do not fit each other.
     """
     check_runs(config.runs)
     device = pick_device(config.device)
@@ -243,22 +235,14 @@ def _load_data(
     if dataset_name is None:
         raise InputError(f"{name} is a model without its run: name its images with --dataset")
     # The run's data_dir holds the run's own data set, or several downloaded data sets.
-    if (
-        data_dir is None
-        and own
-        and (dataset_name == own.dataset or {dataset_name, own.dataset} <= DOWNLOADS.keys())
-    ):
-        data_dir = own.data_dir
+    if data_dir is None and own:
+        same = dataset_name == own.dataset or {dataset_name, own.dataset} <= DOWNLOADS.keys()
+        data_dir = own.data_dir if same else None
     # An untrusted config.json must not choose the folder that files are downloaded to.
     fetch = data_dir is None or config.data_dir is not None
-    dataset = load(
-        dataset_name,
-        data_dir,
-        loader=own.loader if own else "auto",
-        fetch=fetch,
-        image_size=own.image_size if own else None,
-    )
-    dataset, *_ = data.convert_if_needed(dataset, "auto", pick_device(config.device))
+    loader, image_size = (own.loader, own.image_size) if own else ("auto", None)
+    dataset = load(dataset_name, data_dir, loader=loader, fetch=fetch, image_size=image_size)
+    dataset, _ = data.convert_if_needed(dataset, "auto", pick_device(config.device))
     return dataset
 
 

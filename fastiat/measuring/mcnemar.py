@@ -78,11 +78,7 @@ def mcnemar(one: Tensor, other: Tensor) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number by Holm's method (Holm 1979), in the same order.
-
-    The probability that any true null hypothesis gets an adjusted p-value below a bound is at most
-    that bound.
-    """
+    """Return p-values adjusted for their number by Holm's method (Holm 1979), in the same order."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min((len(p_values) - rank) * p_values[index], 1.0))

@@ -2,14 +2,12 @@
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fastiat.measuring.rows import read_rows, write_rows
+from fastiat.measuring.rows import read_rows
 
 NORMS = "norms.json"
 
@@ -46,14 +44,8 @@ def weight_norms(model: nn.Module) -> list[WeightNorms]:
         if weight.dim() < 2:
             continue
         matrix = weight.detach().flatten(1).double()
-        layers.append(
-            WeightNorms(
-                name=name,
-                shape=tuple(weight.shape),
-                frobenius=float(torch.linalg.matrix_norm(matrix)),
-                spectral=spectral_norm(matrix),
-            )
-        )
+        frobenius = float(torch.linalg.matrix_norm(matrix))
+        layers.append(WeightNorms(name, tuple(weight.shape), frobenius, spectral_norm(matrix)))
     return layers
 
 
@@ -77,8 +69,3 @@ def read_norms(run_dir: str | os.PathLike[str]) -> list[WeightNorms]:
     Raises `InputError` for a damaged norms.json.
     """
     return read_rows(run_dir, NORMS, WeightNorms)
-
-
-def write_norms(run_dir: Path, layers: Sequence[WeightNorms]) -> None:
-    """Write norms.json atomically: the whole file or nothing."""
-    write_rows(run_dir / NORMS, layers)

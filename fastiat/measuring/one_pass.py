@@ -39,8 +39,6 @@ def default_batch(side: int, batch_size: int | None = None) -> int:
     side: height and width of an image in pixels.
     batch_size: batch size of the training, summed over all processes of the job. None (a model file
         without its run) gives a batch with as many pixels as 64 images of 64 x 64 pixels.
-
-    The result is at least 1 and at most `MOST_AT_A_TIME`.
     """
     fitting = 64 * 64**2 // side**2 if batch_size is None else batch_size // ranks().count
     return max(min(MOST_AT_A_TIME, fitting), 1)
@@ -50,9 +48,7 @@ def default_batch(side: int, batch_size: int | None = None) -> int:
 def within_memory(command: str, runs: Iterable[str], batch_size: int) -> Iterator[None]:
     """Turn an out-of-memory error in the block into `InputError` that names a smaller batch size.
 
-    command: name of the command, for the message.
-    runs: the runs that it measures.
-    batch_size: images attacked at a time.
+    `batch_size` images are attacked at a time; `command` and `runs` are for the message.
     """
     try:
         yield
@@ -78,11 +74,10 @@ def batches(
     starts: Starts,
     shard: data.Shard = data.WHOLE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pixels (B, C, H, W) in [0, 1] and labels (B,) of a shard, on `device`.
+    """Yield pixels (B, C, H, W) in [0, 1] and labels (B,) of a shard, on `device`; B is `size`.
 
-    `size` is the batch size. Before each batch, `starts.first` is set to the index of the batch's
-    first image in the split, so that an image's random start depends neither on the batch size nor
-    on the rank that attacks it.
+    Before each batch, `starts.first` is set to the index of its first image in the split, so that
+    an image's random start depends neither on the batch size nor on the rank.
     """
     loader = data.make_loader(split, size, device=device, train=False, shard=shard)
     # A shard has every `shard.ranks`-th batch of the split; only the last batch of the split may be
@@ -112,9 +107,9 @@ def fooled(
 ) -> dict[str, Tensor]:
     """Return {attack: which images of `split` are misclassified under it, (N,) bool on the CPU}.
 
-    attacks: names such as "none", "fgsm" and "pgd-20". The result of an attack does not depend on
-        the other attacks. For every number of steps and every batch size, PGD's random starts are
-        those of one call of `fastiat.attack.pgd` on all images with a generator of the seed.
+    attacks: names such as "none", "fgsm" and "pgd-20"; none changes the result of another. PGD's
+        random starts are those of one call of `fastiat.attack.pgd` on all images with a generator
+        of the seed, for every number of steps and batch size.
     eps, alpha: radius and PGD step size, for pixels in [0, 1].
     config: gives norm, loss, restarts, random start, seed, batch size, device and precision.
     worst: skip images that are misclassified already, so that only the union over the attacks is
@@ -182,7 +177,10 @@ class _Pass:
         if "fgsm" in self.rows:
             left = index[~found.any(0)] if self.worst else index
             if len(left):
-                self._fgsm(found[self.rows["fgsm"]], x[left], y[left], left)
+                norm, loss = self.config.ball, self.config.attack_loss
+                with autocast(x.device, self.precision):
+                    x_adv = fgsm(self.model, x[left], y[left], eps=self.eps, norm=norm, loss=loss)
+                self._classify(found[self.rows["fgsm"]], x_adv, y[left], left)
         for targeted in self.stops:
             # Every kind of attack gets the same random starts, so that the result of one does not
             # depend on the other.
@@ -191,12 +189,6 @@ class _Pass:
                 self._pgd(found, x, y, index, restart, targeted)
         self._show(len(y))
         return found
-
-    def _fgsm(self, found: Tensor, x: Tensor, y: Tensor, index: Tensor) -> None:
-        norm, loss = self.config.ball, self.config.attack_loss
-        with autocast(x.device, self.precision):
-            x_adv = fgsm(self.model, x, y, eps=self.eps, norm=norm, loss=loss)
-        self._classify(found, x_adv, y, index)
 
     def _pgd(
         self, found: Tensor, x: Tensor, y: Tensor, index: Tensor, restart: int, targeted: bool

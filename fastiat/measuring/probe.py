@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastiat import data
-from fastiat.attack import (
-    Norm,
-    Starts,
-    attack_mode,
-    input_gradient,
-    per_image,
-    pgd,
-    start_in_ball,
-)
+from fastiat.attack import Norm, Starts, attack_mode, input_gradient, per_image, pgd, start_in_ball
 from fastiat.attacks.starts import gaussian_noise
 from fastiat.config import EvaluateConfig
 from fastiat.measuring import verdicts
@@ -68,12 +60,10 @@ def examine(
     """Return the findings of all checks on `model`, which takes pixels and returns logits.
 
     split: images to attack; batches are moved to the device of `model`.
-    eps, alpha: radius and PGD step size, for pixels in [0, 1]. In balls larger than `eps`, the step
-        size grows if PGD with `alpha` would not cross the ball.
-    norm: "linf" or "l2".
+    eps, alpha: radius in `norm`, "linf" or "l2", and PGD step size, for pixels in [0, 1]. In balls
+        larger than `eps`, the step size grows if PGD with `alpha` would not cross the ball.
     seed: seed of the random starts and of the noise.
-    batch_size: images attacked at a time; the findings do not depend on it. None uses
-        `one_pass.default_batch`.
+    batch_size: images attacked at a time, which changes no finding; None: `default_batch`.
     partner: another network for the same images, on the same device; None omits the transfer check.
     autoattack: run AutoAttack too, which needs pyautoattack and at least 4 classes.
 
@@ -138,9 +128,8 @@ class _Probe:
         self, attacks: list[str], eps: float, loss: Literal["ce", "margin"] = "ce"
     ) -> dict[str, Tensor]:
         """Return which images each attack fools, {attack: (N,) bool}, from one pass."""
-        alpha = self.alpha
-        if eps > self.eps:
-            alpha = max(alpha, CROSSING * eps / USUAL_STEPS)
+        crossing = CROSSING * eps / USUAL_STEPS if eps > self.eps else 0.0
+        alpha = max(self.alpha, crossing)
         config = replace(self.config, attack_loss=loss)
         return fooled(self.model, self.split, attacks, eps=eps, alpha=alpha, config=config)
 
@@ -168,10 +157,7 @@ class _Probe:
         return (~correct(self.model(x), y)).cpu()
 
     def noise(self, eps: float) -> Tensor:
-        """Return which images are misclassified at any of `NOISES` random points, (N,) bool.
-
-        The points are uniform in the ball of radius `eps`.
-        """
+        """Return which images are wrong at any of `NOISES` random points, (N,) bool."""
         starts, norm = self.starts(), self.config.ball
         found = []
         for x, y in self.batches("Noise", starts):
@@ -198,11 +184,9 @@ class _Probe:
         return torch.cat(norms).cpu()
 
     def surface(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss along the gradient, the loss along noise, and the linearity error.
+        """Return the arguments of `verdicts.surface`, which documents them, at `FRACTIONS` of eps.
 
-        The losses are (F, N), for F fractions of eps in `FRACTIONS`. The linearity error along the
-        gradient, (N,), is |rise of the loss at eps - rise that the gradient predicts| / |predicted
-        rise| (after Qin et al. 2019). All three are float64 on the CPU.
+        They are float64 on the CPU. The linearity error is after Qin et al. 2019.
         """
         starts = self.starts()
         along, aside, linearity = [], [], []
@@ -221,10 +205,7 @@ class _Probe:
         return torch.cat(along, 1).cpu(), torch.cat(aside, 1).cpu(), torch.cat(linearity).cpu()
 
     def _unit(self, direction: Tensor) -> Tensor:
-        """Return the step of norm 1 with the largest product with `direction`, for each image.
-
-        The step is zero if `direction` is zero. NaN in `direction` counts as zero.
-        """
+        """Return each image's step of norm 1 with the largest product with `direction`, or zero."""
         direction = direction.nan_to_num()
         if self.config.ball == "linf":
             return direction.sign()

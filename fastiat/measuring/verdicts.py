@@ -6,15 +6,14 @@ a `Finding`. "Points" are percentage points of error.
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from scipy.stats import binomtest
 from torch import Tensor
 
-from fastiat.measuring.rows import read_rows, write_rows
+from fastiat.measuring.rows import read_rows
 
 DIAGNOSIS = "diagnosis.json"
 Verdict = Literal["pass", "warn", "fail", "not done"]
@@ -75,11 +74,6 @@ def read_diagnosis(run_dir: str | os.PathLike[str]) -> list[Finding]:
     Raises `InputError` for a damaged diagnosis.json.
     """
     return read_rows(run_dir, DIAGNOSIS, Finding)
-
-
-def write_diagnosis(run_dir: Path, findings: Sequence[Finding]) -> None:
-    """Write diagnosis.json atomically: the whole file or nothing."""
-    write_rows(run_dir / DIAGNOSIS, findings)
 
 
 def fgsm_weaker(fgsm: Tensor, pgd: Tensor) -> Finding:
@@ -195,18 +189,12 @@ def noise_weaker(clean: Tensor, noise: Tensor, pgd: Tensor, *, eps: float, point
         "Random noise of the same size adds about as many errors as the attack: the gradients do "
         "not help the attack.",
     )
+    verdict: Verdict = "fail" if share is None else at_most(share, NOISE_SHARE)
     return _finding(
-        "noise far weaker than gradients",
-        "fail" if share is None else at_most(share, NOISE_SHARE),
-        sentences,
-        pgd,
-        eps=eps,
-        points=points,
-        clean_error_percent=percent(clean),
-        noise_error_percent=percent(noise),
-        pgd_error_percent=percent(pgd),
-        share_of_pgds_gain=share,
-    )
+        "noise far weaker than gradients", verdict, sentences, pgd, eps=eps, points=points,
+        clean_error_percent=percent(clean), noise_error_percent=percent(noise),
+        pgd_error_percent=percent(pgd), share_of_pgds_gain=share,
+    )  # fmt: skip
 
 
 def gradients(norms: Tensor) -> Finding:
@@ -219,15 +207,12 @@ def gradients(norms: Tensor) -> Finding:
         "Gradients are zero or not finite: an attack cannot follow them, and its failure says "
         "nothing about robustness.",
     )
+    verdict: Verdict = "fail" if broken else at_most(zero, ZERO_PERCENT)
     return _finding(
-        "gradients are there",
-        "fail" if broken else at_most(zero, ZERO_PERCENT),
-        sentences,
-        norms,
-        zero_percent=zero,
-        not_finite_percent=broken,
+        "gradients are there", verdict, sentences, norms,
+        zero_percent=zero, not_finite_percent=broken,
         median_norm=float(finite.median()) if len(finite) else None,
-    )
+    )  # fmt: skip
 
 
 def surface(along: Tensor, aside: Tensor, linearity: Tensor, fractions: list[float]) -> Finding:
@@ -312,8 +297,8 @@ def _finding(
 def outranks(stronger: Tensor, weaker: Tensor) -> Verdict:
     """Check that the attack `stronger` is not weaker than `weaker`; (N,) bool on the same images.
 
-    A difference of up to `CHANCE_POINTS` passes. A larger difference fails if a sign test on the
-    images on which the two attacks differ gives a p-value below `CHANCE`, and warns otherwise.
+    A difference of up to `CHANCE_POINTS` passes. A larger one fails if a sign test on the images on
+    which the two differ gives a p-value below `CHANCE`, and warns otherwise.
     """
     if percent(weaker) - percent(stronger) <= CHANCE_POINTS:
         return "pass"

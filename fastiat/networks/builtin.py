@@ -36,11 +36,10 @@ class Network(nn.Module):
 
 
 class Shortcut(nn.Conv2d):
-    """A strided 1x1 convolution, computed on the CPU as slicing and a convolution of stride 1.
+    """A strided 1x1 convolution, on the CPU computed as slicing and a convolution of stride 1.
 
-    The result is the same. With few input channels, oneDNN's weight gradient of a strided 1x1
-    convolution is defective. The slicing avoids that gradient in any training code, also outside
-    fastiat: see `fastiat.engine.onednn`.
+    With few input channels, oneDNN's weight gradient of a strided 1x1 convolution is defective, see
+    `fastiat.engine.onednn`; the slicing avoids it in any training code, also outside fastiat.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 import copy
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,10 +19,9 @@ IMAGES = 2
 
 
 def named_points(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules whose outputs can be mixed, by the names that a user gives.
+    """Return the modules whose outputs can be mixed, by their names in `named_modules`.
 
-    The names are those of `named_modules`. In a `Normalised` network they are relative to the
-    network itself.
+    In a `Normalised` network the names are relative to the network itself.
     """
     inner = model.network if isinstance(model, Normalised) else model
     return {name: module for name, module in inner.named_modules() if name}
@@ -76,10 +76,8 @@ def check_network(
     choose = "" if chosen else "with --mix-at, "
     for name in points:
         if name != "input" and name not in known:
-            raise InputError(
-                f"{asked} {name}: the network has no module of this name: "
-                f"{choose_module(name, known)}"
-            )
+            names = choose_module(name, known)
+            raise InputError(f"{asked} {name}: the network has no module of this name: {names}")
     tensors = (*parameters.values(), *model.buffers())
     device = tensors[0].device if tensors else "cpu"
     pixels = torch.rand(IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -105,54 +103,59 @@ def check_network(
         _check_gradients(model, pixels, trained)
 
 
+def _refusal(model: nn.Module, fault: str) -> InputError:
+    return InputError(f"the network {type(model).__name__} {fault}")
+
+
 def _check_trainable(model: nn.Module) -> None:
     """Raise `InputError` for a network that has nothing to train or cannot be saved."""
-    name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
-        raise InputError(f"the network {name} is TorchScript: give the nn.Module it was made from")
+        raise _refusal(model, "is TorchScript: give the nn.Module it was made from")
     if not any(p.requires_grad for p in model.parameters()):
-        raise InputError(
-            f"the network {name} has no parameter that requires a gradient: there is nothing to "
-            f"train"
-        )
+        raise _refusal(model, "has no parameter that requires a gradient: nothing can be trained")
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            raise InputError(
-                f"the network {name} has {key} in its state_dict, a {type(value).__name__}: keep "
-                f"only tensors there, as a run saves only tensors"
+            raise _refusal(
+                model,
+                f"has {key} in its state_dict, a {type(value).__name__}: keep only tensors there, "
+                f"as a run saves only tensors",
             )
 
 
 def _check_gradients(model: nn.Module, pixels: Tensor, trained: bool) -> None:
     """Raise `InputError` unless the logits have gradients: of the pixels, and of a parameter."""
-    name = type(model).__name__
     x = pixels.clone().requires_grad_()
     asked = [p for p in model.parameters() if p.requires_grad] if trained else []
-    devices = [x.device] if x.is_cuda else []
-    try:
-        with torch.random.fork_rng(devices), torch.enable_grad(), attack_mode(model, "eval"):
-            logits = model(x)
-            grads: Sequence[Tensor | None] = [None]
-            if logits.requires_grad:
-                grads = torch.autograd.grad(logits.sum(), [x, *asked], allow_unused=True)
-    except Exception as error:
-        # The network is the user's code: it may raise anything.
-        if out_of_memory(error):
-            raise
-        raise InputError(
-            f"the network {name} fails in its backward pass: {type(error).__name__}: "
-            f"{one_line(error)[:150]}"
-        ) from error
+    with _running(model, x, "fails in its backward pass"), torch.enable_grad():
+        logits = model(x)
+        grads: Sequence[Tensor | None] = [None]
+        if logits.requires_grad:
+            grads = torch.autograd.grad(logits.sum(), [x, *asked], allow_unused=True)
+    missing = f"the logits of the network {type(model).__name__} have no gradient with respect to"
     if grads[0] is None:
         raise InputError(
-            f"the logits of the network {name} have no gradient with respect to its pixels, which "
-            f"an attack needs: remove detach() and no_grad() from its forward pass"
+            f"{missing} its pixels, which an attack needs: remove detach() and no_grad() from its "
+            f"forward pass"
         )
     if asked and all(grad is None for grad in grads[1:]):
-        raise InputError(
-            f"the logits of the network {name} have no gradient with respect to its parameters: "
-            f"there is nothing to train"
-        )
+        raise InputError(f"{missing} its parameters: there is nothing to train")
+
+
+@contextmanager
+def _running(model: nn.Module, x: Tensor, fault: str) -> Iterator[None]:
+    """Run the block with `model` in eval mode; restore its flags and the random numbers.
+
+    An error, of any type as the network is the user's code, becomes `InputError` with `fault`.
+    """
+    devices = [x.device] if x.is_cuda else []
+    try:
+        with torch.random.fork_rng(devices), attack_mode(model, "eval"):
+            yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {one_line(error)[:150]}"
+        raise _refusal(model, f"{fault}: {reason}") from error
 
 
 def check_batch_of_one(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> None:
@@ -199,22 +202,13 @@ def _trial(
     ]
     x = pixels.clone()
     before = [buffer.clone() for buffer in model.buffers()]
-    devices = [x.device] if x.is_cuda else []
+    size = "x".join(map(str, pixels.shape[1:]))
+    fault = f"fails on {IMAGES} images of {size} (channels, height, width)"
     try:
-        # `attack_mode` restores every flag, also those that `train` sets.
-        with torch.random.fork_rng(devices), torch.no_grad(), attack_mode(model, "eval"):
+        with _running(model, x, fault), torch.no_grad():
             if training:
                 model.train()
             logits = model(x)
-    except Exception as error:
-        # The network is the user's code: it may raise anything.
-        if out_of_memory(error):
-            raise
-        size = "x".join(map(str, pixels.shape[1:]))
-        raise InputError(
-            f"the network {type(model).__name__} fails on {IMAGES} images of {size} (channels, "
-            f"height, width): {type(error).__name__}: {one_line(error)[:150]}"
-        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -222,24 +216,17 @@ def _trial(
             buffer.copy_(kept)
     mode = "training" if training else "eval"
     if not isinstance(logits, Tensor):
-        raise InputError(
-            f"the network {type(model).__name__} returns a {type(logits).__name__} in {mode} mode: "
-            f"make it return the logits alone"
-        )
+        kind = type(logits).__name__
+        raise _refusal(model, f"returns a {kind} in {mode} mode: make it return the logits alone")
     if logits.shape != (IMAGES, num_classes) or not logits.is_floating_point():
-        raise InputError(
-            f"the network {type(model).__name__} returns {logits.dtype} of shape "
-            f"{tuple(logits.shape)} for {IMAGES} images of {num_classes} classes: make it return "
-            f"logits of shape ({IMAGES}, {num_classes})"
+        raise _refusal(
+            model,
+            f"returns {logits.dtype} of shape {tuple(logits.shape)} for {IMAGES} images of "
+            f"{num_classes} classes: make it return logits of shape ({IMAGES}, {num_classes})",
         )
     if logits.isnan().any():
-        raise InputError(
-            f"the network {type(model).__name__} returns NaN for random pixels in {mode} mode: "
-            f"check its weights and its running statistics"
-        )
+        fault = f"returns NaN for random pixels in {mode} mode"
+        raise _refusal(model, f"{fault}: check its weights and its running statistics")
     if not torch.equal(x, pixels):
-        raise InputError(
-            f"the network {type(model).__name__} changes its input in place: make it work on a "
-            f"copy, such as x = x * 1"
-        )
+        raise _refusal(model, "changes its input in place: make it copy it, such as x = x * 1")
     return outputs

@@ -1,5 +1,6 @@
 """Normalisation of pixels as the first layer of a network, so that an attack is on the pixels."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,6 @@ from fastiat.system.errors import InputError
 
 IMAGENET = (0.485, 0.456, 0.406, 0.229, 0.224, 0.225)
 """Mean, then standard deviation, of ImageNet's three channels, as torchvision's weights need."""
-
 
 _EXPORTING_KNOWN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
@@ -109,9 +109,7 @@ def make_normalise(words: Sequence[str], channels: int) -> nn.Module:
             f"--normalise {' '.join(words)} is for {len(mean)} channels, but the images have "
             f"{channels}: give {channels} means, then {channels} standard deviations"
         )
-    if not all(abs(number) < float("inf") for number in mean) or not all(
-        0 < number < float("inf") for number in std
-    ):
+    if not all(map(math.isfinite, numbers)) or min(std) <= 0:
         raise InputError(
             f"--normalise {' '.join(words)}: give finite means and standard deviations above 0"
         )

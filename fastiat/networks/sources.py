@@ -20,10 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastiat.networks.normalise import IMAGENET
-from fastiat.system.errors import InputError, one_line
+from fastiat.system.errors import InputError, one_line, optional
 from fastiat.system.settings import did_you_mean
-
-LIBRARIES = ("torchvision", "timm")
 
 
 def from_library(
@@ -79,30 +77,22 @@ def torchvision_options(name: str) -> dict[str, bool]:
     return {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
 
 
-def _timm() -> Any:
-    try:
-        return importlib.import_module("timm")
-    except ImportError:
-        raise InputError(
-            "networks of timm need the package timm: install it with pip install 'fastiat[timm]'"
-        ) from None
-
-
 def _from_timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
-    timm = _timm()
+    timm = optional("timm", "timm")
     # Registered names only: timm also accepts "hf-hub:..." and downloads what that says.
     if not timm.is_model(name):
         raise InputError(
             f"timm has no network {name!r}: choose one of timm.list_models()"
             f"{did_you_mean(name, timm.list_models())}"
         )
-    options = {"num_classes": num_classes, "in_chans": in_channels}
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     try:
         # Without a network it warns a dozen times, and then raises the error below.
         hub.setLevel(logging.ERROR)
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        model: nn.Module = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels
+        )
     except Exception as error:
         # The hub's client raises errors of many types where there is no network.
         if not pretrained:
@@ -124,7 +114,7 @@ def library_normalise(arch: str, in_channels: int) -> tuple[str, ...]:
     library, _, name = arch.partition(":")
     if library == "torchvision":
         return ("imagenet",)
-    config = _timm().get_pretrained_cfg(name)
+    config = optional("timm", "timm").get_pretrained_cfg(name)
     mean, std = (tuple(getattr(config, key, None) or ()) for key in ("mean", "std"))
     if len(mean) != 3 or len(std) != 3:
         mean, std = IMAGENET[:3], IMAGENET[3:]
@@ -138,10 +128,9 @@ def library_normalise(arch: str, in_channels: int) -> tuple[str, ...]:
 def library_points(network: nn.Module) -> tuple[str, ...]:
     """Return the mix points of a network of torchvision or timm: the input and two stages.
 
-    The stages are the first two that have a name of their own: of timm's `feature_info`, `layer1`
-    and `layer2`, `stage2` and `stage3`, or the blocks of a transformer after a quarter and after
-    half of them; in a network with `features`, the last modules before the first two changes of
-    resolution after its stem. A network without such stages has its input alone.
+    The stages are the first two of timm's `feature_info`, `layer1` and `layer2`, `stage2` and
+    `stage3`, the blocks of a transformer after a quarter and a half of them, or, in `features`, the
+    last modules before the first two changes of resolution after the stem; else none.
     """
     known = dict(network.named_modules())
     info = getattr(network, "feature_info", None)
@@ -192,9 +181,9 @@ def own_network(arch: str, num_classes: int, in_channels: int, image_size: int) 
 
     MODULE is a module that Python finds from the current directory, or the path of a .py file. The
     function is called with `num_classes`, and with `in_channels` and `image_size` where its
-    signature takes them. Importing runs the user's code, so call this only for a name that the user
-    has typed, never for a name from a file. Raises `InputError` if there is no such function, if it
-    fails, and if it returns something else than an `nn.Module`.
+    signature takes them. This runs the user's code: call it only for a name that the user has
+    typed, never for a name from a file. Raises `InputError` if there is no such function, if it
+    fails, and if it returns no `nn.Module`.
     """
     module_name, _, function_name = arch.rpartition(":")
     module = _import(module_name, arch)
@@ -203,10 +192,8 @@ def own_network(arch: str, num_classes: int, in_channels: int, image_size: int) 
         function = getattr(function, part, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
-        raise InputError(
-            f"--arch {arch}: {module_name} has no function {function_name}"
-            f"{did_you_mean(function_name, names)}"
-        )
+        close = did_you_mean(function_name, names)
+        raise InputError(f"--arch {arch}: {module_name} has no function {function_name}{close}")
     given = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     try:
         parameters = inspect.signature(function).parameters
@@ -220,10 +207,8 @@ def own_network(arch: str, num_classes: int, in_channels: int, image_size: int) 
             f"fails: {type(error).__name__}: {one_line(error)[:150]}"
         ) from error
     if not isinstance(network, nn.Module):
-        raise InputError(
-            f"--arch {arch}: {function_name} returns a {type(network).__name__}: make it return an "
-            f"nn.Module"
-        )
+        kind = type(network).__name__
+        raise InputError(f"--arch {arch}: {function_name} returns a {kind}, not an nn.Module")
     return network
 
 

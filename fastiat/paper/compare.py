@@ -19,7 +19,7 @@ from fastiat.runs.directory import MODEL
 from fastiat.runs.results import fingerprint, measures, wilson
 from fastiat.system.errors import InputError
 from fastiat.system.files import write
-from fastiat.system.settings import flag_of
+from fastiat.system.settings import flag_of, number_text
 from fastiat.system.tables import csv_text, markdown
 from fastiat.system.untrusted import read_as
 
@@ -142,11 +142,9 @@ def find(
 def line(cell: Cell, found: Sequence[dict[str, Any] | None]) -> Line:
     """Put the results of a cell, one for each seed, next to the paper's error rate.
 
-    The line has no error rate of ours until all seeds are measured. Its interval has two parts.
-    The first is for the choice of images: Wilson's interval (1927) with the number of images of
-    one seed, because all seeds share the images. The second, with several seeds, is for the spread
-    of trainings: the interval of the mean by Student's t. The two are independent, so their
-    half-widths add in quadrature.
+    The line has no error rate of ours until all seeds are measured. Seeds share the images, so
+    Wilson's interval (1927) uses the number of images of one. With several seeds, Student's t gives
+    the interval of the mean over trainings. The two are independent: half-widths add in quadrature.
     """
     title, measured = ROWS[cell.row].title, [row for row in found if row is not None]
     seeds = len(measured)
@@ -178,13 +176,6 @@ def command_of(name: str, config: Any, default: Any) -> str:
         elif isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
-            words += [flag, *(shlex.quote(_word(one)) for one in values)]
+            texts = (number_text(v) if isinstance(v, float) else str(v) for v in values)
+            words += [flag, *map(shlex.quote, texts)]
     return " ".join(words)
-
-
-def _word(value: Any) -> str:
-    """Format a value so that the command line parses it to the same value."""
-    if isinstance(value, float):
-        levels = round(255 * value)
-        return f"{levels}/255" if 0 < levels < 255 and value == levels / 255 else repr(value)
-    return str(value)

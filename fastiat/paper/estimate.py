@@ -18,14 +18,6 @@ from fastiat.train import Trainer
 LONG_ENOUGH = 0.5
 """Seconds that a measurement must take to be trusted."""
 
-# (training images, test images, size, channels), so that a dry run downloads nothing.
-_KNOWN = {
-    "cifar10": (50_000, 10_000, 32, 3),
-    "cifar100": (50_000, 10_000, 32, 3),
-    "svhn": (73_257, 26_032, 32, 3),
-    "fashion-mnist": (60_000, 10_000, 28, 1),
-}
-
 
 @dataclass(frozen=True)
 class Images:
@@ -56,8 +48,8 @@ def images_of(name: str, data_dir: str | None) -> Images:
 
     Raises `InputError` as `fastiat.data.load` does.
     """
-    if name in _KNOWN:
-        return Images(*_KNOWN[name], classes=DOWNLOADS[name].classes)
+    if known := DOWNLOADS.get(name):  # so that a dry run downloads nothing
+        return Images(known.train, known.test, known.side, known.channels, known.classes)
     dataset = data.load(name, data_dir)
     channels, size, _ = dataset.train.shape
     return Images(len(dataset.train), len(dataset.test), size, channels, len(dataset.classes))

@@ -14,7 +14,7 @@ from fastiat.paper.estimate import images_of
 from fastiat.paper.published import ROWS, TRAINED, Cell, table
 from fastiat.runs.directory import CONFIG, MODEL, STATE, Run, check_free, default_out
 from fastiat.runs.results import read_results
-from fastiat.system.errors import Damaged, InputError
+from fastiat.system.errors import DamagedError, InputError
 from fastiat.system.settings import flag_of
 
 # A run may differ from the row in these settings: they say where it is and what computes it.
@@ -210,11 +210,11 @@ class Plan:
 def _position(state: dict[str, Any]) -> tuple[int, int, str]:
     """Return the finished updates, the validated epochs, and the fingerprint of the images.
 
-    Raises `Damaged` for a checkpoint that lacks one of them.
+    Raises `DamagedError` for a checkpoint that lacks one of them.
     """
     step, epochs, mark = state.get("step"), state.get("validated_epochs"), state.get("data")
     if not isinstance(step, int) or not isinstance(epochs, int) or not isinstance(mark, str):
-        raise Damaged("it is not a checkpoint of fastiat")
+        raise DamagedError("it is not a checkpoint of fastiat")
     return step, epochs, mark
 
 

@@ -124,9 +124,8 @@ def _cells() -> dict[str, list[Cell]]:
         if not all(found.values()):
             raise ValueError("it lacks a table")
     except (ValueError, TypeError, KeyError, csv.Error) as error:
-        raise InputError(
-            f"{file} is damaged ({one_line(error)[:100]}): install fastiat again"
-        ) from None
+        reason = one_line(error)[:100]
+        raise InputError(f"{file} is damaged ({reason}): install fastiat again") from None
     return found
 
 

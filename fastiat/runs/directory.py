@@ -28,21 +28,15 @@ from fastiat.runs.weights import (
     read_state,
     read_weights,
 )
-from fastiat.system.errors import Damaged, InputError, one_line, printable_lines
+from fastiat.system.errors import DamagedError, InputError, one_line, printable_lines
 from fastiat.system.files import check_writable, no_link, write
 from fastiat.system.ranks import ranks
 from fastiat.system.settings import ARCHS, expanded, flag_of, is_beton, is_own_arch
 from fastiat.system.untrusted import kind_of, read_as
 
-CONFIG, METRICS, MODEL, STATE, PREVIOUS, LOG, LOCK = (
-    "config.json",
-    "metrics.jsonl",
-    "model.safetensors",
-    "state.safetensors",
-    "state.previous.safetensors",
-    "stdout.log",
-    ".lock",
-)
+CONFIG, METRICS, LOG, LOCK = "config.json", "metrics.jsonl", "stdout.log", ".lock"
+MODEL, STATE = "model.safetensors", "state.safetensors"
+PREVIOUS = "state.previous.safetensors"
 T = TypeVar("T")
 MOVABLE = {"init", "out", "data_dir", "loader", "resume", "checkpoint_every", "on_nan"}
 """Settings that a resume may change, because they do not change the weights."""
@@ -60,9 +54,8 @@ def default_out(config: TrainConfig) -> Path:
 class Run:
     """A run directory, `path`, and the configuration in it.
 
-    A training holds the lock of the directory, from `create` or `lock` to `unlock`. If several
-    processes train together, only one writes; in the others `writes` is False, and methods that
-    write or lock do nothing.
+    A training holds the lock of the directory, from `create` or `lock` to `unlock`. Of several
+    processes one writes; in the others `writes` is False: methods that write or lock do nothing.
     """
 
     def __init__(self, path: Path, config: TrainConfig, writes: bool = True) -> None:
@@ -74,10 +67,9 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> "Run":
-        """Make the directory, lock it and write config.json.
+        """Make the directory, lock it and write config.json; an error leaves no directory behind.
 
-        Raises `InputError` if the directory holds a run or other files, or is a file. After an
-        error the directories that this call has made are removed.
+        Raises `InputError` if the directory holds a run or other files, or is a file.
         """
         check_free(path)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -107,9 +99,7 @@ class Run:
         except FileNotFoundError:
             raise InputError(f"{path} holds no run: there is no {CONFIG} in it") from None
         except (NotADirectoryError, IsADirectoryError):
-            raise InputError(
-                f"{path} is not a run directory: name the directory of a run"
-            ) from None
+            raise InputError(f"{path} is no run: name the directory of a run") from None
         try:
             config.check()
         except InputError as error:
@@ -222,10 +212,7 @@ class Run:
             write(self.path / MODEL, pack_model(weights, card))
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint, state.safetensors; the previous one is kept as PREVIOUS.
-
-        `state` holds tensors, dictionaries of tensors, and values for JSON.
-        """
+        """Write a checkpoint, state.safetensors, and keep the previous one; see `pack_state`."""
         if not self.writes:
             return
         self._check_there()
@@ -245,11 +232,10 @@ class Run:
         return (self.path / STATE).exists() or (self.path / PREVIOUS).exists()
 
     def load_state(self, take: Callable[[dict[str, Any]], T]) -> T:
-        """Call `take` with the checkpoint and return its result.
+        """Call `take` with STATE, or with PREVIOUS if STATE is damaged, and return its result.
 
-        The checkpoint is STATE or, if STATE is missing or damaged, PREVIOUS, with one line of
-        warning. `take` may raise `Damaged` for a checkpoint that it cannot use. Raises `InputError`
-        if there is no usable checkpoint, or if the checkpoint belongs to another run.
+        `take` may raise `DamagedError` for a checkpoint that it cannot use. Raises `InputError` if
+        there is no usable checkpoint, or if it belongs to another run.
         """
         if not self.has_state():
             raise InputError(f"{self.path} has no checkpoint yet: resume it, or remove the folder")
@@ -257,9 +243,9 @@ class Run:
         for file in (self.path / STATE, self.path / PREVIOUS):
             try:
                 if not file.exists():
-                    raise Damaged("it is missing")
+                    raise DamagedError("it is missing")
                 taken = take(self._read_state(file))
-            except Damaged as error:
+            except DamagedError as error:
                 wrong.append(f"{file}: {error}")
                 continue
             except InputError as error:
@@ -276,7 +262,7 @@ class Run:
         state = read_state(file)
         config = state.get("config")
         if not isinstance(config, dict):
-            raise Damaged("it is not a checkpoint of fastiat")
+            raise DamagedError("it is not a checkpoint of fastiat")
         difference = _difference(_settings(self.config), config)
         if difference:
             name, mine, theirs = difference
@@ -290,14 +276,9 @@ class Run:
 def _text(config: TrainConfig) -> bytes:
     """Return the content of config.json: the settings, with absolute paths to the data."""
     kept = asdict(config) | {"out": None, "resume": False}
-    if config.init is not None:
-        kept["init"] = os.path.abspath(config.init)
-    if config.data_dir is not None:
-        kept["data_dir"] = os.path.abspath(config.data_dir)
-    if config.extra is not None:
-        kept["extra"] = os.path.abspath(config.extra)
-    if is_beton(config.dataset):
-        kept["dataset"] = os.path.abspath(config.dataset)
+    for name in ("init", "data_dir", "extra", *(["dataset"] if is_beton(config.dataset) else [])):
+        if kept[name] is not None:
+            kept[name] = os.path.abspath(kept[name])
     return json.dumps(kept, indent=1).encode() + b"\n"
 
 
@@ -326,9 +307,7 @@ def check_free(path: Path) -> None:
     """Raise `InputError` unless a new run can be made at `path`."""
     if (path / CONFIG).exists():
         check_unused(path / LOCK)
-        raise InputError(
-            f"{path} already holds a run: continue it with --resume, or choose another --out"
-        )
+        raise InputError(f"{path} already holds a run: add --resume, or choose another --out")
     # A process that was killed in `create` may have left its lock and a temporary config file.
     if path.is_dir() and any(
         file.name != LOCK and not file.name.startswith(f".{CONFIG}.") for file in path.iterdir()
@@ -382,9 +361,8 @@ def load_with_card(
 def load_initial(model: nn.Module, path: str) -> list[str]:
     """Copy the weights at `path`, a run or a .safetensors file, into `model`.
 
-    The normalisation of `model` stays as it is, and that of the file is not read. A file of the
-    network itself, without fastiat's normalisation, fits too. Returns the names of the classifier's
-    tensors if they are left as they are, see `sources.load_weights`.
+    The normalisation of `model` stays as it is; the file need not have one. Returns the names of
+    the classifier's tensors if they are left as they are, see `sources.load_weights`.
     """
     file = model_file(path)
     try:

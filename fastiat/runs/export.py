@@ -1,22 +1,18 @@
 """Write a trained network for use without fastiat: as ONNX or as a PyTorch program (.pt2)."""
 
-import importlib
 import io
 import json
 import logging
-import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastiat.config import ExportConfig
 from fastiat.engine.device import own_defaults
-from fastiat.models import ModelCard
 from fastiat.runs.directory import load_with_card
-from fastiat.system.errors import InputError, one_line
-from fastiat.system.files import check_writable, write
+from fastiat.system.errors import InputError, one_line, optional
+from fastiat.system.files import check_new, check_writable, write
 
 TRACED, CHECKED = 2, 5
 """Batch sizes that the network is traced with and that the written program is checked with."""
@@ -36,21 +32,23 @@ def export(config: ExportConfig) -> Path:
     """
     config.check()
     out = Path(config.out).absolute()
-    if os.path.lexists(out) and not config.force:
-        raise InputError(f"{out} exists already: choose another name, or replace it with --force")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder: name a file in it")
+    check_new(out, config.force)
     check_writable(out.parent)
     as_onnx = out.suffix == ".onnx"
     if as_onnx:
         for package in ("onnx", "onnxscript", "onnxruntime"):
-            _package(package)
+            optional(package, "export")
     model, card = load_with_card(config.run, arch=config.arch)
     model = model.to(memory_format=torch.contiguous_format)
+    metadata = {
+        "arch": card.arch,
+        "classes": json.dumps(card.classes),
+        "input": "fp32 pixels in [0, 1], (B, C, H, W)",
+    }
     shape = (card.in_channels, card.image_size, card.image_size)
     example = torch.rand(TRACED, *shape, generator=torch.Generator().manual_seed(0))
     try:
-        content = (_onnx if as_onnx else _program)(model, example, _metadata(card))
+        content = (_onnx if as_onnx else _program)(model, example, metadata)
     except InputError:
         raise
     except Exception as error:
@@ -76,24 +74,6 @@ def export(config: ExportConfig) -> Path:
         f"images: the largest difference of a logit is {difference:.2g}"
     )
     return out
-
-
-def _metadata(card: ModelCard) -> dict[str, str]:
-    """Return the metadata of a program: texts by name."""
-    return {
-        "arch": card.arch,
-        "classes": json.dumps(card.classes),
-        "input": "fp32 pixels in [0, 1], (B, C, H, W)",
-    }
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError(
-            f"writing ONNX needs the package {name}: install it with pip install 'fastiat[export]'"
-        ) from None
 
 
 def _exported(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
@@ -132,6 +112,7 @@ def _onnx(model: nn.Module, example: Tensor, metadata: dict[str, str]) -> bytes:
 
 
 def _run_onnx(content: bytes, pixels: Tensor) -> Tensor:
-    session = _package("onnxruntime").InferenceSession(content, providers=["CPUExecutionProvider"])
+    runtime = optional("onnxruntime", "export")
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (logits,) = session.run([OUTPUT], {INPUT: pixels.numpy()})
     return torch.from_numpy(logits)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,7 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(_lines(file), 1):
         row = _row(line)
         if row is None and line.endswith("\n"):
-            raise InputError(
-                f"{file}, line {number} is damaged: it is not a JSON object; remove it"
-            )
+            raise InputError(f"{file}, line {number} is damaged, it is no JSON object: remove it")
         if row is not None:
             yield row
 
@@ -40,17 +39,13 @@ def has_row(file: Path, values: dict[str, Any]) -> bool:
 
 def drop_cut_line(file: Path) -> None:
     """Remove an incomplete last line: the text after the last newline."""
-    try:
-        with open(file, "r+b", opener=no_link) as opened:
-            end = opened.seek(0, os.SEEK_END)
-            opened.seek(max(end - 1, 0))
-            # The whole file is read only if its last line is incomplete.
-            if opened.read(1) in (b"", b"\n"):
-                return
+    with suppress(FileNotFoundError), open(file, "r+b", opener=no_link) as opened:
+        end = opened.seek(0, os.SEEK_END)
+        opened.seek(max(end - 1, 0))
+        # The whole file is read only if its last line is incomplete.
+        if opened.read(1) not in (b"", b"\n"):
             opened.seek(0)
             opened.truncate(opened.read().rfind(b"\n") + 1)
-    except FileNotFoundError:
-        pass
 
 
 def drop_later_rows(file: Path, step: int, epoch: int) -> None:

@@ -1,7 +1,7 @@
 """The error rates of a run, with their intervals: evaluation.json.
 
-The file is a JSON list of entries, one object for each measured error rate. An entry has the fields
-of `Entry`; a field that has no meaning for the entry's attack is null. An entry may also have
+The file is a JSON list of entries, one for each error rate, with the fields of `Entry`; a field
+that has no meaning for the entry's attack is null. An entry may also have
 
     errors_after  "autoattack": {attack: errors after this and all earlier attacks}, "none" first
     warnings      "autoattack": the warnings of the library
@@ -196,7 +196,7 @@ class Rate:
         return 100 * self.errors / self.n
 
     def interval(self) -> tuple[float, float]:
-        """Return the 95 % confidence interval in percent (Wilson 1927)."""
+        """Return the 95 % confidence interval in percent, see `wilson`."""
         return wilson(self.errors / self.n, self.n)
 
     def __str__(self) -> str:
@@ -205,10 +205,7 @@ class Rate:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval, in percent, of a share in [0, 1] of `n` images.
-
-    It is the score interval of Wilson (1927), which stays within 0 to 100.
-    """
+    """Return Wilson's (1927) 95 % interval, in percent, of a share in [0, 1] of `n` images."""
     z = 1.959964
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -216,10 +213,10 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def read_results(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the entries of a run's evaluation.json, oldest first; [] if there are none.
+    """Return the entries of a run's evaluation.json, see `Entry`, oldest first.
 
-    `Entry` documents their fields. Entries of weights that the run no longer has are left out.
-    Raises `InputError` for a file that fastiat did not write.
+    Entries of weights that the run no longer has are left out. Raises `InputError` for a file that
+    fastiat did not write.
     """
     run_dir = Path(expanded(run_dir))
     model = run_dir / MODEL
@@ -240,10 +237,11 @@ def add_results(run_dir: Path, entries: Iterable[dict[str, Any]]) -> None:
         for entry in entries
     ]
     with alone(run_dir):
-        kept = {_identity(entry): entry for entry in read_results(run_dir)}
-        for entry in new:
-            kept.pop(_identity(entry), None)
-            kept[_identity(entry)] = entry
+        kept: dict[str, dict[str, Any]] = {}
+        for entry in (*read_results(run_dir), *new):
+            identity = json.dumps([entry.get(name) for name in IDENTITY])
+            kept.pop(identity, None)  # so that the new entry comes last
+            kept[identity] = entry
         # One entry on each line, so that diffs are readable.
         lines = ",\n".join(json.dumps(entry) for entry in kept.values())
         write(run_dir / EVALUATION, f"[\n{lines}\n]\n".encode())
@@ -293,23 +291,18 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def _identity(entry: dict[str, Any]) -> str:
-    return json.dumps([entry.get(name) for name in IDENTITY])
-
-
 def _read(file: Path) -> list[dict[str, Any]]:
     remedy = "remove it and measure again"
     try:
         entries = read_json(file, remedy)
     except FileNotFoundError:
         return []
-    if not (isinstance(entries, list) and all(map(_is_entry, entries))):
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and set(IDENTITY) <= entry.keys() and is_figure(entry)
+        for entry in entries
+    ):
         raise InputError(f"{file} was not written by fastiat: {remedy}")
     return entries
-
-
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and set(IDENTITY) <= entry.keys() and is_figure(entry)
 
 
 def is_figure(entry: dict[str, Any]) -> bool:

@@ -15,10 +15,8 @@ from fastiat.networks.sources import torchvision_options
 from fastiat.runs.directory import MODEL, Run, load_with_card
 from fastiat.runs.results import read_results
 from fastiat.system.errors import InputError
-from fastiat.system.settings import is_own_arch
+from fastiat.system.settings import is_own_arch, number_text
 
-DATASETS = {"cifar10": "cifar10", "cifar100": "cifar100"}
-"""RobustBench's names of data sets that fastiat has."""
 THREATS = {"linf": "Linf", "l2": "L2"}
 
 HEAD = """\
@@ -62,8 +60,7 @@ def robustbench(config: RobustBenchConfig) -> tuple[str, dict[str, Any]]:
     settings = run.config
     measured = {entry["attack"]: entry for entry in read_results(path) if _counts(entry, run)}
     clean, strong = (_accuracy(measured.get(name)) for name in ("none", "autoattack"))
-    eps = round(255 * settings.eps)
-    exact = settings.norm == "linf" and settings.eps == eps / 255
+    further = f" Uses further images, {Path(settings.extra).name}." if settings.extra else ""
     metadata = {
         "link": None,
         "name": None,
@@ -71,20 +68,16 @@ def robustbench(config: RobustBenchConfig) -> tuple[str, dict[str, Any]]:
         # RobustBench counts real images, not generated ones; a run does not know which it had.
         "additional_data": None if settings.extra else False,
         "number_forward_passes": 1,
-        "dataset": DATASETS.get(settings.dataset, settings.dataset),
+        "dataset": settings.dataset,
         "venue": None,
         "architecture": card.arch,
         "norm": THREATS[settings.norm],
-        "eps": f"{eps}/255" if exact else f"{settings.eps:g}",
+        "eps": number_text(settings.eps, "g"),
         "clean_acc": clean,
         "reported": strong,
         "autoattack_acc": strong,
-        "footnote": f"Interpolated Adversarial Training ({settings.mix}), fastiat.",
+        "footnote": f"Interpolated Adversarial Training ({settings.mix}), fastiat.{further}",
     }
-    if settings.extra:
-        metadata["footnote"] = (
-            f"{metadata['footnote']} Uses further images, {Path(settings.extra).name}."
-        )
     print(f"# The network; its weights are {path / MODEL}\n{code}")
     print(f"# model_info/{metadata['dataset']}/{metadata['norm']}/NAME.json")
     print(json.dumps(metadata, indent=2))

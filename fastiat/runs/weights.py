@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastiat import __version__
 from fastiat.models import ModelCard
 from fastiat.networks.sources import put_tensors
-from fastiat.system.errors import Damaged, InputError, printable
+from fastiat.system.errors import DamagedError, InputError, printable
 from fastiat.system.settings import ARCHS, is_own_arch, validated
 from fastiat.system.untrusted import LARGEST_JSON, finite_json, is_endless
 
@@ -37,7 +37,7 @@ OwnNetwork = Callable[[ModelCard], nn.Module]
 
 
 def _explains_damage(reader: Callable[P, T]) -> Callable[P, T]:
-    """Decorate `reader` to raise `Damaged` instead of the errors that a damaged file causes.
+    """Decorate `reader` to raise `DamagedError` instead of the errors that a damaged file causes.
 
     `InputError` is raised unchanged, and so is `OSError`, which is a fault of the disk.
     """
@@ -51,7 +51,7 @@ def _explains_damage(reader: Callable[P, T]) -> Callable[P, T]:
         # Damaged files cause too many errors to list, in safetensors and in our own code.
         except Exception as error:
             reason = printable((str(error).splitlines() or [type(error).__name__])[0])
-            raise Damaged(f"it is damaged or truncated ({reason[:100]})") from None
+            raise DamagedError(f"it is damaged or truncated ({reason[:100]})") from None
 
     return read
 
@@ -64,9 +64,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], ModelCard | None]:
         return tensors, None
     card: ModelCard = validated(_parsed(metadata["card"]), ModelCard)
     if len(card.classes) != card.num_classes:
-        raise InputError(
-            f"its card names {len(card.classes)} classes instead of {card.num_classes}"
-        )
+        raise InputError(f"its card names {len(card.classes)} classes, not {card.num_classes}")
     return tensors, card
 
 
@@ -108,7 +106,7 @@ def read_model(file: Path, own: OwnNetwork | None = None) -> tuple[nn.Module, Mo
 def pack_model(weights: Mapping[str, Tensor], card: ModelCard) -> bytes:
     """Return the content of a model.safetensors; equal weights and cards give equal bytes."""
     metadata = {"format": "pt", "fastiat": __version__, "card": json.dumps(asdict(card))}
-    return _pack(weights, lambda data: metadata)
+    return _pack(weights, metadata)
 
 
 def pack_state(state: Mapping[str, Any]) -> bytes:
@@ -126,32 +124,23 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
             tensors |= {f"{name}/{key}": tensor for key, tensor in group.items()}
         else:
             values[name] = value
-    text = json.dumps(values)
-
-    def describe(data: memoryview) -> dict[str, str]:
-        # Names and shapes need no checksum: `alike` compares them with the training's own.
-        checksum = hashlib.sha256(text.encode())
-        checksum.update(data)
-        return {"state": text, "sha256": checksum.hexdigest()}
-
-    return _pack(tensors, describe)
+    return _pack(tensors, {"state": json.dumps(values)})
 
 
 @_explains_damage
 def read_state(file: Path) -> dict[str, Any]:
     """Return the state in a state.safetensors, see `pack_state`.
 
-    Raises `Damaged` for a file that is damaged or not a checkpoint. The caller has to check names,
-    shapes and values.
+    Raises `DamagedError` for other files. The caller has to check names, shapes and values.
     """
     if is_endless(file):
-        raise Damaged("it is a pipe or a device")
+        raise DamagedError("it is a pipe or a device")
     metadata, tensors = _unpack(file)
     text = metadata.get("state")
     if text is None:
-        raise Damaged("it is not a checkpoint of fastiat")
+        raise DamagedError("it is not a checkpoint of fastiat")
     if metadata.get("sha256") != data_sha256(file, text):
-        raise Damaged("it is damaged: it has a wrong checksum")
+        raise DamagedError("it is damaged: it has a wrong checksum")
     state = _parsed(text)
     for name, tensor in tensors.items():
         group, slash, key = name.partition("/")
@@ -173,8 +162,8 @@ def data_sha256(file: Path, text: str = "") -> str:
     return checksum.hexdigest()
 
 
-def _pack(tensors: Mapping[str, Tensor], describe: Callable[[memoryview], dict[str, str]]) -> bytes:
-    """Return the content of a safetensors file; `describe` returns the metadata of a data section.
+def _pack(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return the content of a safetensors file; with "state" in its metadata, with their "sha256".
 
     safetensors writes metadata in an order that differs between calls, so they are sorted here.
     """
@@ -189,7 +178,12 @@ def _pack(tensors: Mapping[str, Tensor], describe: Callable[[memoryview], dict[s
     packed = safetensors.torch.save(apart)
     start = 8 + int.from_bytes(packed[:8], "little")
     header, data = json.loads(packed[8:start]), memoryview(packed)[start:]
-    header = {"__metadata__": dict(sorted(describe(data).items()))} | header
+    if "state" in metadata:
+        # Names and shapes need no checksum: `alike` compares them with the training's own.
+        checksum = hashlib.sha256(metadata["state"].encode())
+        checksum.update(data)
+        metadata = metadata | {"sha256": checksum.hexdigest()}
+    header = {"__metadata__": dict(sorted(metadata.items()))} | header
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the data section to 8 bytes, as safetensors does
     return len(text).to_bytes(8, "little") + text + data
@@ -199,7 +193,7 @@ def _unpack(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return the metadata and the tensors of a safetensors file."""
     with open(file, "rb") as opened:
         if int.from_bytes(opened.read(8), "little") > LARGEST_JSON:
-            raise Damaged("it is damaged: its header is larger than any that fastiat writes")
+            raise DamagedError("it is damaged: its header is larger than any that fastiat writes")
     with safe_open(file, "pt") as opened:
         names = opened.keys()
         # Cloned, as safetensors maps the file into memory: if the file is truncated later, SIGBUS
@@ -208,10 +202,10 @@ def _unpack(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """Return the JSON object in a metadata text; raise `Damaged` for another JSON value."""
+    """Return the JSON object in a metadata text; raise `DamagedError` for another JSON value."""
     values = finite_json(text)
     if not isinstance(values, dict):
-        raise Damaged("it is damaged: its metadata is not a JSON object")
+        raise DamagedError("it is damaged: its metadata is not a JSON object")
     return values
 
 

@@ -1,8 +1,10 @@
 """Exceptions that the command line reports in one line, and functions that write the line."""
 
 import errno
+import importlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 LONGEST_LINE = 2000
 """Maximum length of a message, in characters."""
@@ -23,9 +25,18 @@ REMEDIES = {
 class InputError(ValueError):
     """The input is wrong; the message says what is wrong and how to correct it.
 
-    The command line prints it as one line and exits with status 2. Python callers may catch it as
-    `ValueError`.
+    The command line prints it as one line and exits with status 2.
     """
+
+
+def optional(package: str, extra: str) -> Any:
+    """Import a package of one of fastiat's extras; raise `InputError` if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(
+            f"this needs the package {package}: install it with pip install 'fastiat[{extra}]'"
+        ) from None
 
 
 class RankLostError(Exception):
@@ -42,7 +53,7 @@ def complain(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-class Damaged(InputError):
+class DamagedError(InputError):
     """A file that fastiat wrote is damaged; the caller may read an older copy of it instead."""
 
 

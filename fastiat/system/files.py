@@ -2,7 +2,11 @@
 
 import errno
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from fastiat.system.errors import InputError
 
@@ -17,27 +21,40 @@ def no_link(file: str, flags: int) -> int:
 
 
 def write(file: Path, content: bytes | memoryview, older: Path | None = None) -> None:
-    """Write a file atomically: write a temporary file beside it, fsync it, rename it onto `file`.
+    """Write a file atomically, as `replacing` does."""
+    with replacing(file, older) as out:
+        out.write(content)
 
-    With `older`, the previous content of `file` is kept in that file. Raises `OSError`, which names
-    the file that could not be written.
+
+@contextmanager
+def replacing(file: Path, older: Path | None = None) -> Iterator[IO[bytes]]:
+    """Yield a new file beside `file`; after the block, fsync it and rename it onto `file`.
+
+    After an error the new file is removed. With `older`, the previous content of `file` is kept in
+    that file. Raises `OSError`, which names the file that could not be written.
     """
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside = file.with_name(f"{temporary_prefix(file)}{os.getpid()}.part")
     try:
-        with open(beside, "wb", opener=no_link) as out:
-            out.write(content)
+        with open(beside, "w+b", opener=no_link) as out:
+            yield out
             out.flush()
             os.fsync(out.fileno())
         if older is not None and file.exists():
             _keep(file, older)
         os.replace(beside, file)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only file system this fails too
+            beside.unlink(missing_ok=True)
         if isinstance(error, OSError):
             place = older if older is not None and error.filename == str(older) else file
             raise OSError(error.errno, error.strerror, str(place)) from None
         raise
     flush_folder(file.parent)
+
+
+def temporary_prefix(file: Path) -> str:
+    """Return how the names of this machine's unfinished copies of a file begin; a PID follows."""
+    return f".{file.name}.{socket.gethostname().replace('.', '-')}."
 
 
 def flush_folder(folder: Path) -> None:
@@ -66,6 +83,16 @@ def _keep(file: Path, older: Path) -> None:
     os.replace(beside, older)
     # `rename` does nothing and leaves `beside` if both names are links to the same file.
     beside.unlink(missing_ok=True)
+
+
+def check_new(file: Path, force: bool) -> None:
+    """Raise `InputError` unless `file` can be made; with `force` it may be a file already."""
+    if os.path.lexists(file) and not force:
+        raise InputError(f"{file} exists already: choose another name, or replace it with --force")
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: name a file in it")
+    if not file.parent.is_dir():
+        raise InputError(f"the folder of {file} does not exist: create it, or choose another")
 
 
 def check_place(file: Path) -> None:

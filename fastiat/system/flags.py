@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from fastiat.system.errors import complain
-from fastiat.system.settings import Settings, flag_of, hints_of, number
+from fastiat.system.settings import Settings, flag_of, hints_of, number, number_text
 
 HEADINGS: dict[str, tuple[str, ...]] = {
     "measurement": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
@@ -168,7 +168,4 @@ def _write(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, tuple):
         return " ".join(map(_write, value))
-    if isinstance(value, float):
-        levels = round(255 * value)
-        return f"{levels}/255" if 0 < levels < 255 and value == levels / 255 else f"{value:g}"
-    return str(value)
+    return number_text(value, "g") if isinstance(value, float) else str(value)

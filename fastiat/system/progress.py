@@ -83,11 +83,9 @@ class Progress:
 
 
 class Events:
-    """TensorBoard events of one session; `append(file_name, record)` is called for each event.
+    """TensorBoard events of one session, which starts at `step`; `append(file_name, record)` each.
 
-    TensorBoard's own writer runs in a thread, where an error such as a full disk ends in a
-    traceback.
-    step: step at which the session starts; TensorBoard hides later events of earlier sessions.
+    TensorBoard's own writer runs in a thread, where a full disk ends in a traceback.
     """
 
     def __init__(self, append: Callable[[str, bytes], None], step: int) -> None:

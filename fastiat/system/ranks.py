@@ -1,10 +1,9 @@
 """Ranks: this process's place among those that torchrun has started, and their collectives.
 
-torchrun starts the processes, on one machine or several, and ends the others when one fails. The
-network needs no wrapper such as DistributedDataParallel: an update all-reduces one flat buffer, an
-evaluation all-reduces its counts, and all other state is equal on all ranks, as it comes from the
-same seed. In a
-single process every collective returns at once.
+torchrun starts the processes, on one machine or several, and ends the others when one fails. An
+update all-reduces one flat buffer, an evaluation its counts; all other state comes from the same
+seed. So no wrapper such as DistributedDataParallel is needed. In a single process every collective
+returns at once.
 """
 
 import hashlib
@@ -74,10 +73,9 @@ class Ranks:
         return f"torchrun {several}--nproc-per-node {self.local_count} -m fastiat"
 
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace fp32 tensors by their means over the ranks, bitwise equal on all ranks.
+        """Replace fp32 tensors, on one device, by their means; bitwise equal on all ranks.
 
-        All tensors are on one device. Copying them to one flat buffer, which is kept for tensors of
-        the same shapes, needs one all-reduce instead of dozens.
+        They are copied to one flat buffer, kept for these shapes: one all-reduce, not dozens.
         """
         if self.alone:
             return

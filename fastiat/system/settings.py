@@ -128,6 +128,13 @@ def number(text: str) -> float:
         raise ValueError(f"{text!r} is not a number such as 0.03 or 8/255") from None
 
 
+def number_text(value: float, form: str = "") -> str:
+    """Return a number as text that `number` reads: k/255 if it is that exactly, else in `form`."""
+    levels = round(255 * value)
+    exact = 0 < levels < 255 and value == levels / 255
+    return f"{levels}/255" if exact else format(value, form)
+
+
 def check_types(config: Any) -> None:
     """Raise `InputError`, which names the flag, unless every field fits its annotation."""
     for name, hint in hints_of(type(config)).items():
@@ -212,9 +219,7 @@ def check_dataset(name: str | None) -> None:
     """Raise `InputError` unless a data set is one of `DATASETS`, a path to a .beton, or None."""
     if name is not None and name not in (*DATASETS, IN_PYTHON) and not is_beton(name):
         if os.path.isdir(name):
-            raise InputError(
-                f"--dataset {name} is a folder: give --dataset folder --data-dir {name}"
-            )
+            raise InputError(f"{name} is a folder: give --dataset folder --data-dir {name}")
         names = ", ".join(map(repr, DATASETS))
         close = did_you_mean(name, DATASETS)
         raise InputError(f"--dataset {name!r}: choose from {names}, or name a .beton file{close}")

@@ -1,6 +1,6 @@
 """Readers for files from other people, which check a file before a parser reads it."""
 
-import ast
+import codecs
 import json
 import math
 import zipfile
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fastiat.system.errors import InputError, printable
@@ -56,9 +56,7 @@ def read_json(file: Path, remedy: str = "restore the original file") -> Any:
         raise InputError(f"{file}: {error}") from None
     # Deep nesting raises a RecursionError; text that is not UTF-8 raises a ValueError.
     except (ValueError, RecursionError):
-        raise InputError(
-            f"{file} is damaged: it is not JSON with finite numbers; {remedy}"
-        ) from None
+        raise InputError(f"{file} is damaged, not JSON with finite numbers: {remedy}") from None
 
 
 def read_as(file: Path, kind: type[T], remedy: str = "restore the original file") -> T:
@@ -88,12 +86,10 @@ def read_npz(
     arrays = {}
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
-        for name in names or ():
-            if name not in entries:
-                held = ", ".join(map(printable, entries))[:200] or "no array"
-                raise InputError(
-                    f"it has no array {name!r}, it has {held}: give {' and '.join(names or ())}"
-                )
+        if absent := set(names or ()) - entries.keys():
+            held = ", ".join(map(printable, entries))[:200] or "no array"
+            wanted = " and ".join(names or ())
+            raise InputError(f"it has no array {min(absent)!r}, it has {held}: give {wanted}")
         for name in names or entries:
             with archive.open(entries[name]) as member:
                 arrays[name] = _array(member, entries[name], largest)
@@ -102,52 +98,27 @@ def read_npz(
 
 def _array(member: Any, entry: zipfile.ZipInfo, largest: int) -> NDArray[Any]:
     """Return the array in `member`, a .npy file whose size in the archive is that of `entry`."""
-    # Format 1.0: 6 bytes of signature, 2 of version, 2 of the header's length, then the header.
-    magic = member.read(10)
-    if magic[:8] != b"\x93NUMPY\x01\x00":
+    if member.read(8) != b"\x93NUMPY\x01\x00":
         raise InputError("it holds other data than arrays")
-    size = int.from_bytes(magic[8:], "little")
-    header = ast.literal_eval(member.read(size).decode("latin1").strip())
-    dtype, shape = np.dtype(header["descr"]), header["shape"]
-    if dtype.hasobject or not all(type(n) is int and n >= 0 for n in shape):
+    shape, fortran_order, dtype = npy.read_array_header_1_0(member)
+    if dtype.hasobject:
         raise InputError("it holds other data than arrays of numbers")
-    count = math.prod(shape) * dtype.itemsize
-    if header["fortran_order"]:
+    if fortran_order:
         raise InputError("an array is in Fortran order: write it with numpy.ascontiguousarray")
-    if entry.file_size != 10 + size + count:
+    count = math.prod(shape) * dtype.itemsize
+    if entry.file_size != member.tell() + count:
         raise InputError("an array's size is not the one in its header")
     if count > largest:
         raise InputError(f"an array of {count / 2**20:,.0f} MiB does not fit: give a smaller one")
-    raw, done = np.empty(count, np.uint8), 0
-    while done < count:
-        # Read in parts: one read would keep compressed and decompressed bytes in memory at once.
-        part = member.read(min(2**24, count - done))
-        if not part:
-            raise InputError("an array is cut short")
-        raw[done : done + len(part)] = np.frombuffer(part, np.uint8)
-        done += len(part)
+    member.seek(0)
+    array: NDArray[Any] = npy.read_array(member, allow_pickle=False)
     member.read(1)  # at the end of the data `zipfile` checks the checksum
-    array: NDArray[Any] = raw.view(dtype).reshape(shape)
     return array
 
 
-_SIGNATURES = {
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"GIF8": "a GIF image",
-    b"BM": "a BMP image",
-    b"II*\0": "a TIFF image",
-    b"MM\0*": "a TIFF image",
-    b"\x89HDF": "an HDF5 file",
+_FORMATS = {
     b"\x93NUMPY": "a NumPy array",
-    b"\x1f\x8b": "a gzip archive",
-    b"BZh": "a bzip2 archive",
-    b"\xfd7zXZ": "an xz archive",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"%PDF": "a PDF",
-    b"GGUF": "a GGUF model",
     b"\x80\x02": "a pickle, such as an old PyTorch checkpoint (torch.save)",
-    b"\x80": "a pickle",
 }
 """Maps the first bytes of a file to its format, as `kind_of` names it."""
 
@@ -157,33 +128,21 @@ def kind_of(file: Path) -> str | None:
     with open(file, "rb") as opened:
         head = opened.read(512)
     # Safetensors: eight bytes with the length of the header, then the header, which is JSON.
-    # This check comes first, as those eight bytes may equal the signature of another format.
     if head[8:9] == b"{":
         return None
-    if head.startswith(b"PK\3\4") or head.startswith(b"PK\5\6"):
-        return _kind_of_zip(file)
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "a WebP image"
-    if head[257:262] == b"ustar":
-        return "a tar archive"
-    if head[4:8] == b"TFL3":
-        return "a TensorFlow Lite model"
-    # These formats begin with no signature.
-    if file.suffix in (".beton", ".onnx"):
-        return {".beton": "a data set", ".onnx": "an ONNX model"}[file.suffix]
-    for start, kind in _SIGNATURES.items():
-        if head.startswith(start):
-            return kind
     if not head:
         return "an empty file"
-    try:
-        text = head.decode()
-    except UnicodeDecodeError as error:
-        # The 512 bytes may end within a character; "\0" stands for data that are not text.
-        text = head[: error.start].decode() if error.start > len(head) - 4 else "\0"
-    if all(c.isprintable() or c in "\t\n\r\f" for c in text):
-        return "a text file"
-    return None
+    if head.startswith((b"PK\3\4", b"PK\5\6")):
+        return _kind_of_zip(file)
+    for start, kind in _FORMATS.items():
+        if head.startswith(start):
+            return kind
+    try:  # an incremental decoder accepts a character that the 512 bytes cut
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        text = "\0"
+    is_text = all(c.isprintable() or c in "\t\n\r\f" for c in text)
+    return "a text file" if is_text else "another kind of file"
 
 
 def _kind_of_zip(file: Path) -> str:
@@ -197,6 +156,4 @@ def _kind_of_zip(file: Path) -> str:
         return "a TorchScript model (torch.jit.save)"
     if any(name.endswith("data.pkl") for name in names):
         return "a PyTorch checkpoint (torch.save)"
-    if names and all(name.endswith(".npy") for name in names):
-        return "an archive of NumPy arrays (.npz)"
     return "a zip archive"

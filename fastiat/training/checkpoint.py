@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastiat.runs.weights import alike
-from fastiat.system.errors import Damaged, InputError, out_of_memory
+from fastiat.system.errors import DamagedError, InputError, out_of_memory
 from fastiat.system.settings import validated
 
 TENSORS = ("model", "average", "momentum", "random", "order_before_epoch", "totals")
@@ -53,13 +53,13 @@ def checked_position(
     generators: the generators whose states are in `state["random"]`.
 
     Raises `InputError` for a checkpoint of other data or of another number of processes, and
-    `Damaged` for a checkpoint that does not fit the network, or whose position is impossible.
+    `DamagedError` for a checkpoint that does not fit the network, or whose position is impossible.
     """
     names = [field.name for field in fields(Position)]
     try:
         position: Position = validated({n: state[n] for n in names if n in state}, Position)
     except InputError as error:
-        raise Damaged(f"the checkpoint is damaged: {error}") from None
+        raise DamagedError(f"the checkpoint is damaged: {error}") from None
     mine, theirs = (mark.partition("+") for mark in (own["data"], position.data))
     if mine[0] == theirs[0] and mine != theirs:
         raise InputError(
@@ -80,24 +80,26 @@ def checked_position(
         )
     for name in TENSORS:
         if not alike(state.get(name), own[name]):
-            raise Damaged(f"the checkpoint is of another network: its {name} has other tensors")
+            raise DamagedError(
+                f"the checkpoint is of another network: its {name} has other tensors"
+            )
     for name, generator in generators.items():
         _check_generator(state["random"][name], generator.device)
     _check_generator(state["order_before_epoch"], torch.device("cpu"))
     wrong = _outside(position, epochs, steps_per_epoch)
     if wrong:
-        raise Damaged(f"the checkpoint is damaged: {wrong}")
+        raise DamagedError(f"the checkpoint is damaged: {wrong}")
     return position
 
 
 def _check_generator(state: torch.Tensor, device: torch.device) -> None:
-    """Raise `Damaged` unless a generator of `device` accepts this state."""
+    """Raise `DamagedError` unless a generator of `device` accepts this state."""
     try:
         torch.Generator(device).set_state(state)
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        raise Damaged("the checkpoint is damaged: a generator's state is invalid") from None
+        raise DamagedError("the checkpoint is damaged: a generator's state is invalid") from None
 
 
 def _outside(position: Position, epochs: int, steps_per_epoch: int) -> str | None:

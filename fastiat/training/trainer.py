@@ -465,8 +465,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that `state_dict` returned; nothing is changed if it does not fit.
 
-        Raises `InputError` for a state of other data or another number of ranks, and `Damaged` for
-        a state that does not fit this training.
+        Raises `InputError` for a state of other data or another number of ranks, and `DamagedError`
+        for a state that does not fit this training.
         """
         own = self.state_dict()
         position = checked_position(

@@ -492,8 +492,8 @@ def test_engines_that_auto_takes(monkeypatch):
     model, (x, y) = _network(width=1).eval(), _batch(2)
     settings = {"steps": 1, "random_start": False}
     made = []
-    monkeypatch.setattr(attack, "PGDLoop", lambda *a, **k: made.append(k) or _Stop.throw())
-    with pytest.raises(_Stop):
+    monkeypatch.setattr(attack, "PGDLoop", lambda *a, **k: made.append(k) or _StopError.throw())
+    with pytest.raises(_StopError):
         PGD(model, **settings)(x, y)
     assert [(k["compiled"], k["captured"]) for k in made] == [(True, False)]
     expected = pgd(model, x, y, **settings)
@@ -508,7 +508,7 @@ def test_engines_that_auto_takes(monkeypatch):
         graphs.pick_engine("compile", cpu)
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     @classmethod
     def throw(cls) -> None:
         raise cls

@@ -212,9 +212,9 @@ def test_files_of_other_kinds_are_refused_in_one_line(extra, tmp_path, complaint
     damaged[1000] ^= 1
     (tmp_path / "damaged.npz").write_bytes(damaged)
     for name, named in {
-        "none.npz": "there is no such file: give a .npz file with image, (N, H, W, C) uint8, and",
-        f"{'x' * 300}.npz": "there is no such file",
-        ".": "it is a folder: give a .npz file",
+        "none.npz": "(No such file or directory): give a .npz file with image, (N, H, W, C) uint8,",
+        f"{'x' * 300}.npz": "it cannot be read (File name too long)",
+        ".": "it cannot be read (Is a directory): give a .npz file",
         "empty.npz": "it is an empty file: give a .npz file",
         "text.npz": "it is a text file: give a .npz file",
         "array.npy": "it is a NumPy array: give a .npz file",
@@ -265,7 +265,7 @@ def test_image_size_resizes_further_images_too(extra):
         (("--extra-fraction", "1.5"), "--extra-fraction is 1.5: give less than 1"),
         (("--extra-fraction", "0.001"), "0.001 of --batch-size 64 is 0 images: give values"),
         (("--batch-size", "1"), "0.7 of --batch-size 1 is 1 image: give values that leave"),
-        (("--batch-size", "20000"), "14000 images of --extra and 6000 training images, more than"),
+        (("--batch-size", "20000"), "--batch-size 20000 takes 6000 training images, more than the"),
     ],
 )
 def test_shares_that_leave_no_image_of_one_kind_are_refused(flags, named, extra, complaint):
@@ -315,7 +315,7 @@ def test_a_resume_takes_the_moved_file_and_no_other(tmp_path, extra, complaint):
     assert cli.main(flags_of(out, extra)) == 0
     extra.rename(moved)
     line = complaint("train", "--resume", "--out", out)
-    assert f"--extra {extra}: there is no such file" in line
+    assert f"--extra {extra}: it cannot be read (No such file" in line
     other = write(tmp_path / "other.npz", 99)
     line = complaint("train", "--resume", "--out", out, "--extra", other)
     assert "the further images are not those that this run was started with" in line

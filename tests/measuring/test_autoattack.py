@@ -158,7 +158,7 @@ def test_evaluate_keeps_its_errors_with_the_librarys_version(short, run, capsys)
 def test_without_the_library_one_line_says_what_to_install(complaint, run, monkeypatch, contents):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     before = contents(run)
-    assert "pip install fastiat[autoattack]" in complaint("evaluate", run, "--autoattack", *CPU)
+    assert "pip install 'fastiat[autoattack]'" in complaint("evaluate", run, "--autoattack", *CPU)
     assert contents(run) == before
 
 

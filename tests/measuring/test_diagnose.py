@@ -208,7 +208,7 @@ def test_autoattack_that_is_not_installed_says_what_to_install(
 ):
     before = contents(run)
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    assert "pip install fastiat[autoattack]" in complaint("diagnose", run, "--autoattack")
+    assert "pip install 'fastiat[autoattack]'" in complaint("diagnose", run, "--autoattack")
     assert contents(run) == before
 
 

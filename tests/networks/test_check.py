@@ -109,7 +109,7 @@ def test_a_network_is_accepted_and_left_as_it_was():
 @pytest.mark.parametrize(
     ("model", "points", "words"),
     [
-        (lambda: nn.Flatten(), (), "no parameter that requires a gradient: there is nothing"),
+        (lambda: nn.Flatten(), (), "no parameter that requires a gradient: nothing can be trained"),
         (lambda: network().requires_grad_(False), (), "no parameter that requires a gradient"),
         (lambda: network(classes=4), (), "returns torch.float32 of shape (2, 4) for 2 images of 5"),
         (lambda: nn.Sequential(network(), Pair()), (), "returns a tuple in training mode: make it"),

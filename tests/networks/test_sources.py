@@ -113,7 +113,7 @@ def test_a_library_that_is_missing_is_named_with_its_command(monkeypatch):
         ("no_nets:make", "there is no module no_nets in"),
         ("no/nets.py:make", "there is no file no/nets.py"),
         ("some_nets:fails", "fails(num_classes=3) fails: ValueError: no weights here"),
-        ("some_nets:none", "none returns a NoneType: make it return an nn.Module"),
+        ("some_nets:none", "none returns a NoneType, not an nn.Module"),
     ],
 )
 def test_other_functions_of_the_user_are_refused(arch, words, nets):

@@ -1,6 +1,5 @@
 """The run directory: what is written whole, read with suspicion and refused by name."""
 
-import gzip
 import json
 import os
 import pickle
@@ -29,7 +28,7 @@ from fastiat.runs.directory import (
     load_with_card,
 )
 from fastiat.runs.weights import alike, pack_state, read_state
-from fastiat.system.errors import Damaged, InputError
+from fastiat.system.errors import DamagedError, InputError
 from fastiat.system.files import write
 
 
@@ -224,7 +223,7 @@ def test_every_single_wrong_bit_of_a_state_is_noticed(tmp_path):
             file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
             try:
                 found = read_state(file)
-            except Damaged:
+            except DamagedError:
                 continue
             # A name is compared by whoever takes the state over.
             assert not alike(found.get("model"), state["model"]), (at, bit)
@@ -328,12 +327,8 @@ def write_strangers(folder: Path) -> dict[str, Path]:
         "TorchScript": folder / "script.ckpt",
         "zip archive": folder / "a.zip",
         "text file": folder / "notes.txt",
-        "PNG image": folder / "a.png",
-        "JPEG image": folder / "a.jpg",
+        "another kind": folder / "a.png",
         "NumPy array": folder / "a.npy",
-        "gzip": folder / "a.tar.gz",
-        "ONNX model": folder / "a.onnx",
-        "GGUF model": folder / "a.gguf",
         "empty file": folder / "empty",
         "does not say which network": folder / "foreign.safetensors",
         "folder without a run": folder / "nothing",
@@ -346,12 +341,8 @@ def write_strangers(folder: Path) -> dict[str, Path]:
     with zipfile.ZipFile(files["zip archive"], "w") as archive:
         archive.writestr("a.txt", "a")
     files["text file"].write_text("caf\u00e9\n" * 400, encoding="utf-8")
-    for name in ("PNG image", "JPEG image"):
-        Image.new("L", (8, 8)).save(files[name])
+    Image.new("L", (8, 8)).save(files["another kind"])
     np.save(files["NumPy array"], np.ones(2))
-    files["gzip"].write_bytes(gzip.compress(b"x"))
-    files["ONNX model"].write_bytes(b"\x08\x07\x12\x07pytorch\x1a\x052.1.0" + bytes(100))
-    files["GGUF model"].write_bytes(b"GGUF\x03" + bytes(100))
     files["empty file"].touch()
     safetensors.torch.save_file(weights, files["does not say which network"])
     files["folder without a run"].mkdir()

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import torch
-from fuzz_targets import OUTSIDE, TARGETS, Refused, Target, World
+from fuzz_targets import OUTSIDE, TARGETS, RefusedError, Target, World
 
 from fastiat import cli
 from fastiat.system.errors import InputError, out_of_memory
@@ -44,7 +44,7 @@ BATCH = 100
 """Inputs that a forked process takes before the next is forked."""
 
 
-class Escaped(BaseException):
+class EscapedError(BaseException):
     """An input made fastiat do something that `_Guard` forbids."""
 
 
@@ -244,7 +244,7 @@ def _outcome(
             target.use(place / "inside", content, drawn)
         except InputError as refused:
             outcome, error = "refused", refused
-            if not isinstance(refused, Refused):
+            if not isinstance(refused, RefusedError):
                 print(f"fastiat: {refused}", file=sys.stderr)
         except BaseException as failed:
             error = failed
@@ -345,7 +345,7 @@ class _Guard:
 
     def refuse(self, what: str) -> NoReturn:
         self.broken.append(what)
-        raise Escaped(what)
+        raise EscapedError(what)
 
 
 def main() -> int:

@@ -38,6 +38,7 @@ from fastiat.images.extra import load_extra
 from fastiat.images.ffcv import installed
 from fastiat.measuring import verdicts
 from fastiat.measuring.norms import NORMS, read_norms
+from fastiat.measuring.rows import write_rows
 from fastiat.paper import compare, published
 from fastiat.runs import results
 from fastiat.runs.directory import CONFIG, METRICS, MODEL, PREVIOUS, STATE, Run
@@ -143,7 +144,7 @@ def _diagnosis(run: Path) -> None:
         verdicts.Finding("FGSM weaker than PGD", "pass", figures, "It is."),
         verdicts.Finding("transfer", "not done", {}, "There is no partner."),
     ]
-    verdicts.write_diagnosis(run, found)
+    write_rows(run / verdicts.DIAGNOSIS, found)
 
 
 def _table(place: Path) -> None:
@@ -294,10 +295,10 @@ def command(*argv: object) -> None:
     status = cli.main([str(part) for part in argv])
     assert status in (0, 2), f"status {status}"
     if status == 2:
-        raise Refused
+        raise RefusedError
 
 
-class Refused(InputError):
+class RefusedError(InputError):
     """The command line refused the input and has printed the reason."""
 
 
