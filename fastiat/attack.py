@@ -8,6 +8,7 @@ The parts come first: the loss that is maximised, its gradient with respect to t
 steps. `fgsm`, `pgd` and `PGD` (the compiled or captured attack) follow.
 """
 
+import logging
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from fastiat.engine.modes import BatchNormMode, Model, attack_mode, check_mode, 
 from fastiat.mix import NO_LABEL, check_labels
 from fastiat.models import correct, to_pixels
 from fastiat.system.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def attack_loss(logits: Tensor, y: Tensor, loss: Loss) -> Tensor:
@@ -342,9 +345,9 @@ class PGD:
 
     engine: "eager" calls `pgd`. "compile" compiles the network once for each shape of a batch, and
         computes the gradient of the input only. "graph" also captures the start and all steps as
-        one CUDA graph, and replays the graph. "auto" uses "eager" for a model that is not a plain
-        `nn.Module`. For a plain `nn.Module` it uses "graph" on CUDA, else "compile" where a C++
-        compiler is installed, else "eager".
+        one CUDA graph, and replays the graph. "auto" uses "graph" for a plain `nn.Module` on CUDA,
+        else "eager": on the CPU, compiling takes a minute and gains nothing. A compilation is
+        logged at the level INFO.
     precision: precision of the network, "bf16" or "fp32"; examples and loss keep the dtype of `x`.
         None uses the caller's autocast, as `pgd` does.
 
@@ -424,13 +427,9 @@ class PGD:
             return found
 
     def _engine(self, device: torch.device) -> str:
-        if self.engine != "auto":
-            return graphs.pick_engine(self.engine, device)
-        if not is_plain(self.model):
+        if self.engine == "auto" and not is_plain(self.model):
             return "eager"
-        if device.type == "cuda":
-            return "graph"
-        return "compile" if graphs.has_compiler(device) else "eager"
+        return graphs.pick_engine(self.engine, device)
 
     def _ready(
         self, model: nn.Module, x: Tensor, y: Tensor, captured: bool, targeted: bool
@@ -443,6 +442,10 @@ class PGD:
         ready = self._loops.pop(key, None)
         if ready is None or ready.structure != ready.read_structure():
             ready = None  # frees the memory of the old graph before the new graph is captured
+            log.info(
+                "compiling the attack on %s for batches of shape %s, which takes up to minutes",
+                type(model).__name__, tuple(x.shape),
+            )  # fmt: skip
             castable = graphs.CastableWeights(model, dtype)
             with attack_mode(model, self.settings["bn"]):
                 classes = castable.observe(x).shape[1]

@@ -195,7 +195,7 @@ def test_margin_has_the_gradient_of_its_definition():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_attack_is_the_same_without_gradients_and_in_inference_mode(model, norm):
     x, y = _digits(8)
-    attack = PGD(model, norm=norm, eps=0.3, alpha=0.1, random_start=False)
+    attack = PGD(model, engine="compile", norm=norm, eps=0.3, alpha=0.1, random_start=False)
     expected = attack(x, y)
     with torch.no_grad():
         assert torch.equal(attack(x, y), expected)
