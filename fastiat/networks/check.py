@@ -1,7 +1,6 @@
 """Check, before a training or a measurement, that a network is one that fastiat can work with."""
 
 import copy
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from fastiat.engine.modes import attack_mode
 from fastiat.networks.normalise import Normalised
 from fastiat.system.errors import InputError, one_line, out_of_memory
+from fastiat.system.settings import closest
 
 IMAGES = 2
 """Number of images in a trial pass: BatchNorm in training mode needs two values per channel."""
@@ -30,9 +30,8 @@ def named_points(model: nn.Module) -> dict[str, nn.Module]:
 def choose_module(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about the mix point `name`: the modules to choose from."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=3)
     # The outermost modules: a deep network has hundreds.
-    names = close or sorted(known, key=lambda other: other.count("."))[:12]
+    names = closest(name, known, 3) or sorted(known, key=lambda other: other.count("."))[:12]
     return f"choose input or a module such as {', '.join(names)}" if names else "choose input"
 
 

@@ -159,10 +159,25 @@ _SINGULARS = {
 _PLURALS = {int: "whole numbers", float: "numbers such as 0.03 or 8/255", str: "strings"}
 
 
+CLOSE = 0.75
+"""Similarity, from 0 to 1 (`difflib.SequenceMatcher.ratio`), from which a name is suggested.
+
+"fgms" and "fgsm" have 0.75; "resnet18" and "preact18", which are two networks, 0.62."""
+
+
+def closest(given: Any, known: Iterable[str], n: int) -> list[str]:
+    """Return up to `n` of the known names that are close to the given one, the closest first.
+
+    Upper case and the dashes of flags do not count.
+    """
+    bare = {name.lstrip("-").lower(): name for name in known}
+    close = difflib.get_close_matches(str(given).lstrip("-").lower(), bare, n, CLOSE)
+    return [bare[name] for name in close]
+
+
 def did_you_mean(given: Any, known: Iterable[str]) -> str:
     """Return ", did you mean X?" for the known name closest to the given one, or ""."""
-    close = difflib.get_close_matches(str(given), list(known), n=1)
-    return f", did you mean {close[0]}?" if close else ""
+    return "".join(f", did you mean {name}?" for name in closest(given, known, 1))
 
 
 def check_ranges(config: Any, positive: set[str]) -> None:
