@@ -1,6 +1,7 @@
 """The base class of all settings, which converts and checks values; checks of values from JSON.
 
-This module does not import torch, which takes seconds, so that `--help` is printed at once.
+This module does not import torch, which takes seconds, so that `--help` is printed at once; only
+the message about an unknown network does.
 """
 
 import ast
@@ -11,6 +12,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -249,8 +251,22 @@ def check_arch(arch: str | None) -> None:
         return
     raise InputError(
         f"--arch {arch[:50]!r}: choose from {', '.join(ARCHS)}, torchvision:NAME, timm:NAME, "
-        f"MODULE:FUNCTION and FILE.py:FUNCTION{did_you_mean(arch, ARCHS)}"
+        f"MODULE:FUNCTION and FILE.py:FUNCTION{_in_library(arch) or did_you_mean(arch, ARCHS)}"
     )
+
+
+def _in_library(name: str) -> str:
+    """Return ", did you mean LIBRARY:NAME?" for a name of a library's network, else ""."""
+    # These imports take seconds: they are for this message alone.
+    from torchvision import models as zoo  # type: ignore[import-untyped]
+
+    found = ["torchvision"] * (name in zoo.list_models(module=zoo))
+    with suppress(ImportError):
+        import timm
+
+        found += ["timm"] * timm.is_model(name)
+    names = " or ".join(f"{library}:{name}" for library in found)
+    return f", did you mean {names}?" if names else ""
 
 
 def check_once(runs: tuple[str, ...]) -> None:
