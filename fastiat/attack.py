@@ -43,6 +43,7 @@ from fastiat.engine.modes import BatchNormMode, Model, attack_mode, check_mode, 
 from fastiat.mix import NO_LABEL, check_labels
 from fastiat.models import correct, to_pixels
 from fastiat.system.errors import InputError
+from fastiat.system.settings import norm_name
 
 log = logging.getLogger(__name__)
 
@@ -284,7 +285,7 @@ def pgd(
     eps, alpha: radius of the ball and length of a step, in the units of `x`.
     steps: gradient steps from each start, at least 1.
     random_start: start at a random point (then clipped) instead of at `x`.
-    norm: "linf" or "l2"; the L2 norm is that of each image.
+    norm: "linf" or "l2", also spelled such as "Linf"; the L2 norm is that of each image.
     loss: the loss that is maximised; see `attack_loss`. For "kl", the class probabilities are the
         predictions for `x`, as in TRADES (Zhang et al. 2019), and `y` is not used.
     restarts: number of independent starts; above 1, `random_start` must be True. Each image keeps
@@ -308,6 +309,7 @@ def pgd(
     `InputError` on the CPU. On CUDA, reading labels would synchronize with the GPU, so wrong labels
     fail a device-side assertion instead.
     """
+    norm = norm_name(norm)
     settings: dict[str, Any] = dict(
         eps=eps, alpha=alpha, steps=steps, random_start=random_start, norm=norm, loss=loss,
         restarts=restarts, bn=bn, clip=clip, start_noise=start_noise, start_size=start_size,
@@ -385,6 +387,7 @@ class PGD:
             )
         self.engine, self.precision = engine, precision
         self.settings = {**defaults, **settings}
+        self.settings["norm"] = norm_name(self.settings["norm"])
         check_settings(self.settings)
         check_mode(self.model, self.settings["bn"])
         self._loops: dict[Hashable, _Ready] = {}

@@ -29,6 +29,7 @@ from fastiat.system.settings import (
     fits,
     flag_of,
     is_own_arch,
+    norm_name,
     steps_of,
 )
 
@@ -176,7 +177,7 @@ def _l2_defaults(given: dict[str, Any]) -> dict[str, Any]:
     Radius 0.5 is that of RobustBench's L2 models (Croce et al. 2021), and PGD with K steps of
     length 2.5 eps / K can cross the ball (Madry et al. 2018).
     """
-    if given.get("norm") != "l2":
+    if norm_name(given.get("norm")) != "l2":
         return {}
     eps, steps = (
         converted(given.get(name, default), float) for name, default in (("eps", 0.5), ("steps", 7))

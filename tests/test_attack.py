@@ -263,6 +263,16 @@ def test_pgd_object_is_the_function_with_its_settings_fixed(model):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(("spelling", "norm"), [("L2", "l2"), ("L_inf", "linf")])
+def test_other_spellings_of_a_norm_mean_it(model, spelling, norm):
+    x, y = _digits(4)
+    expected = pgd(model, x, y, norm=norm, random_start=False)
+    assert torch.equal(pgd(model, x, y, norm=spelling, random_start=False), expected)
+    assert torch.equal(PGD(model, norm=spelling, random_start=False)(x, y), expected)
+    steep = fgsm(model, x, y, norm=norm)
+    assert torch.equal(fgsm(model, x, y, norm=spelling), steep)
+
+
 def test_count_errors_counts_after_the_attack_and_restores_the_mode(model):
     split = data.load("digits").test
     loader = data.Loader(split, 100, train=False)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from fastiat.system.errors import complain
-from fastiat.system.settings import Settings, flag_of, hints_of, number
+from fastiat.system.settings import Settings, flag_of, hints_of, norm_name, number
 
 HEADINGS: dict[str, tuple[str, ...]] = {
     "measurement": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
@@ -114,6 +114,8 @@ def _options(kind: type[Settings], name: str) -> dict[str, Any]:
     options = _reading(hints_of(kind)[name])
     if name in kind.bare:
         options |= {"nargs": "*", "const": kind.bare[name]}
+    if name == "norm":
+        options["type"] = norm_name
     return options | ({"metavar": METAVARS[name]} if name in METAVARS else {})
 
 

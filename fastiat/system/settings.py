@@ -53,6 +53,7 @@ class Settings:
         """Convert each value to its field's type (see `converted`), and expand `~` in paths."""
         for name, hint in hints_of(type(self)).items():
             value = converted(getattr(self, name), hint)
+            value = norm_name(value) if name == "norm" else value
             if name in PATHS and isinstance(value, tuple):
                 value = tuple(expanded(path) if isinstance(path, str) else path for path in value)
             elif name in PATHS and isinstance(value, str):
@@ -120,6 +121,12 @@ def converted(value: Any, hint: Any) -> Any:
             except ValueError:
                 return value
     return value
+
+
+def norm_name(given: Any) -> Any:
+    """Return "linf" or "l2" for its other spellings, such as "L_inf" and "Linf", else `given`."""
+    bare = str(given).lower().replace("_", "").replace("-", "")
+    return bare if bare in ("linf", "l2") else given
 
 
 def number(text: str) -> float:
