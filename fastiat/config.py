@@ -187,6 +187,17 @@ def _l2_defaults(given: dict[str, Any]) -> dict[str, Any]:
     return {"eps": eps, "alpha": 2.5 * eps / steps}
 
 
+def _awp_warmup(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the warm-up of AWP that a preset's `values` mean for the settings in `given`.
+
+    It is at most a tenth of the epochs, and 0 without AWP.
+    """
+    epochs = converted(given.get("epochs", values["epochs"]), int)
+    if not converted(given.get("awp", values["awp"]), float) or not fits(epochs, int):
+        return {"awp_warmup": 0}
+    return {"awp_warmup": min(values["awp_warmup"], max(epochs // 10, 0))}
+
+
 def _filled_by_preset(kind: type[T]) -> type[T]:
     """Make the constructor of a settings class use the values of the given preset as defaults."""
     init: Callable[..., None] = kind.__init__
@@ -200,7 +211,8 @@ def _filled_by_preset(kind: type[T]) -> type[T]:
         # The preset "paper" is the field defaults. A call that gives every field needs no preset;
         # `PRESETS[preset]()` makes such a call in `replace`, so there is no endless recursion.
         if fits(preset, Preset) and preset != "paper" and len(given) < len(names):
-            given = vars(PRESETS[preset]()) | _l2_defaults(given) | given
+            values = vars(PRESETS[preset]())
+            given = values | _awp_warmup(values, given) | _l2_defaults(given) | given
         elif len(given) < len(names):
             given = _l2_defaults(given) | given
         init(self, **given)
@@ -266,7 +278,8 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     that one ascent step of this length, relative to the norm of each layer, has changed (Wu et al.
     2020: 0.01, with trades 0.005); 0 turns it off."""
     awp_warmup: int = 0
-    """Epochs before --awp begins."""
+    """Epochs before --awp begins, fewer than --epochs. That of a preset is at most a tenth of
+    --epochs."""
     attack_mixed: bool = False
     """Mix the clean images first and attack the mixed images with their mixed labels; the clean
     batch has no loss."""
@@ -516,6 +529,15 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
         refuse(
             self.awp_warmup > 0 and not self.awp, "--awp-warmup", "--awp 0", "nothing would begin"
         )
+        refuse(
+            self.awp > 0 and self.awp_warmup >= self.epochs, f"--awp-warmup {self.awp_warmup}",
+            f"--epochs {self.epochs}", "--awp would not begin before the training ends",
+        )  # fmt: skip
+        for name in ("mix_at", "mix_alpha", "mix_space", "lam_per_sample", "shared_mix"):
+            refuse(
+                self.mix == "none" and name in changed, flag_of(name), "--mix none",
+                "nothing is mixed",
+            )  # fmt: skip
         refuse(
             "noise" in changed and self.adv != "n-fgsm", "--noise", f"--adv {self.adv}",
             "it is for --adv n-fgsm",

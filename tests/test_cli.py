@@ -220,8 +220,8 @@ def test_fractions_are_numbers():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_flags_override_the_preset_and_config_json_gives_the_same_back(preset):
-    _, given = cli.parse(["train", "--preset", preset, "--lr", "0.5", "--mix-at", "0", "2"])
-    assert given == replace(PRESETS[preset](), lr=0.5, mix_at=("0", "2"))
+    _, given = cli.parse(["train", "--preset", preset, "--lr", "0.5", "--normalise", "none"])
+    assert given == replace(PRESETS[preset](), lr=0.5, normalise=("none",))
     assert validated(json.loads(json.dumps(asdict(given))), TrainConfig) == given
 
 
