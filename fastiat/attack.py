@@ -42,6 +42,7 @@ from fastiat.engine.graphs import Engine
 from fastiat.engine.modes import BatchNormMode, Model, attack_mode, check_mode, is_plain, structure
 from fastiat.mix import NO_LABEL, check_labels
 from fastiat.models import correct, to_pixels
+from fastiat.networks.normalise import inner
 from fastiat.system.errors import InputError
 from fastiat.system.settings import norm_name
 
@@ -382,8 +383,8 @@ class PGD:
         self.model = model.module if isinstance(model, wrappers) else model
         if engine in ("compile", "graph") and not is_plain(self.model):
             raise InputError(
-                f"engine {engine!r} needs a plain nn.Module, and this {type(model).__name__} is "
-                f"not one or contains a module that is not: use engine='eager'"
+                f"engine {engine!r} needs a plain nn.Module, and this model is not one or contains "
+                f"a module that is not: use engine='eager'"
             )
         self.engine, self.precision = engine, precision
         self.settings = {**defaults, **settings}
@@ -447,7 +448,7 @@ class PGD:
             ready = None  # frees the memory of the old graph before the new graph is captured
             log.info(
                 "compiling the attack on %s for batches of shape %s, which takes up to minutes",
-                type(model).__name__, tuple(x.shape),
+                type(inner(model)).__name__, tuple(x.shape),
             )  # fmt: skip
             castable = graphs.CastableWeights(model, dtype)
             with attack_mode(model, self.settings["bn"]):

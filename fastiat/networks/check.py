@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastiat.engine.modes import attack_mode
-from fastiat.networks.normalise import Normalised
+from fastiat.networks.normalise import inner
 from fastiat.system.errors import InputError, one_line, out_of_memory
 from fastiat.system.settings import closest
 
@@ -23,8 +23,7 @@ def named_points(model: nn.Module) -> dict[str, nn.Module]:
     The names are those of `named_modules`. In a `Normalised` network they are relative to the
     network itself.
     """
-    inner = model.network if isinstance(model, Normalised) else model
-    return {name: module for name, module in inner.named_modules() if name}
+    return {name: module for name, module in inner(model).named_modules() if name}
 
 
 def choose_module(name: str, known: Iterable[str]) -> str:
@@ -56,10 +55,11 @@ def check_network(
     trained: False only asks for a network that can be measured.
     attacked: whether the logits must have a gradient with respect to the pixels.
     """
-    parameters = dict(model.named_parameters())
+    network = inner(model)
+    parameters = dict(network.named_parameters())
     if trained:
-        _check_trainable(model)
-    for name, tensor in [*parameters.items(), *model.named_buffers()]:
+        _check_trainable(network)
+    for name, tensor in [*parameters.items(), *network.named_buffers()]:
         if is_lazy(tensor):
             raise InputError(
                 f"the network's {name} gets its shape in the first pass: call the network on a "
@@ -124,7 +124,7 @@ def _check_trainable(model: nn.Module) -> None:
 
 def _check_gradients(model: nn.Module, pixels: Tensor, trained: bool) -> None:
     """Raise `InputError` unless the logits have gradients: of the pixels, and of a parameter."""
-    name = type(model).__name__
+    name = type(inner(model)).__name__
     x = pixels.clone().requires_grad_()
     asked = [p for p in model.parameters() if p.requires_grad] if trained else []
     devices = [x.device] if x.is_cuda else []
@@ -191,6 +191,7 @@ def _trial(
     training: bool,
 ) -> dict[str, list[Any]]:
     """Run one pass, check its logits, and return the outputs of every module, by its name."""
+    kind = type(inner(model)).__name__
     outputs: dict[str, list[Any]] = {name: [] for name in known}
     hooks = [
         module.register_forward_hook(lambda _, __, output, name=name: outputs[name].append(output))
@@ -211,7 +212,7 @@ def _trial(
             raise
         size = "x".join(map(str, pixels.shape[1:]))
         raise InputError(
-            f"the network {type(model).__name__} fails on {IMAGES} images of {size} (channels, "
+            f"the network {kind} fails on {IMAGES} images of {size} (channels, "
             f"height, width): {type(error).__name__}: {one_line(error)[:150]}"
         ) from error
     finally:
@@ -222,23 +223,23 @@ def _trial(
     mode = "training" if training else "eval"
     if not isinstance(logits, Tensor):
         raise InputError(
-            f"the network {type(model).__name__} returns a {type(logits).__name__} in {mode} mode: "
+            f"the network {kind} returns a {type(logits).__name__} in {mode} mode: "
             f"make it return the logits alone"
         )
     if logits.shape != (IMAGES, num_classes) or not logits.is_floating_point():
         raise InputError(
-            f"the network {type(model).__name__} returns {logits.dtype} of shape "
+            f"the network {kind} returns {logits.dtype} of shape "
             f"{tuple(logits.shape)} for {IMAGES} images of {num_classes} classes: make it return "
             f"logits of shape ({IMAGES}, {num_classes})"
         )
     if logits.isnan().any():
         raise InputError(
-            f"the network {type(model).__name__} returns NaN for random pixels in {mode} mode: "
+            f"the network {kind} returns NaN for random pixels in {mode} mode: "
             f"check its weights and its running statistics"
         )
     if not torch.equal(x, pixels):
         raise InputError(
-            f"the network {type(model).__name__} changes its input in place: make it work on a "
+            f"the network {kind} changes its input in place: make it work on a "
             f"copy, such as x = x * 1"
         )
     return outputs

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastiat.config import TrainConfig
 from fastiat.engine.device import own_defaults, to_device
-from fastiat.models import ModelCard, Network, Normalised
+from fastiat.models import ModelCard, Network
+from fastiat.networks.normalise import inner
 from fastiat.networks.sources import load_weights
 from fastiat.runs import metrics
 from fastiat.runs.lock import Lock, alone, check_unused
@@ -396,7 +397,7 @@ def load_initial(model: nn.Module, path: str) -> list[str]:
             }
         elif card is not None and card.arch in ARCHS:
             weights = {n: t for n, t in weights.items() if not n.startswith("normalise.")}
-        model = model.network if isinstance(model, Normalised) else model
+        model = inner(model)
         # A built-in network holds its normalisation, which may have buffers, as `normalise`.
         kept = model.normalise.state_dict() if isinstance(model, Network) else {}
         return load_weights(model, weights | {f"normalise.{n}": t for n, t in kept.items()})
