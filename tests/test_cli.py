@@ -225,6 +225,14 @@ def test_flags_override_the_preset_and_config_json_gives_the_same_back(preset):
     assert validated(json.loads(json.dumps(asdict(given))), TrainConfig) == given
 
 
+def test_help_of_reproduce_lists_what_it_reproduces(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["reproduce", "--help"])
+    targets = ",".join([*(f"table{n}" for n in range(1, 8)), "figure1"])
+    printed = capsys.readouterr().out
+    assert f"{{{targets}}}" in printed and "usage: fastiat reproduce TARGET [" in printed
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_setting_is_documented(command):
     kind = cli.COMMANDS[command][0]

@@ -44,7 +44,7 @@ be under exactly one heading.
 """
 
 METAVARS = {
-    "target": "TABLE",
+    "target": "TARGET",
     "runs": "RUN",
     "run": "RUN",
     "partner": "RUN",
@@ -116,7 +116,9 @@ def _options(kind: type[Settings], name: str) -> dict[str, Any]:
         options |= {"nargs": "*", "const": kind.bare[name]}
     if name == "norm":
         options["type"] = norm_name
-    return options | ({"metavar": METAVARS[name]} if name in METAVARS else {})
+    # Without a placeholder, argparse lists the choices.
+    placeholder = name in METAVARS and "choices" not in options
+    return options | ({"metavar": METAVARS[name]} if placeholder else {})
 
 
 def _reading(hint: Any) -> dict[str, Any]:
