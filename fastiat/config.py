@@ -402,8 +402,9 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     eval_limit: int | None = None
     """Evaluate on this many test images only, a stratified sample."""
     out: str | None = None
-    """Run directory (default: runs/DATASET-ARCH-ADV-MIX-sSEED; with another method than Algorithm
-    1, its name stands in place of ADV, such as trades-awp)."""
+    """Run directory (default: runs/DATASET-ARCH-ADV-MIX-sSEED; DATASET of a folder of images is
+    "folder-" and its name; with another method than Algorithm 1, its name stands in place of ADV,
+    such as trades-awp)."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint, with the settings of that run."""
 

@@ -50,11 +50,17 @@ MOVABLE = {"init", "out", "data_dir", "loader", "resume", "checkpoint_every", "o
 
 
 def default_out(config: TrainConfig) -> Path:
-    """Return the directory of a run without --out: runs/DATASET-ARCH-METHOD-MIX-sSEED."""
+    """Return the directory of a run without --out: runs/DATASET-ARCH-METHOD-MIX-sSEED.
+
+    DATASET of a folder of images is "folder-" and its name.
+    """
     images = Path(config.dataset).stem
-    # "nets/mine.py:make_net" becomes "mine-make_net", "torchvision:resnet50" "resnet50".
+    if config.dataset == "folder" and config.data_dir:
+        images = f"folder-{Path(config.data_dir).resolve().name}"
+    # "nets/mine.py:make_net" becomes "mine-make_net", "timm:resnet50" "timm-resnet50", and
+    # "torchvision:resnet50" "resnet50".
     module, _, name = config.arch.rpartition(":")
-    arch = f"{Path(module).stem}-{name}" if is_own_arch(config.arch) else name
+    arch = name if module in ("", "torchvision") else f"{Path(module).stem}-{name}"
     return Path("runs") / f"{images}-{arch}-{config.method_name}-{config.mix}-s{config.seed}"
 
 
