@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import re
-import textwrap
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -71,14 +71,21 @@ class Settings:
         found: dict[str, str] = {}
         # Bases come first, so that the docstring in a subclass replaces that of the base.
         for kind in reversed(cls.__mro__[:-1]):
-            (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-            assert isinstance(body, ast.ClassDef)
+            body = _classes(kind.__module__)[kind.__name__]
             for field, text in zip(body.body, body.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                     assert isinstance(field.target, ast.Name)
                     assert isinstance(text.value, ast.Constant)
                     found[field.target.id] = " ".join(str(text.value.value).split())
         return found
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """Return the syntax trees of the classes of a module, by name."""
+    # Not `inspect.getsource` of each class, which parses the whole file every time.
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def hints_of(kind: type[Any]) -> dict[str, Any]:
