@@ -8,6 +8,7 @@ passed in. Attacks also work under `torch.no_grad` and `torch.inference_mode`.
 gradient with respect to the input, and the steps.
 """
 
+import logging
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -46,7 +47,11 @@ from fastiat.engine.graphs import Engine
 from fastiat.engine.modes import BatchNormMode, Model, attack_mode, check_mode, is_plain, structure
 from fastiat.mix import check_labels
 from fastiat.models import correct, to_pixels
+from fastiat.networks.normalise import inner
 from fastiat.system.errors import InputError
+from fastiat.system.settings import norm_name
+
+log = logging.getLogger(__name__)
 
 
 def fgsm(
@@ -103,7 +108,7 @@ def pgd(
     eps, alpha: radius of the ball and length of a step, in the units of `x`.
     steps: gradient steps from each start, at least 1.
     random_start: start at a random point (then clipped) instead of at `x`.
-    norm: "linf" or "l2"; the L2 norm is that of each image.
+    norm: "linf" or "l2", also spelled such as "Linf"; the L2 norm is that of each image.
     loss: the loss that is maximised; see `attack_loss`. For "kl", the class probabilities are the
         predictions for `x`, as in TRADES (Zhang et al. 2019), and `y` is not used.
     restarts: number of independent starts; above 1, `random_start` must be True. Each image keeps
@@ -127,6 +132,7 @@ def pgd(
     `InputError` on the CPU. On CUDA, reading labels would synchronize with the GPU, so wrong labels
     fail a device-side assertion instead.
     """
+    norm = norm_name(norm)
     settings: dict[str, Any] = dict(
         eps=eps, alpha=alpha, steps=steps, random_start=random_start, norm=norm, loss=loss,
         restarts=restarts, bn=bn, clip=clip, start_noise=start_noise, start_size=start_size,
@@ -164,9 +170,9 @@ class PGD:
 
     engine: "eager" calls `pgd`. "compile" compiles the network once for each shape of a batch, and
         computes the gradient of the input only. "graph" also captures the start and all steps as
-        one CUDA graph, and replays the graph. "auto" uses "eager" for a model that is not a plain
-        `nn.Module`. For a plain `nn.Module` it uses "graph" on CUDA, else "compile" where a C++
-        compiler is installed, else "eager".
+        one CUDA graph, and replays the graph. "auto" uses "graph" for a plain `nn.Module` on CUDA,
+        else "eager": on the CPU, compiling takes a minute and gains nothing. A compilation is
+        logged at the level INFO.
     precision: precision of the network, "bf16" or "fp32"; examples and loss keep the dtype of `x`.
         None uses the caller's autocast, as `pgd` does.
 
@@ -199,11 +205,12 @@ class PGD:
         self.model = model.module if isinstance(model, wrappers) else model
         if engine in ("compile", "graph") and not is_plain(self.model):
             raise InputError(
-                f"engine {engine!r} needs a plain nn.Module, and this {type(model).__name__} is "
-                f"not one or contains a module that is not: use engine='eager'"
+                f"engine {engine!r} needs a plain nn.Module, and this model is not one or contains "
+                f"a module that is not: use engine='eager'"
             )
         self.engine, self.precision = engine, precision
         self.settings = {**defaults, **settings}
+        self.settings["norm"] = norm_name(self.settings["norm"])
         check_settings(self.settings)
         check_mode(self.model, self.settings["bn"])
         self._loops: dict[Hashable, _Ready] = {}
@@ -246,13 +253,9 @@ class PGD:
             return found
 
     def _engine(self, device: torch.device) -> str:
-        if self.engine != "auto":
-            return graphs.pick_engine(self.engine, device)
-        if not is_plain(self.model):
+        if self.engine == "auto" and not is_plain(self.model):
             return "eager"
-        if device.type == "cuda":
-            return "graph"
-        return "compile" if graphs.has_compiler(device) else "eager"
+        return graphs.pick_engine(self.engine, device)
 
     def _ready(
         self, model: nn.Module, x: Tensor, y: Tensor, captured: bool, targeted: bool
@@ -265,6 +268,10 @@ class PGD:
         ready = self._loops.pop(key, None)
         if ready is None or ready.structure != ready.read_structure():
             ready = None  # frees the memory of the old graph before the new graph is captured
+            log.info(
+                "compiling the attack on %s for batches of shape %s, which takes up to minutes",
+                type(inner(model)).__name__, tuple(x.shape),
+            )  # fmt: skip
             castable = graphs.CastableWeights(model, dtype)
             with attack_mode(model, self.settings["bn"]):
                 classes = castable.observe(x).shape[1]

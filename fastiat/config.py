@@ -286,8 +286,8 @@ class ReproduceConfig(WithPrecision, WithDataDir):
     target: Literal[
         "table1", "table2", "table3", "table4", "table5", "table6", "table7", "figure1"
     ] = "table3"
-    """Table or figure to reproduce: Tables 1 to 4 are white-box errors, 5 is transfer attacks, 6 is
-    errors by eps, 7 is errors by steps; Figure 1 is the norms of the weights."""
+    """Table or figure to reproduce: table1 to table4 are white-box errors, table5 is transfer
+    attacks, table6 errors by eps, table7 errors by steps, and figure1 the norms of the weights."""
 
     out: str = "runs"
     """Folder of the runs, DATASET-ARCH-ADV-MIX-sSEED each, and of the table."""

@@ -159,7 +159,8 @@ def point_names(model: nn.Module, kind: Kind, given: Sequence[str] | None) -> tu
         None means "input" alone for mixup and all of the network's own mix points for manifold
         mixup.
 
-    Raises `InputError` for a number that the network has no mix point for.
+    Raises `InputError` for a number that the network has no mix point for, and for a mix point that
+    is given twice: it would be drawn twice as often.
     """
     own = default_points(model)
     if given is None:
@@ -173,7 +174,11 @@ def point_names(model: nn.Module, kind: Kind, given: Sequence[str] | None) -> tu
                 f"the name of a module"
             )
     numbered = dict(zip(map(str, range(len(own))), own, strict=True))
-    return tuple(numbered.get(name, name) for name in names)
+    names = [numbered.get(name, name) for name in names]
+    for name, word in zip(names, given, strict=True):
+        if names.count(name) > 1:
+            raise InputError(f"--mix-at {word} names {name} twice: name different mix points")
+    return tuple(names)
 
 
 def draw(

@@ -4,7 +4,6 @@ Every network is called as `logits = model(x)` on pixels in [0, 1]. The network 
 itself, so that an attack on the network is an attack on pixels.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ from fastiat.networks.builtin import (
 from fastiat.networks.check import check_network
 from fastiat.networks.normalise import Normalised, make_normalise
 from fastiat.system.errors import InputError
-from fastiat.system.settings import ARCHS, is_own_arch
+from fastiat.system.settings import ARCHS, did_you_mean, is_own_arch
 
 __all__ = [
     "ARCHS",
@@ -76,9 +75,9 @@ def build(
     Raises `InputError` (a `ValueError`) for other values.
     """
     if name not in ARCHS:
-        close = difflib.get_close_matches(name, ARCHS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"unknown arch {name!r}: choose from {', '.join(ARCHS)}{hint}")
+        raise InputError(
+            f"unknown arch {name!r}: choose from {', '.join(ARCHS)}{did_you_mean(name, ARCHS)}"
+        )
     if variant not in VARIANTS:
         raise InputError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
     if activation not in ACTIVATIONS or (name == "mlp6" and activation != "relu"):

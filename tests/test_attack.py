@@ -195,7 +195,7 @@ def test_margin_has_the_gradient_of_its_definition():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_attack_is_the_same_without_gradients_and_in_inference_mode(model, norm):
     x, y = _digits(8)
-    attack = PGD(model, norm=norm, eps=0.3, alpha=0.1, random_start=False)
+    attack = PGD(model, engine="compile", norm=norm, eps=0.3, alpha=0.1, random_start=False)
     expected = attack(x, y)
     with torch.no_grad():
         assert torch.equal(attack(x, y), expected)
@@ -261,6 +261,16 @@ def test_pgd_object_is_the_function_with_its_settings_fixed(model):
     first = PGD(model, eps=EPS, steps=3, generator=torch.Generator().manual_seed(1))(x, y)
     second = pgd(model, x, y, eps=EPS, steps=3, generator=torch.Generator().manual_seed(1))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("spelling", "norm"), [("L2", "l2"), ("L_inf", "linf")])
+def test_other_spellings_of_a_norm_mean_it(model, spelling, norm):
+    x, y = _digits(4)
+    expected = pgd(model, x, y, norm=norm, random_start=False)
+    assert torch.equal(pgd(model, x, y, norm=spelling, random_start=False), expected)
+    assert torch.equal(PGD(model, norm=spelling, random_start=False)(x, y), expected)
+    steep = fgsm(model, x, y, norm=norm)
+    assert torch.equal(fgsm(model, x, y, norm=spelling), steep)
 
 
 def test_count_errors_counts_after_the_attack_and_restores_the_mode(model):

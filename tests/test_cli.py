@@ -148,6 +148,10 @@ def test_python_m_fastiat_works_outside_the_checkout(tmp_path):
             "train --arch resnet50",
             "choose from preact18, wrn28_10, wrn34_10, mlp6, torch",
         ),
+        ("train --arch resnet50", "did you mean torchvision:resnet50 or timm:resnet50?"),
+        ("train --arch shufflenet_v2_x1_0", "did you mean torchvision:shufflenet_v2_x1_0?"),
+        ("train --arch convnextv2_tiny", "did you mean timm:convnextv2_tiny?"),
+        ("train --arch preact17", "FILE.py:FUNCTION, did you mean preact18?"),
         ("train --dataset imagenet", "'cifar10', 'cifar100', 'svhn'"),
         ("evaluate x --dataset imagenet", "'cifar10', 'cifar100', 'svhn'"),
         ("convert digits", "the following arguments are required: PATH"),
@@ -216,9 +220,17 @@ def test_fractions_are_numbers():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_flags_override_the_preset_and_config_json_gives_the_same_back(preset):
-    _, given = cli.parse(["train", "--preset", preset, "--lr", "0.5", "--mix-at", "0", "2"])
-    assert given == replace(PRESETS[preset](), lr=0.5, mix_at=("0", "2"))
+    _, given = cli.parse(["train", "--preset", preset, "--lr", "0.5", "--normalise", "none"])
+    assert given == replace(PRESETS[preset](), lr=0.5, normalise=("none",))
     assert validated(json.loads(json.dumps(asdict(given))), TrainConfig) == given
+
+
+def test_help_of_reproduce_lists_what_it_reproduces(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["reproduce", "--help"])
+    targets = ",".join([*(f"table{n}" for n in range(1, 8)), "figure1"])
+    printed = capsys.readouterr().out
+    assert f"{{{targets}}}" in printed and "usage: fastiat reproduce TARGET [" in printed
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -345,3 +345,16 @@ def test_a_mix_point_that_the_network_lacks_is_refused():
 )
 def test_mix_points_are_given_by_number_or_by_name(kind, given, expected):
     assert point_names(models.build("preact18", width=1), kind, given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "twice"),
+    [
+        (["0", "1", "0"], "--mix-at 0 names input twice"),
+        (["0", "input"], "--mix-at 0 names input twice"),
+        (["1", "groups.0"], "--mix-at 1 names groups.0 twice"),
+    ],
+)
+def test_a_mix_point_that_is_named_twice_is_refused(given, twice):
+    with pytest.raises(InputError, match=twice):
+        point_names(models.build("preact18", width=1), "manifold", given)

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from fastiat.system.errors import InputError
+from fastiat.system.settings import flag_of
 
 
 def check_method(config: Any) -> None:
@@ -75,6 +76,15 @@ def check_method(config: Any) -> None:
     refuse(
         config.awp_warmup > 0 and not config.awp, "--awp-warmup", "--awp 0", "nothing would begin"
     )
+    refuse(
+        config.awp > 0 and config.awp_warmup >= config.epochs, f"--awp-warmup {config.awp_warmup}",
+        f"--epochs {config.epochs}", "--awp would not begin before the training ends",
+    )  # fmt: skip
+    for name in ("mix_at", "mix_alpha", "mix_space", "lam_per_sample", "shared_mix"):
+        refuse(
+            config.mix == "none" and name in changed, flag_of(name), "--mix none",
+            "nothing is mixed",
+        )  # fmt: skip
     refuse(
         "noise" in changed and config.adv != "n-fgsm", "--noise", f"--adv {config.adv}",
         "it is for --adv n-fgsm",

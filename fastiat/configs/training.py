@@ -21,6 +21,7 @@ from fastiat.system.settings import (
     fits,
     flag_of,
     is_own_arch,
+    norm_name,
 )
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ def _l2_defaults(given: dict[str, Any]) -> dict[str, Any]:
     Radius 0.5 is that of RobustBench's L2 models (Croce et al. 2021), and PGD with K steps of
     length 2.5 eps / K can cross the ball (Madry et al. 2018).
     """
-    if given.get("norm") != "l2":
+    if norm_name(given.get("norm")) != "l2":
         return {}
     eps, steps = (
         converted(given.get(name, default), float) for name, default in (("eps", 0.5), ("steps", 7))
@@ -41,6 +42,17 @@ def _l2_defaults(given: dict[str, Any]) -> dict[str, Any]:
     if not (fits(eps, float) and fits(steps, float) and steps > 0):
         return {}  # `check` refuses these values
     return {"eps": eps, "alpha": 2.5 * eps / steps}
+
+
+def _awp_warmup(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the warm-up of AWP that a preset's `values` mean for the settings in `given`.
+
+    It is at most a tenth of the epochs, and 0 without AWP.
+    """
+    epochs = converted(given.get("epochs", values["epochs"]), int)
+    if not converted(given.get("awp", values["awp"]), float) or not fits(epochs, int):
+        return {"awp_warmup": 0}
+    return {"awp_warmup": min(values["awp_warmup"], max(epochs // 10, 0))}
 
 
 def _filled_by_preset(kind: type[T]) -> type[T]:
@@ -56,7 +68,8 @@ def _filled_by_preset(kind: type[T]) -> type[T]:
         # The preset "paper" is the field defaults. A call that gives every field needs no preset;
         # `PRESETS[preset]()` makes such a call in `replace`, so there is no endless recursion.
         if fits(preset, Preset) and preset != "paper" and len(given) < len(names):
-            given = vars(PRESETS[preset]()) | _l2_defaults(given) | given
+            values = vars(PRESETS[preset]())
+            given = values | _awp_warmup(values, given) | _l2_defaults(given) | given
         elif len(given) < len(names):
             given = _l2_defaults(given) | given
         init(self, **given)
@@ -122,7 +135,8 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     that one ascent step of this length, relative to the norm of each layer, has changed (Wu et al.
     2020: 0.01, with trades 0.005); 0 turns it off."""
     awp_warmup: int = 0
-    """Epochs before --awp begins."""
+    """Epochs before --awp begins, fewer than --epochs. That of a preset is at most a tenth of
+    --epochs."""
     attack_mixed: bool = False
     """Mix the clean images first and attack the mixed images with their mixed labels; the clean
     batch has no loss."""
@@ -245,8 +259,9 @@ class TrainConfig(WithPrecision, WithDataDir, PGDOptions):
     eval_limit: int | None = None
     """Evaluate on this many test images only, a stratified sample."""
     out: str | None = None
-    """Run directory (default: runs/DATASET-ARCH-ADV-MIX-sSEED; with another method than Algorithm
-    1, its name stands in place of ADV, such as trades-awp)."""
+    """Run directory (default: runs/DATASET-ARCH-ADV-MIX-sSEED; DATASET of a folder of images is
+    "folder-" and its name; with another method than Algorithm 1, its name stands in place of ADV,
+    such as trades-awp)."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint, with the settings of that run."""
 

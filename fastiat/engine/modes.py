@@ -48,7 +48,7 @@ def check_mode(model: Model, bn: BatchNormMode) -> None:
     """Raise `InputError` if the BatchNorm layers of `model` cannot be set to mode `bn`."""
     if bn != "eval" and not is_plain(model):
         raise InputError(
-            f"bn {bn!r} needs a plain nn.Module, and this {type(model).__name__} is not one or "
+            f"bn {bn!r} needs a plain nn.Module, and this model is not one or "
             f"contains a module that is not, which may hide BatchNorm layers: give the nn.Module "
             f"itself, or bn='eval'"
         )

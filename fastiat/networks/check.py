@@ -1,7 +1,6 @@
 """Check, before a training or a measurement, that a network is one that fastiat can work with."""
 
 import copy
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastiat.engine.modes import attack_mode
-from fastiat.networks.normalise import Normalised
+from fastiat.networks.normalise import inner
 from fastiat.system.errors import InputError, one_line, out_of_memory
+from fastiat.system.settings import closest
 
 IMAGES = 2
 """Number of images in a trial pass: BatchNorm in training mode needs two values per channel."""
@@ -23,16 +23,14 @@ def named_points(model: nn.Module) -> dict[str, nn.Module]:
 
     In a `Normalised` network the names are relative to the network itself.
     """
-    inner = model.network if isinstance(model, Normalised) else model
-    return {name: module for name, module in inner.named_modules() if name}
+    return {name: module for name, module in inner(model).named_modules() if name}
 
 
 def choose_module(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about the mix point `name`: the modules to choose from."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=3)
     # The outermost modules: a deep network has hundreds.
-    names = close or sorted(known, key=lambda other: other.count("."))[:12]
+    names = closest(name, known, 3) or sorted(known, key=lambda other: other.count("."))[:12]
     return f"choose input or a module such as {', '.join(names)}" if names else "choose input"
 
 
@@ -57,10 +55,11 @@ def check_network(
     trained: False only asks for a network that can be measured.
     attacked: whether the logits must have a gradient with respect to the pixels.
     """
-    parameters = dict(model.named_parameters())
+    network = inner(model)
+    parameters = dict(network.named_parameters())
     if trained:
-        _check_trainable(model)
-    for name, tensor in [*parameters.items(), *model.named_buffers()]:
+        _check_trainable(network)
+    for name, tensor in [*parameters.items(), *network.named_buffers()]:
         if is_lazy(tensor):
             raise InputError(
                 f"the network's {name} gets its shape in the first pass: call the network on a "
@@ -104,7 +103,7 @@ def check_network(
 
 
 def _refusal(model: nn.Module, fault: str) -> InputError:
-    return InputError(f"the network {type(model).__name__} {fault}")
+    return InputError(f"the network {type(inner(model)).__name__} {fault}")
 
 
 def _check_trainable(model: nn.Module) -> None:
@@ -124,6 +123,7 @@ def _check_trainable(model: nn.Module) -> None:
 
 def _check_gradients(model: nn.Module, pixels: Tensor, trained: bool) -> None:
     """Raise `InputError` unless the logits have gradients: of the pixels, and of a parameter."""
+    name = type(inner(model)).__name__
     x = pixels.clone().requires_grad_()
     asked = [p for p in model.parameters() if p.requires_grad] if trained else []
     with _running(model, x, "fails in its backward pass"), torch.enable_grad():
@@ -131,7 +131,7 @@ def _check_gradients(model: nn.Module, pixels: Tensor, trained: bool) -> None:
         grads: Sequence[Tensor | None] = [None]
         if logits.requires_grad:
             grads = torch.autograd.grad(logits.sum(), [x, *asked], allow_unused=True)
-    missing = f"the logits of the network {type(model).__name__} have no gradient with respect to"
+    missing = f"the logits of the network {name} have no gradient with respect to"
     if grads[0] is None:
         raise InputError(
             f"{missing} its pixels, which an attack needs: remove detach() and no_grad() from its "

@@ -80,6 +80,11 @@ class Normalised(nn.Module):
         return logits
 
 
+def inner(model: nn.Module) -> nn.Module:
+    """Return the network behind a normalisation, the one that the user knows; else `model`."""
+    return model.network if isinstance(model, Normalised) else model
+
+
 def make_normalise(words: Sequence[str], channels: int) -> nn.Module:
     """Return the layer that `--normalise` describes, for images of `channels` channels.
 

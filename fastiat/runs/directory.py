@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastiat.config import TrainConfig
 from fastiat.engine.device import own_defaults, to_device
-from fastiat.models import ModelCard, Network, Normalised
+from fastiat.models import ModelCard, Network
+from fastiat.networks.normalise import inner
 from fastiat.networks.sources import load_weights
 from fastiat.runs import metrics
 from fastiat.runs.lock import Lock, alone, check_unused
@@ -43,11 +44,17 @@ MOVABLE = {"init", "out", "data_dir", "loader", "resume", "checkpoint_every", "o
 
 
 def default_out(config: TrainConfig) -> Path:
-    """Return the directory of a run without --out: runs/DATASET-ARCH-METHOD-MIX-sSEED."""
+    """Return the directory of a run without --out: runs/DATASET-ARCH-METHOD-MIX-sSEED.
+
+    DATASET of a folder of images is "folder-" and its name.
+    """
     images = Path(config.dataset).stem
-    # "nets/mine.py:make_net" becomes "mine-make_net", "torchvision:resnet50" "resnet50".
+    if config.dataset == "folder" and config.data_dir:
+        images = f"folder-{Path(config.data_dir).resolve().name}"
+    # "nets/mine.py:make_net" becomes "mine-make_net", "timm:resnet50" "timm-resnet50", and
+    # "torchvision:resnet50" "resnet50".
     module, _, name = config.arch.rpartition(":")
-    arch = f"{Path(module).stem}-{name}" if is_own_arch(config.arch) else name
+    arch = name if module in ("", "torchvision") else f"{Path(module).stem}-{name}"
     return Path("runs") / f"{images}-{arch}-{config.method_name}-{config.mix}-s{config.seed}"
 
 
@@ -374,7 +381,7 @@ def load_initial(model: nn.Module, path: str) -> list[str]:
             }
         elif card is not None and card.arch in ARCHS:
             weights = {n: t for n, t in weights.items() if not n.startswith("normalise.")}
-        model = model.network if isinstance(model, Normalised) else model
+        model = inner(model)
         # A built-in network holds its normalisation, which may have buffers, as `normalise`.
         kept = model.normalise.state_dict() if isinstance(model, Network) else {}
         return load_weights(model, weights | {f"normalise.{n}": t for n, t in kept.items()})

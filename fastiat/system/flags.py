@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from fastiat.system.errors import complain
-from fastiat.system.settings import Settings, flag_of, hints_of, number, number_text
+from fastiat.system.settings import Settings, flag_of, hints_of, norm_name, number, number_text
 
 HEADINGS: dict[str, tuple[str, ...]] = {
     "measurement": ("attacks", "worst", "autoattack", "partner", "splits", "limit"),
@@ -44,7 +44,7 @@ be under exactly one heading.
 """
 
 METAVARS = {
-    "target": "TABLE",
+    "target": "TARGET",
     "runs": "RUN",
     "run": "RUN",
     "partner": "RUN",
@@ -114,7 +114,11 @@ def _options(kind: type[Settings], name: str) -> dict[str, Any]:
     options = _reading(hints_of(kind)[name])
     if name in kind.bare:
         options |= {"nargs": "*", "const": kind.bare[name]}
-    return options | ({"metavar": METAVARS[name]} if name in METAVARS else {})
+    if name == "norm":
+        options["type"] = norm_name
+    # Without a placeholder, argparse lists the choices.
+    placeholder = name in METAVARS and "choices" not in options
+    return options | ({"metavar": METAVARS[name]} if placeholder else {})
 
 
 def _reading(hint: Any) -> dict[str, Any]:

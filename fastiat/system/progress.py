@@ -120,7 +120,10 @@ class Events:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span as h:mm:ss or m:ss."""
+    """Return a time span as m:ss, h:mm:ss or, from a day on, such as "12 days 3 h"."""
+    if seconds >= 24 * 3600:
+        days, hours = divmod(round(seconds / 3600), 24)
+        return f"{days} day{'s' * (days > 1)} {hours} h"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

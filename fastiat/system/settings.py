@@ -1,6 +1,7 @@
 """The base class of all settings, which converts and checks values; checks of values from JSON.
 
-This module does not import torch, which takes seconds, so that `--help` is printed at once.
+This module does not import torch, which takes seconds, so that `--help` is printed at once; only
+the message about an unknown network does.
 """
 
 import ast
@@ -9,8 +10,9 @@ import inspect
 import math
 import os
 import re
-import textwrap
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -51,6 +53,7 @@ class Settings:
         """Convert each value to its field's type (see `converted`), and expand `~` in paths."""
         for name, hint in hints_of(type(self)).items():
             value = converted(getattr(self, name), hint)
+            value = norm_name(value) if name == "norm" else value
             if name in PATHS and isinstance(value, tuple):
                 value = tuple(expanded(path) if isinstance(path, str) else path for path in value)
             elif name in PATHS and isinstance(value, str):
@@ -68,14 +71,21 @@ class Settings:
         found: dict[str, str] = {}
         # Bases come first, so that the docstring in a subclass replaces that of the base.
         for kind in reversed(cls.__mro__[:-1]):
-            (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-            assert isinstance(body, ast.ClassDef)
+            body = _classes(kind.__module__)[kind.__name__]
             for field, text in zip(body.body, body.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                     assert isinstance(field.target, ast.Name)
                     assert isinstance(text.value, ast.Constant)
                     found[field.target.id] = " ".join(str(text.value.value).split())
         return found
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """Return the syntax trees of the classes of a module, by name."""
+    # Not `inspect.getsource` of each class, which parses the whole file every time.
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def hints_of(kind: type[Any]) -> dict[str, Any]:
@@ -118,6 +128,12 @@ def converted(value: Any, hint: Any) -> Any:
             except ValueError:
                 return value
     return value
+
+
+def norm_name(given: Any) -> Any:
+    """Return "linf" or "l2" for its other spellings, such as "L_inf" and "Linf", else `given`."""
+    bare = str(given).lower().replace("_", "").replace("-", "")
+    return bare if bare in ("linf", "l2") else given
 
 
 def number(text: str) -> float:
@@ -166,10 +182,25 @@ _SINGULARS = {
 _PLURALS = {int: "whole numbers", float: "numbers such as 0.03 or 8/255", str: "strings"}
 
 
+CLOSE = 0.75
+"""Similarity, from 0 to 1 (`difflib.SequenceMatcher.ratio`), from which a name is suggested.
+
+"fgms" and "fgsm" have 0.75; "resnet18" and "preact18", which are two networks, 0.62."""
+
+
+def closest(given: Any, known: Iterable[str], n: int) -> list[str]:
+    """Return up to `n` of the known names that are close to the given one, the closest first.
+
+    Upper case and the dashes of flags do not count.
+    """
+    bare = {name.lstrip("-").lower(): name for name in known}
+    close = difflib.get_close_matches(str(given).lstrip("-").lower(), bare, n, CLOSE)
+    return [bare[name] for name in close]
+
+
 def did_you_mean(given: Any, known: Iterable[str]) -> str:
     """Return ", did you mean X?" for the known name closest to the given one, or ""."""
-    close = difflib.get_close_matches(str(given), list(known), n=1)
-    return f", did you mean {close[0]}?" if close else ""
+    return "".join(f", did you mean {name}?" for name in closest(given, known, 1))
 
 
 def check_ranges(config: Any, positive: set[str]) -> None:
@@ -239,8 +270,22 @@ def check_arch(arch: str | None) -> None:
         return
     raise InputError(
         f"--arch {arch[:50]!r}: choose from {', '.join(ARCHS)}, torchvision:NAME, timm:NAME, "
-        f"MODULE:FUNCTION and FILE.py:FUNCTION{did_you_mean(arch, ARCHS)}"
+        f"MODULE:FUNCTION and FILE.py:FUNCTION{_in_library(arch) or did_you_mean(arch, ARCHS)}"
     )
+
+
+def _in_library(name: str) -> str:
+    """Return ", did you mean LIBRARY:NAME?" for a name of a library's network, else ""."""
+    # These imports take seconds: they are for this message alone.
+    from torchvision import models as zoo  # type: ignore[import-untyped]
+
+    found = ["torchvision"] * (name in zoo.list_models(module=zoo))
+    with suppress(ImportError):
+        import timm
+
+        found += ["timm"] * timm.is_model(name)
+    names = " or ".join(f"{library}:{name}" for library in found)
+    return f", did you mean {names}?" if names else ""
 
 
 def check_once(runs: tuple[str, ...]) -> None:

@@ -203,8 +203,8 @@ def test_first_results_go_on_after_a_session_and_leave_what_is_to_be_kept(tmp_pa
     assert tried["errors"]["pgd-50"]["n"] == 16 and tried["errors"]["pgd-50"]["eps"] == 8 / 255
     assert {command["status"] for command in report["commands"]} == {0}
     rows = {file.parent.name for file in (kept / "table3").glob("*/evaluation.json")}
-    assert rows == {f"folder-mlp6-{a}-{m}-s0" for a in ("none", "pgd") for m in MIXES}
-    run = kept / "table3" / "folder-mlp6-pgd-manifold-s0"
+    assert rows == {f"folder-tree-mlp6-{a}-{m}-s0" for a in ("none", "pgd") for m in MIXES}
+    run = kept / "table3" / "folder-tree-mlp6-pgd-manifold-s0"
     attacks = [entry["attack"] for entry in json.loads((run / "evaluation.json").read_text())]
     assert "autoattack" in attacks and (run / "diagnosis.json").exists()
     assert (kept / "table3" / "table3.md").exists()

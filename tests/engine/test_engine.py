@@ -485,7 +485,7 @@ def test_wrong_engines_are_refused_in_one_line(complaint, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_engines_that_auto_takes(monkeypatch):
+def test_engines_that_auto_takes(monkeypatch, caplog):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert graphs.pick_engine("auto", cpu) == "eager"
     assert graphs.pick_engine("auto", cuda) == "graph"
@@ -493,17 +493,23 @@ def test_engines_that_auto_takes(monkeypatch):
     settings = {"steps": 1, "random_start": False}
     made = []
     monkeypatch.setattr(attack, "PGDLoop", lambda *a, **k: made.append(k) or _StopError.throw())
-    with pytest.raises(_StopError):
-        PGD(model, **settings)(x, y)
-    assert [(k["compiled"], k["captured"]) for k in made] == [(True, False)]
     expected = pgd(model, x, y, **settings)
-    # A plain function has no weights to freeze, and without a compiler nothing can be compiled.
+    # On the CPU nothing is compiled: it takes a minute and gains nothing.
+    assert torch.equal(PGD(model, **settings)(x, y), expected)
+    # A plain function has no weights to freeze.
     assert torch.equal(
         PGD(lambda x: model(x), bn="eval", **settings)(x, y),
         pgd(lambda x: model(x), x, y, **settings),
     )
+    assert not made
+    with caplog.at_level("INFO", "fastiat.attack"), pytest.raises(_StopError):
+        PGD(model, engine="compile", **settings)(x, y)
+    assert [(k["compiled"], k["captured"]) for k in made] == [(True, False)]
+    assert [record.message for record in caplog.records] == [
+        f"compiling the attack on PreActResNet18 for batches of shape {tuple(x.shape)}, which "
+        f"takes up to minutes"
+    ]
     monkeypatch.setattr(graphs, "shutil", types.SimpleNamespace(which=lambda name: None))
-    assert torch.equal(PGD(model, **settings)(x, y), expected)
     with pytest.raises(InputError, match=r"needs a C\+\+ compiler"):
         graphs.pick_engine("compile", cpu)
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from fastiat.mix import MixPoints
 from fastiat.networks.check import check_batch_of_one, check_network
+from fastiat.networks.normalise import Normalised
 from fastiat.system.errors import InputError
 
 SHAPE, CLASSES = (3, 8, 8), 5
@@ -132,6 +133,25 @@ def test_a_network_that_cannot_be_used_is_refused_in_one_line(model, points, wor
     with pytest.raises(InputError) as raised:
         check_network(model(), SHAPE, CLASSES, points)
     assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: network(classes=4), "the network Net returns torch.float32 of shape (2, 4)"),
+        (lambda: network(nn.MaxPool2d(16)), "the network Net fails on 2 images of 3x8x8"),
+        (lambda: Net(InPlace(), network()), "the network Net changes its input in place"),
+        (lambda: network().double(), "the network's body.0.0.weight is torch.float64"),
+        (lambda: network().requires_grad_(False), "the network Net has no parameter"),
+        (lambda: network(Fails()), "the network Net fails in its backward pass"),
+        (lambda: network(), "--mix-at no: the network has no module of this name: choose input"),
+    ],
+)
+def test_a_message_names_the_network_of_the_user_not_what_fastiat_puts_it_into(make, words):
+    with pytest.raises(InputError) as raised:
+        points = ("input", "no") if words.startswith("--mix-at") else ()
+        check_network(Normalised(make(), nn.Identity()), SHAPE, CLASSES, points)
+    assert words in str(raised.value)
 
 
 def test_modules_to_choose_from_exclude_those_that_cannot_be_mixed():

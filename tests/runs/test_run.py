@@ -25,6 +25,7 @@ from fastiat.runs.directory import (
     PREVIOUS,
     STATE,
     Run,
+    default_out,
     load_with_card,
 )
 from fastiat.runs.weights import alike, pack_state, read_state
@@ -60,6 +61,28 @@ def test_a_network_saved_again_is_the_same_file(trained, tmp_path):
         again.save_model(weights, card)
         assert (tmp_path / "again" / MODEL).read_bytes() == wanted
     again.unlock()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "cifar10-preact18-pgd-manifold-s0"),
+        ({"dataset": "folder", "data_dir": "../cats"}, "folder-cats-preact18-pgd-manifold-s0"),
+        ({"dataset": "folder", "data_dir": "/data/dogs/"}, "folder-dogs-preact18-pgd-manifold-s0"),
+        # A folder of images may have the name of a data set.
+        ({"dataset": "folder", "data_dir": "svhn"}, "folder-svhn-preact18-pgd-manifold-s0"),
+        # The folder of downloads says nothing about the images.
+        ({"dataset": "svhn", "data_dir": "/data"}, "svhn-preact18-pgd-manifold-s0"),
+        ({"dataset": "/data/dogs.beton"}, "dogs-preact18-pgd-manifold-s0"),
+        ({"arch": "torchvision:resnet18"}, "cifar10-resnet18-pgd-manifold-s0"),
+        ({"arch": "timm:resnet18"}, "cifar10-timm-resnet18-pgd-manifold-s0"),
+        ({"arch": "nets/mine.py:make"}, "cifar10-mine-make-pgd-manifold-s0"),
+        ({"arch": "nets:make", "seed": 3}, "cifar10-nets-make-pgd-manifold-s3"),
+        ({"objective": "trades", "awp": 0.01}, "cifar10-preact18-trades-awp-manifold-s0"),
+    ],
+)
+def test_the_default_name_of_a_run_has_what_distinguishes_it(settings, name):
+    assert default_out(TrainConfig(**settings)) == Path("runs") / name
 
 
 def test_config_json_rebuilds_the_settings(run):

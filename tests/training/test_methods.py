@@ -360,6 +360,8 @@ WRONG = [
     ({"beta": 2.0}, "--beta", "--objective at"),
     ({"awp": 0.01, "adv": "none"}, "--awp", "--adv none"),
     ({"awp_warmup": 2}, "--awp-warmup", "--awp 0"),
+    ({"awp": 0.01, "awp_warmup": 200}, "--awp-warmup 200", "--epochs 200"),
+    ({"preset": "strong", "epochs": 10, "awp_warmup": 10}, "--awp-warmup 10", "--epochs 10"),
     ({"noise": 1.0}, "--noise", "--adv pgd"),
     ({"adv": "n-fgsm", "random_start": False}, "--adv n-fgsm", "--no-random-start"),
     ({"attack_mixed": True, "mix": "none"}, "--attack-mixed", "--mix none"),
@@ -368,6 +370,12 @@ WRONG = [
     ({"attack_mixed": True, "mix": "mixup", "objective": "mart"}, "--attack-mixed", "--objective"),
     ({"attack_mixed": True, "mix": "cutmix", "clean_weight": 0.1}, "--attack-mixed", "--clean-w"),
     ({"mix": "cutmix", "mix_at": ("layer1",)}, "--mix cutmix", "--mix-at"),
+    ({"mix": "none", "mix_at": ("input",)}, "--mix-at", "--mix none"),
+    ({"mix": "none", "mix_alpha": 1.0}, "--mix-alpha", "--mix none"),
+    ({"mix": "none", "mix_space": "pixel"}, "--mix-space", "--mix none"),
+    ({"mix": "none", "lam_per_sample": True}, "--lam-per-sample", "--mix none"),
+    ({"mix": "none", "shared_mix": True}, "--shared-mix", "--mix none"),
+    ({"preset": "strong", "mix_at": ("1",)}, "--mix-at", "--mix none"),
 ]
 
 
@@ -379,6 +387,32 @@ def test_settings_that_cannot_go_together_are_refused_in_one_line_with_both(
         TrainConfig(**settings).check()
     text = str(refused.value)
     assert first in text and second in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup"),
+    [
+        ({}, 10),
+        ({"epochs": 200}, 10),
+        ({"epochs": 99}, 9),
+        ({"epochs": 25}, 2),
+        ({"epochs": 9}, 0),
+        ({"epochs": 25, "awp_warmup": 7}, 7),
+        ({"awp": 0}, 0),
+    ],
+)
+def test_a_presets_warm_up_of_awp_is_at_most_a_tenth_of_the_epochs(given, warmup):
+    config = TrainConfig(preset="strong", **given)
+    config.check()
+    assert config.awp_warmup == warmup
+    # Every field is given: nothing is filled in again.
+    assert replace(config, epochs=1).awp_warmup == warmup
+
+
+@pytest.mark.parametrize("given", [{"epochs": "x"}, {"epochs": -5}, {"awp": "x"}])
+def test_wrong_epochs_are_refused_by_their_own_name(given):
+    with pytest.raises(InputError, match=f"--{next(iter(given))} is"):
+        TrainConfig(preset="strong", **given).check()
 
 
 def test_mixed_loss_takes_the_area_of_a_box_as_lambda():
