@@ -228,5 +228,7 @@ def _trial(
         fault = f"returns NaN for random pixels in {mode} mode"
         raise _refusal(model, f"{fault}: check its weights and its running statistics")
     if not torch.equal(x, pixels):
-        raise _refusal(model, "changes its input in place: make it copy it, such as x = x * 1")
+        raise _refusal(
+            model, "changes its input in place: make it work on a copy, such as x = x * 1"
+        )
     return outputs

@@ -35,7 +35,7 @@ def optional(package: str, extra: str) -> Any:
         return importlib.import_module(package)
     except ImportError:
         raise InputError(
-            f"this needs the package {package}: install it with pip install 'fastiat[{extra}]'"
+            f"the package {package} is needed: install it with pip install 'fastiat[{extra}]'"
         ) from None
 
 

@@ -83,7 +83,7 @@ class Progress:
 
 
 class Events:
-    """TensorBoard events of one session, which starts at `step`; `append(file_name, record)` each.
+    """TensorBoard events of a session that starts at `step`; `append` gets file name and record.
 
     TensorBoard's own writer runs in a thread, where a full disk ends in a traceback.
     """
