@@ -256,7 +256,9 @@ def train_and_evaluate(config: TrainConfig) -> None:
         evaluate(settings)
 
 
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "torchattacks", "foolbox")
+PACKAGES = (
+    *("torchvision", "triton", "numpy", "ffcv", "timm", "pyautoattack", "torchattacks", "foolbox"),
+)
 """The packages whose versions `fastiat doctor` prints."""
 
 
@@ -272,7 +274,12 @@ def doctor(config: DoctorConfig) -> None:
     rows = [
         ("fastiat", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
-        ("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"),
+        (
+            "cpu",
+            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+            f"instructions {torch.backends.cpu.get_cpu_capability()}",
+        ),
+        ("torch", f"{torch.__version__}, {_accelerator(torch.version)}"),
     ]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         seen = torch.cuda.get_device_properties(index)
@@ -299,9 +306,16 @@ def doctor(config: DoctorConfig) -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def _accelerator(build: Any) -> str:
+    """Return what torch is built for; `build` is `torch.version`."""
+    names = (("CUDA", "cuda"), ("ROCm", "hip"), ("XPU", "xpu"))
+    found = [f"{name} {getattr(build, key)}" for name, key in names if getattr(build, key, None)]
+    return f"built for {' and '.join(found) or 'the CPU alone'}"
+
+
 def _data_dir() -> str:
     """Return the default folder of data sets, or why there is none."""
-    from fastiat.data import default_dir
+    from fastiat.images.load import default_dir
 
     try:
         return str(default_dir())
@@ -312,16 +326,13 @@ def _data_dir() -> str:
 def _loader(device: Any) -> str:
     """Return which loader a run on this device uses, and why."""
     from fastiat.engine.device import free_memory
-    from fastiat.images.ffcv import obstacle
+    from fastiat.images.ffcv import apparent_obstacle
 
-    if reason := obstacle():
+    if reason := apparent_obstacle():
         return f"a run uses resident; {reason}"
-    if device.type == "cpu":
-        most, where = "are in memory anyway", "free memory"
-    else:
-        most, where = "fit", "free device memory"
+    where = "RAM" if device.type == "cpu" else "GPU memory"
     half = free_memory(device) / 2 / 2**30
     return (
-        f"a run uses resident for data sets that {most}, ffcv for .beton files and for data sets "
-        f"larger than half of the {where}, now {half:.1f} GiB"
+        f"a run uses resident; ffcv for .beton files and above {half:.1f} GiB, half of the free "
+        f"{where}"
     )

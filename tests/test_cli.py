@@ -1,5 +1,6 @@
 """The command line: help, versions, settings, and one line for everything that is wrong."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -369,8 +370,24 @@ def test_a_bug_still_shows_its_traceback(monkeypatch):
 def test_doctor_names_what_a_run_would_take(capsys):
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert rows["fastiat"] == __version__ and rows["torch"] == torch.__version__.split("+")[0]
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+    assert rows["fastiat"] == __version__
+    assert rows["torch"] == f"{torch.__version__}, built for {built}"
+    assert rows["cpu"].endswith(f"instructions {torch.backends.cpu.get_cpu_capability()}")
+    for package in ("pyautoattack", "timm"):
+        assert rows[package] == importlib.metadata.version(package)
     assert "cpu" in rows["device"] and "resident" in rows["loader"]
+
+
+def test_doctor_imports_neither_ffcv_nor_the_compiler():
+    # These imports take ten seconds.
+    code = (
+        "import sys; from fastiat.cli import main; main(['doctor', '--device', 'cpu']); "
+        "print(*({'ffcv', 'numba', 'torchvision', 'timm', 'torch._dynamo', 'torch._inductor'} "
+        "& sys.modules.keys()))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0 and ended.stdout.endswith("\n\n")
 
 
 def test_doctor_calls_a_folder_of_a_packages_name_no_package(capsys, tmp_path, monkeypatch):

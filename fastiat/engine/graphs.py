@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -56,6 +55,13 @@ def has_compiler(device: torch.device) -> bool:
     return device.type != "cpu" or any(shutil.which(name) for name in candidates if name)
 
 
+def inductor_config() -> Any:
+    """Return the settings of Inductor, whose import takes seconds."""
+    from torch._inductor import config
+
+    return config
+
+
 def prepare(device: torch.device, deterministic: bool) -> None:
     """Set PyTorch's process-wide options: fast algorithms, or deterministic ones.
 
@@ -68,7 +74,7 @@ def prepare(device: torch.device, deterministic: bool) -> None:
     # Deterministic mode would also fill every uninitialized tensor, which costs a pass over memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Otherwise Inductor chooses kernels by their measured time, and they sum in different orders.
-    inductor.deterministic = deterministic
+    inductor_config().deterministic = deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if device.type == "cuda":
@@ -86,7 +92,7 @@ def prepared(device: torch.device, deterministic: bool | None = None) -> Iterato
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     places = [
         (torch.utils.deterministic, "fill_uninitialized_memory"),
-        (inductor, "deterministic"),
+        (inductor_config(), "deterministic"),
         (torch.backends.cudnn, "benchmark"),
         (torch.backends.cudnn, "allow_tf32"),
     ]

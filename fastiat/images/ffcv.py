@@ -1,6 +1,9 @@
 """The FFCV package: whether it is usable, what is missing, and its import without side effects."""
 
+import ctypes
+import importlib.util
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -8,6 +11,17 @@ from fastiat.system.errors import InputError, one_line
 
 BUILD = "apt-get install pkg-config libturbojpeg0-dev libopencv-dev, then "
 """The Debian packages that FFCV is built with."""
+
+
+def _not_installed() -> str:
+    return f"FFCV is not installed: {BUILD}pip install 'fastiat[ffcv]'"
+
+
+def _broken(reason: str) -> str:
+    return (
+        f"FFCV is installed but cannot be imported ({reason}): {BUILD}"
+        "pip install --force-reinstall --no-deps ffcv"
+    )
 
 
 def obstacle() -> str | None:
@@ -19,6 +33,20 @@ def obstacle() -> str | None:
         import_ffcv()
     except InputError as error:
         return str(error)
+    return None
+
+
+def apparent_obstacle() -> str | None:
+    """Return what `obstacle` returns, judged by FFCV's C library alone, without the import."""
+    spec = importlib.util.find_spec("ffcv")
+    folders = spec.submodule_search_locations or () if spec else ()
+    libraries = [file for folder in folders for file in Path(folder).glob("_libffcv*")]
+    if not libraries:
+        return _not_installed()
+    try:
+        ctypes.CDLL(str(libraries[0]))
+    except OSError as error:
+        return _broken(one_line(error))
     return None
 
 
@@ -40,12 +68,8 @@ def import_ffcv() -> None:
     # Incompatible versions of FFCV, numba, NumPy and the C libraries raise errors of any type.
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "ffcv") == "ffcv":
-            raise InputError(f"FFCV is not installed: {BUILD}pip install 'fastiat[ffcv]'") from None
-        reason = one_line(error) or type(error).__name__
-        raise InputError(
-            f"FFCV is installed but cannot be imported ({reason}): {BUILD}"
-            "pip install --force-reinstall --no-deps ffcv"
-        ) from None
+            raise InputError(_not_installed()) from None
+        raise InputError(_broken(one_line(error) or type(error).__name__)) from None
     finally:
         torch.set_num_threads(threads)
 

@@ -368,7 +368,7 @@ def test_without_ffcv_one_line_says_what_to_install(
     "error", [ImportError("libturbojpeg.so.0: cannot open"), AttributeError("numpy has no x")]
 )
 def test_an_ffcv_that_cannot_be_imported_is_not_called_missing(
-    tmp_path, small, complaint, capsys, monkeypatch, error
+    tmp_path, small, complaint, monkeypatch, error
 ) -> None:
     def fail() -> None:
         raise error
@@ -376,10 +376,21 @@ def test_an_ffcv_that_cannot_be_imported_is_not_called_missing(
     monkeypatch.setattr(ffcv_package, "_import", fail)
     told = complaint("train", *small, "--loader", "ffcv", "--out", tmp_path / "run")
     assert str(error) in told and "force-reinstall" in told and "not installed" not in told
+    assert choose_loader("auto", DIGITS, CPU) == "resident"
+
+
+def test_doctor_finds_a_library_of_ffcv_that_cannot_be_loaded_without_importing_it(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "ffcv", raising=False)
+    (tmp_path / "ffcv").mkdir()
+    (tmp_path / "ffcv" / "__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "ffcv" / "_libffcv.so").write_text("no library")
+    monkeypatch.syspath_prepend(tmp_path)
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loader")]
-    assert "resident" in row and str(error) in row
-    assert choose_loader("auto", DIGITS, CPU) == "resident"
+    assert "a run uses resident; FFCV is installed but cannot be imported" in row
+    assert "_libffcv.so" in row and "force-reinstall" in row
 
 
 def test_a_cache_that_cannot_be_written_is_named_and_used_for_what_it_has(
