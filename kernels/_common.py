@@ -64,6 +64,7 @@ def register(
     formula: Callable[..., Tensor] | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    schema: str | None = None,
 ) -> "torch.library.CustomOpDef":
     """Register `torch.ops.fastiat.<name>` and return it.
 
@@ -72,9 +73,10 @@ def register(
     formula: the op in differentiable PyTorch code, without in-place operations; None for an op
         without a derivative.
     backward, setup_context: arguments of `torch.library.register_autograd`.
+    schema: see `torch.library.custom_op`; None takes it from the annotations of `launch`.
     """
     op = torch.library.custom_op(
-        f"fastiat::{name}", launch, mutates_args=mutates, device_types="cuda"
+        f"fastiat::{name}", launch, mutates_args=mutates, device_types="cuda", schema=schema
     )
     op.register_kernel("cpu")(launch if INTERPRETED else cpu)
     op.register_fake(fake)
@@ -295,7 +297,7 @@ def check_vector(
     check_same_device(name, x, other_name, other)
 
 
-def check_radius(name: str, value: float) -> float:
+def check_radius(name: str, value: float | Tensor) -> float:
     """Return `value` as a float; raise if it is not a number, or is negative or NaN."""
     if isinstance(value, (Tensor, str)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
@@ -372,7 +374,7 @@ def check_lam_values(lam: Tensor) -> None:
         raise ValueError("lam must be in [0, 1]")
 
 
-def refuse_lam_gradient(required: bool) -> None:
-    """Raise `ValueError` if `required`: if autograd needs the gradient of `lam`."""
+def refuse_gradient(name: str, required: bool) -> None:
+    """Raise `ValueError` if `required`: if autograd needs the gradient of the argument `name`."""
     if required:
-        raise ValueError("lam requires a gradient, but this op has none: use lam.detach()")
+        raise ValueError(f"{name} requires a gradient, but this op has none: use {name}.detach()")

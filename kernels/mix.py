@@ -32,7 +32,7 @@ from ._common import (
     image_rows,
     lam_tensor,
     on_device_of,
-    refuse_lam_gradient,
+    refuse_gradient,
     register,
     tl,
     triton,
@@ -137,7 +137,7 @@ def _mix_triton(x: Tensor, perm: Tensor, lam: Tensor, transpose: bool) -> Tensor
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    refuse_lam_gradient(ctx.needs_input_grad[2])
+    refuse_gradient("lam", ctx.needs_input_grad[2])
     _, perm, lam, ctx.transpose = inputs
     ctx.save_for_backward(perm, lam)
 

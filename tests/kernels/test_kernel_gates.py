@@ -87,10 +87,20 @@ def step(module: str, launcher: str, dtype: torch.dtype) -> Callable[[], Any]:
     return op(module, launcher, batch(dtype), batch(dtype), batch(dtype), 0.03, 0.01, *CLIP)
 
 
-def cross_entropy(launcher: str, dtype: torch.dtype, classes: int, lam: torch.Tensor) -> Any:
+def channel_step(
+    module: str, launcher: str, dtype: torch.dtype, layout: torch.memory_format
+) -> Callable[[], Any]:
+    tensors = [batch(dtype).contiguous(memory_format=layout) for _ in range(3)]
+    return op(module, launcher, *tensors, *torch.rand(4, 3))
+
+
+def cross_entropy(
+    launcher: str, dtype: torch.dtype, classes: int, lam: torch.Tensor, soft: bool = False
+) -> Any:
     upstream = () if launcher == "_mixed_cross_entropy_triton" else (torch.tensor(1.0),)
     logits = batch(dtype, (128, classes))
-    return op("mixed_cross_entropy", launcher, *upstream, logits, PERM, PERM, lam)
+    y = batch(shape=(128, classes)) if soft else PERM
+    return op("mixed_cross_entropy", launcher, *upstream, logits, y, y, lam)
 
 
 def crop(channels: int) -> Callable[[], Any]:
@@ -104,6 +114,19 @@ LAUNCHES = {
     "pgd_step_ fp16": Launch(step("pgd_step", "_pgd_step_inplace_triton", FP16), 48),
     "pgd_step_l2 fp32": Launch(step("pgd_step_l2", "_pgd_step_l2_triton", torch.float32), 72),
     "pgd_step_l2 bf16": Launch(step("pgd_step_l2", "_pgd_step_l2_triton", BF16), 72),
+    "pgd_step channels": Launch(
+        channel_step("pgd_step", "_pgd_step_triton", torch.float32, torch.contiguous_format), 48
+    ),
+    "pgd_step_ channels last": Launch(
+        channel_step("pgd_step", "_pgd_step_inplace_triton", BF16, torch.channels_last), 48
+    ),
+    # Of 256 threads with 80 registers, as many are resident as of those with 72: three times 256.
+    "pgd_step_l2 channels": Launch(
+        channel_step("pgd_step_l2", "_pgd_step_l2_triton", BF16, torch.contiguous_format), 80
+    ),
+    "pgd_step_l2 channels last": Launch(
+        channel_step("pgd_step_l2", "_pgd_step_l2_triton", torch.float32, torch.channels_last), 80
+    ),
     "mix fp64 lam": Launch(op("mix", "_mix_triton", batch(), PERM, LAM64, False), 48),
     "mix per sample": Launch(op("mix", "_mix_triton", batch(BF16), PERM, LAMS, False), 48),
     "mix transposed": Launch(op("mix", "_mix_triton", batch(BF16), PERM, LAM, True), 48),
@@ -132,6 +155,14 @@ LAUNCHES = {
     ),
     "cross-entropy 1024 backward": Launch(
         cross_entropy("_backward_triton", torch.float32, 1024, LAM), 64
+    ),
+    "cross-entropy soft 10": Launch(
+        cross_entropy("_mixed_cross_entropy_triton", torch.float32, 10, LAM, soft=True),
+        64,
+        wide=False,
+    ),
+    "cross-entropy soft 1024 backward": Launch(
+        cross_entropy("_backward_triton", BF16, 1024, LAMS, soft=True), 64
     ),
     "crop_flip": Launch(crop(3), 64, wide=False),
     "crop_flip grey": Launch(crop(1), 64, wide=False),

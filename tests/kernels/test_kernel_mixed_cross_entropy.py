@@ -52,6 +52,63 @@ def test_error_is_within_twice_that_of_torch_against_float64(size, lam, device):
     assert error(grad, exact_grad) <= 2 * error(expected_grad, exact_grad) + 2e-7
 
 
+def make_soft(batch, classes, device, dtype=torch.float32):
+    """Distributions that sum to 1, to more than 1 and to 0."""
+    torch.manual_seed(2)
+    y_a, y_b = torch.rand(2, batch, classes)
+    y_b = y_b / y_b.sum(1, keepdim=True)
+    y_b[0] = y_a[0] = 0
+    return y_a.to(device, dtype), y_b.to(device, dtype)
+
+
+@pytest.mark.parametrize("lam", [0, 1, 0.3, "scalar", "per sample"])
+@pytest.mark.parametrize("size", SIZES)
+def test_distributions_as_labels_are_as_exact_as_in_torch(size, lam, device):
+    logits, *_ = make(*size, device)
+    y_a, y_b = make_soft(*size, device)
+    lam = make_lam(lam, size[0], device)
+
+    def truth(dtype):
+        x = logits.detach().cpu().to(dtype).requires_grad_()
+        weight = lam.cpu().to(dtype) if torch.is_tensor(lam) else lam
+        loss = plain(x, y_a.cpu().to(dtype), y_b.cpu().to(dtype), weight)
+        return loss, torch.autograd.grad(3 * loss, x)[0]
+
+    (exact, exact_grad), (expected, expected_grad) = truth(torch.float64), truth(torch.float32)
+    loss = mixed_cross_entropy(logits.requires_grad_(), y_a, y_b, lam)
+    (grad,) = torch.autograd.grad(3 * loss, logits)
+    assert loss.shape == ()
+    # Relative: distributions that sum to 500 have losses of thousands.
+    scale = 1 + exact.abs().item()
+    assert error(loss, exact) <= 2 * error(expected, exact) + 2e-6 * scale
+    assert error(grad, exact_grad) <= 2 * error(expected_grad, exact_grad) + 2e-7 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_one_hot_distributions_give_the_loss_of_class_numbers(dtype, device):
+    logits, y_a, y_b = make(65, 17, device, dtype)
+    hot_a, hot_b = (F.one_hot(y, 17).to(dtype) for y in (y_a, y_b))
+    lam = make_lam("per sample", 65, device)
+    found = []
+    for labels in ((y_a, y_b), (hot_a, hot_b)):
+        loss = mixed_cross_entropy(logits.requires_grad_(), *labels, lam)
+        found.append((loss, *torch.autograd.grad(loss, logits)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+
+
+def test_impossible_class_without_weight_adds_nothing(device):
+    logits = torch.tensor([[0.0, -math.inf, 1.0]], device=device).requires_grad_()
+    y = torch.tensor([[0.5, 0.0, 0.5]], device=device)
+    loss = mixed_cross_entropy(logits, y, y, 0.5)
+    (grad,) = torch.autograd.grad(loss, logits)
+    total = math.log(1 + math.e)
+    assert loss.item() == pytest.approx(total - 0.5, rel=1e-6)
+    p = 1 / (1 + math.e)
+    torch.testing.assert_close(grad.cpu(), torch.tensor([[p - 0.5, 0.0, 0.5 - p]]))
+    wrong = torch.tensor([[0.5, 0.1, 0.4]], device=device)
+    assert mixed_cross_entropy(logits, y, wrong, 0.5).item() == math.inf
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_logits_give_an_fp32_loss_of_fp32_accuracy(dtype, device):
     logits, y_a, y_b = make(5, 17, device, dtype)
@@ -122,6 +179,10 @@ LOGITS, Y, _ = make()
         (LOGITS, Y, Y[:, None], 0.5, ValueError, "y_b must have shape"),
         (LOGITS, Y, Y.float(), 0.5, TypeError, "y_b must be torch.int64"),
         (LOGITS, Y.to("meta"), Y, 0.5, ValueError, "y_a is on meta"),
+        (LOGITS, Y, LOGITS, 0.5, TypeError, "y_b must be torch.int64"),
+        (LOGITS, LOGITS, Y, 0.5, TypeError, "y_b must be float32"),
+        (LOGITS, LOGITS, LOGITS[:, :9], 0.5, ValueError, "y_b has shape"),
+        (LOGITS, LOGITS.to("meta"), LOGITS, 0.5, ValueError, "y_a is on meta"),
         (LOGITS, Y, Y, 2.0, ValueError, "lam must be in"),
         (LOGITS, Y, Y, torch.zeros(3), ValueError, "lam must be a scalar"),
     ],
@@ -129,6 +190,12 @@ LOGITS, Y, _ = make()
 def test_wrong_arguments_are_named(logits, y_a, y_b, lam, kind, message):
     with pytest.raises(kind, match=message):
         mixed_cross_entropy(logits, y_a, y_b, lam)
+
+
+def test_gradient_of_distributions_is_refused():
+    y = torch.full((4, 10), 0.1, requires_grad=True)
+    with pytest.raises(ValueError, match="y_a requires a gradient"):
+        mixed_cross_entropy(LOGITS, y, y.detach(), 0.5)
 
 
 @pytest.mark.parametrize("label", [10, -1, -100])
@@ -151,12 +218,18 @@ def test_gradcheck_to_second_order():
         lambda x: mixed_cross_entropy(x, y_a, y_b, lam), logits.requires_grad_()
     )
     assert torch.autograd.gradgradcheck(lambda x: mixed_cross_entropy(x, y_a, y_b, 0.3), logits)
+    soft = make_soft(4, 3, "cpu", torch.float64)
+    assert torch.autograd.gradcheck(lambda x: mixed_cross_entropy(x, *soft, lam), logits)
+    assert torch.autograd.gradgradcheck(lambda x: mixed_cross_entropy(x, *soft, lam), logits)
 
 
 @reference_only
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("lam", ["scalar", "per sample"])
-def test_opcheck(lam, device):
+def test_opcheck(lam, soft, device):
     logits, y_a, y_b = make(device=device)
+    if soft:
+        y_a, y_b = make_soft(4, 10, device)
     lam = make_lam(lam, 4, device)
     ops = torch.ops.fastiat
     torch.library.opcheck(

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.reference_only
 torch.manual_seed(0)
 PERM = torch.tensor([2, 0, 3, 1])
 Y_A, Y_B = torch.tensor([0, 1, 2, 2]), torch.tensor([2, 1, 0, 1])
+SOFT_A, SOFT_B = torch.rand(2, 4, 3, dtype=torch.float64)
 ONE_A, ONE_B = F.one_hot(Y_A, 3), F.one_hot(Y_B, 3)
 LAMS = torch.rand(4, dtype=torch.float64)
 FLAT = 0.5 + 1e-5 * torch.rand(4, 2, 3, 2, dtype=torch.float64)  # under the floor of the deviation
@@ -43,9 +44,11 @@ def plain_mix(x: Tensor, lam: Tensor | float) -> Tensor:
     return lam * x + (1 - lam) * x.index_select(0, PERM)
 
 
-def plain_cross_entropy(x: Tensor, lam: Tensor | float) -> Tensor:
+def plain_cross_entropy(
+    x: Tensor, lam: Tensor | float, y_a: Tensor = ONE_A, y_b: Tensor = ONE_B
+) -> Tensor:
     log_p = x.log_softmax(1)
-    return -(lam * (ONE_A * log_p).sum(1) + (1 - lam) * (ONE_B * log_p).sum(1)).mean()
+    return -(lam * (y_a * log_p).sum(1) + (1 - lam) * (y_b * log_p).sum(1)).mean()
 
 
 IMAGES = torch.rand(4, 2, 3, 2, dtype=torch.float64)
@@ -87,6 +90,11 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], T
     "cross-entropy per sample": (
         lambda x: kernels.mixed_cross_entropy(x, Y_A, Y_B, LAMS),
         lambda x: plain_cross_entropy(x, LAMS),
+        LOGITS,
+    ),
+    "cross-entropy of distributions": (
+        lambda x: kernels.mixed_cross_entropy(x, SOFT_A, SOFT_B, LAMS),
+        lambda x: plain_cross_entropy(x, LAMS, SOFT_A, SOFT_B),
         LOGITS,
     ),
     "cross-entropy in lam": (
@@ -312,11 +320,15 @@ def test_plain_compiled_code_holds_the_ops():
         assert f"torch.ops.fastiat.{name}.default" in code
 
 
+RADII = torch.tensor([0.1, 0.2])
 GRAD = torch.randn(4, 2, 3, 2, dtype=torch.float64)
 STEPS: dict[str, Function] = {
     "pgd_step": lambda a: kernels.pgd_step(a, GRAD, IMAGES, 0.1, 0.02),
     "pgd_step_": lambda a: kernels.pgd_step_(a.clone(), GRAD, IMAGES, 0.1, 0.02),
     "pgd_step_l2": lambda a: kernels.pgd_step_l2(a, GRAD, IMAGES, 0.5, 0.2),
+    "pgd_step_channels": lambda a: kernels.pgd_step(a, GRAD, IMAGES, RADII, 0.02),
+    "pgd_step_channels_": lambda a: kernels.pgd_step_(a.clone(), GRAD, IMAGES, RADII, 0.02),
+    "pgd_step_l2_channels": lambda a: kernels.pgd_step_l2(a, GRAD, IMAGES, RADII, 0.2),
     "random_start": lambda a: kernels.random_start(a, 0.1, torch.tensor(3)),
 }
 
@@ -385,6 +397,10 @@ def dynamic_cases():
         "pgd_step": lambda a, g, x: kernels.pgd_step(a, g, x, 0.1, 0.02),
         "pgd_step_": lambda a, g, x: kernels.pgd_step_(a, g, x, 0.1, 0.02),
         "pgd_step_l2": lambda a, g, x: kernels.pgd_step_l2(a, g, x, 0.5, 0.2),
+        "pgd_step_channels": lambda a, g, x: kernels.pgd_step(a, g, x, g[0, :, 0, 0].abs(), 0.02),
+        "pgd_step_l2_channels": lambda a, g, x: kernels.pgd_step_l2(
+            a, g, x, 0.5, g[:1, :, :1, :1].abs()
+        ),
     }
 
 
