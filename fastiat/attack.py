@@ -34,6 +34,7 @@ from fastiat.attacks.loop import (
     run_steps,
     target_gradient,
 )
+from fastiat.attacks.normalised import Normalise, NormalisePixels
 from fastiat.attacks.starts import (
     Noise,
     Norm,
@@ -64,6 +65,7 @@ def fgsm(
     norm: Norm = "linf",
     loss: Loss = "ce",
     bn: BatchNormMode = "eval",
+    normalise: Normalise | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
     """Return adversarial examples of the fast gradient sign method: one step of length `eps`.
@@ -73,7 +75,7 @@ def fgsm(
     """
     return pgd(
         model, x, y, eps=eps, alpha=eps, steps=1, random_start=False, norm=norm, loss=loss, bn=bn,
-        clip=clip, target=target,
+        clip=clip, normalise=normalise, target=target,
     )  # fmt: skip
 
 
@@ -94,6 +96,7 @@ def pgd(
     clip: tuple[float, float] = (0.0, 1.0),
     start_noise: Noise = "uniform",
     start_size: float | None = None,
+    normalise: Normalise | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
     """Return adversarial examples of `x` by projected gradient descent.
@@ -123,6 +126,12 @@ def pgd(
     clip: lowest and highest value of a pixel.
     start_noise, start_size: distribution of the random start: "uniform" in the ball of radius
         `start_size`, or "normal" with this standard deviation in every value. None is `eps`.
+    normalise: (mean, std) of each channel, if `x` and what `model` takes are normalised images,
+        (pixels - mean) / std, of shape (B, C, ...); the result is normalised too. Each of the two
+        is a sequence of C numbers or a tensor of shape (C,), (C, 1, 1) or (1, C, 1, 1), its
+        standard deviations above 0. The attack is on the pixels: `eps`, `alpha`, `clip` and
+        `start_size` are in the units of pixels, as they are in torchattacks after
+        `set_normalization_used`. Not for a network that normalises its input itself.
     target: class that each image shall be classified as, (B,) int64. The attack lowers the loss of
         these classes instead of raising that of the true ones; among the examples of several
         restarts, one that is classified as its target is the worst. None: untargeted.
@@ -138,6 +147,7 @@ def pgd(
         restarts=restarts, bn=bn, clip=clip, start_noise=start_noise, start_size=start_size,
     )  # fmt: skip
     check_settings(settings)
+    layer = None if normalise is None else NormalisePixels(normalise)
     check_batch(x, y)
     if is_soft(y):
         check_soft(settings, target)
@@ -146,6 +156,11 @@ def pgd(
     x = x.detach()
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # the forward pass of the wrapper would wait for the other ranks
+    if layer is not None:
+        pixels = layer.pixels(x)
+        return layer(
+            pgd(layer.before(model), pixels, y, generator=generator, target=target, **settings)
+        )
     if eps == 0:
         return x.clone()
 
@@ -213,6 +228,10 @@ class PGD:
         self.settings["norm"] = norm_name(self.settings["norm"])
         check_settings(self.settings)
         check_mode(self.model, self.settings["bn"])
+        normalise = self.settings.pop("normalise")
+        self._normalise = None if normalise is None else NormalisePixels(normalise)
+        if self._normalise is not None:
+            self.model = self._normalise.before(self.model)
         self._loops: dict[Hashable, _Ready] = {}
 
     def __call__(self, x: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
@@ -220,6 +239,14 @@ class PGD:
 
         `target`, (B,), makes the attack a targeted one, see `pgd`.
         """
+        if self._normalise is None:
+            return self._attack(x, y, target)
+        check_batch(x, y)
+        with torch.no_grad():
+            pixels = self._normalise.pixels(x)
+            return self._normalise(self._attack(pixels, y, target))
+
+    def _attack(self, x: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
         engine = self._engine(x.device)
         if engine == "eager" or self.settings["eps"] == 0:
             with autocast(x.device, self.precision) if self.precision else nullcontext():

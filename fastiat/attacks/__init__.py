@@ -1,1 +1,1 @@
-"""The random starts of attacks, and the checks of their arguments."""
+"""The loop of PGD, its random starts, images that are normalised already, checks of arguments."""
