@@ -1,8 +1,8 @@
 """The kernels in two published training loops, next to the arithmetic that those loops have.
 
 The loops with kernels are the code of docs/cookbook/kernels.md. Wong et al. 2020
-(fast_adversarial) perturb normalised images by a `delta` with a radius for each channel. Rice et al.
-2020 (robust_overfitting) mix pixels, and attack and train by the mixed loss.
+(fast_adversarial) perturb normalised images by a `delta` with a radius for each channel. Rice et
+al. 2020 (robust_overfitting) mix pixels, and attack and train by the mixed loss.
 """
 
 import re
