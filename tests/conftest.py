@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("untimed")
 
 pytest_plugins = ["archives"]
 
-LONGEST = ("test_headline.py", "test_engine.py", "test_gpu_script.py", "test_distributed.py")
+LONGEST = ("test_headline.py", "test_engine.py", "test_drycuda.py", "test_distributed.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -252,7 +252,7 @@ def test_measurements_of_other_weights_or_fewer_images_do_not_count(done):
     ("flags", "named"),
     [
         ("table8", "'table1', 'table2'"),
-        ("", "TABLE"),
+        ("", "target"),
         ("table3 --epochs 0", "--epochs is 0"),
         ("table3 --limit 0", "--limit is 0"),
         ("table3 --splits val", "choose from test, train"),

@@ -42,7 +42,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_part_ends_well_and_leaves_its_measurements(rehearsal):
     parts = {name: json.loads((rehearsal / f"{name}.json").read_text()) for name in PARTS}
     assert {name: part["ending"] for name, part in parts.items()} == dict.fromkeys(PARTS, "done")
@@ -72,7 +72,7 @@ def test_every_part_ends_well_and_leaves_its_measurements(rehearsal):
     assert profile["shares"]["convolution"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_summary_has_the_machine_every_part_and_goals_beside_measurements(rehearsal):
     text = (rehearsal / "summary.md").read_text()
     for part in PARTS:
@@ -83,7 +83,7 @@ def test_summary_has_the_machine_every_part_and_goals_beside_measurements(rehear
     assert "## Errors" not in text and "| preact18 | 4 | compile | IAT |" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_part_that_is_stopped_keeps_its_rows_and_the_next_one_runs(tmp_path):
     # Too little time for the tests, which is noted, and the ceilings that follow are measured.
     done = rehearse(tmp_path, "--parts", "tests", "ceilings", "--minutes", "0.11")

@@ -100,7 +100,36 @@ def _images_of_a_data_set(names):
     assert torch.equal(x, images.permute(0, 3, 1, 2) / 255)
 
 
+def _a_published_update_stays_in_its_ball(names):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y, before = torch.rand(4, 3, 4, 4), torch.arange(4), model[1].weight.clone()
+    if "fast_update" in names:
+        x = (x - names["mean"]) / names["std"]
+        x_adv = names["fast_update"](model, optimizer, x, y, x, 2 / 255 / names["std"])
+        assert ((x_adv - x).abs() <= names["eps"] + 1e-6).all() and not torch.equal(x_adv, x)
+    else:
+        perm, eps = torch.tensor([1, 0, 3, 2]), 8 / 255
+        x_adv = names["mixup_update"](
+            model, optimizer, x, y, perm, 0.3, torch.zeros_like(x), eps, 2 / 255
+        )
+        far = (x_adv - (0.3 * x + 0.7 * x[perm])).abs().max()
+        assert 2 / 255 < far <= eps + 1e-6
+    assert not torch.equal(model[1].weight, before)
+
+
+def _normalised_attack_is_that_of_the_pixels(names):
+    mean, std = (torch.tensor(names[name]).view(3, 1, 1) for name in ("mean", "std"))
+    pixels, x_adv = (names[name] * std + mean for name in ("x", "x_adv"))
+    assert 4 / 255 < (x_adv - pixels).abs().max() <= 8 / 255 + 1e-6
+    assert x_adv.min() >= -1e-6 and x_adv.max() <= 1 + 1e-6
+
+
 CHECKS = {
+    "def fast_update": _a_published_update_stays_in_its_ball,
+    "def mixup_update": _a_published_update_stays_in_its_ball,
+    "normalise=(mean, std)": _normalised_attack_is_that_of_the_pixels,
     "import fastiat, torchattacks": _attacked,
     "attack = PGD(": _attack_made_once_gives_what_pgd_gives,
     "from fastiat.kernels import": _kernels_do_what_their_comments_say,
