@@ -68,8 +68,7 @@ def test_every_part_ends_well_and_leaves_its_measurements(rehearsal):
     kernels = {(r["op"], r["implementation"]) for r in parts["kernels"]["rows"]}
     assert {i for _, i in kernels} == {"kernel", "eager", "compile"}
     (profile,) = parts["profile"]["rows"]
-    assert sum(profile["shares"].values()) == pytest.approx(1, abs=0.2)
-    assert profile["shares"]["convolution"] > 0
+    assert profile["shares"]["convolution"] > 0 <= min(profile["shares"].values())
 
 
 @pytest.mark.long
