@@ -181,7 +181,10 @@ class Loader:
         extra: ExtraImages | None = None,
     ) -> None:
         if batch_size < 1 or pad < 0:
-            raise InputError(f"batch size {batch_size} with padding {pad}: give at least 1 and 0")
+            raise InputError(
+                f"batch size {batch_size} with padding {pad}: give a batch size of 1 or more and a "
+                f"padding of 0 or more"
+            )
         self.share = batch_size - (extra.share if extra else 0)
         """Images of the split in a training batch."""
         if train and self.share > len(split):

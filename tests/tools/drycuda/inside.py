@@ -4,8 +4,6 @@ import ctypes
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -140,32 +138,3 @@ def _log_compilations() -> None:
 
     convert_frame.compile_frame = frame
     triton.compile = kernel
-
-
-@contextmanager
-def launched_bytes() -> Iterator[None]:
-    """Note the bytes that Triton's kernels read and write, before each launch, as kind "bytes".
-
-    A tensor argument counts once, and twice if its name says that it is updated in place.
-    """
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    from triton.runtime.jit import JITFunction
-
-    def counted(run: Any, names_of: Any) -> Any:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            total = 0
-            for name, value in zip(names_of(self), args, strict=False):
-                if isinstance(value, torch.Tensor):
-                    total += value.nbytes * (2 if name.startswith("in_out") else 1)
-            note("bytes", str(total))
-            return run(self, *args, **kwargs)
-
-        return call
-
-    before = CachingAutotuner.run, JITFunction.run
-    CachingAutotuner.run = counted(before[0], lambda self: list(self.triton_meta["signature"]))
-    JITFunction.run = counted(before[1], lambda self: self.arg_names)
-    try:
-        yield
-    finally:
-        CachingAutotuner.run, JITFunction.run = before
